@@ -1,0 +1,75 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Fail closed when somebody else collected the exit status of a task process.
+
+A ``waitpid(-1)`` elsewhere in the process, or SIGCHLD being ignored (waitpid(2), notes), takes the status away.
+psutil then answers None, which upstream reads as "still running", so that the supervisor lives for ever
+(apache/airflow issue 70117); ``subprocess`` answers 0, which reads as success.
+
+Nothing here imports Airflow.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
+
+__all__ = ["settle_exit_code", "wait_for_popen"]
+
+UNKNOWN_BUT_REPORTED = 0
+"""The task had told its terminal state, which stands; the status would have added nothing."""
+
+UNKNOWN = 1
+"""Unknown is not success: a failure, or a retry where the task has any left."""
+
+
+def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
+    """
+    Replace the exit code of a task process that psutil says is gone, but knows no status of.
+
+    :param process: a ``WatchedSubprocess``. Only task processes report a terminal state; for any other type
+        the code is returned as it is.
+    :param exit_code: what ``wait(timeout=0)`` returned, None if the status is lost.
+    """
+    if exit_code is not None or not hasattr(process, "_terminal_state"):
+        return exit_code
+    state = process._terminal_state
+    process.process_log.warning(
+        "The exit status of the task process was taken by somebody else in the supervisor's process; "
+        "relying on the state that the task had reported, or assuming failure.",
+        pid=process.pid,
+        reported_state=state,
+    )
+    return UNKNOWN_BUT_REPORTED if state else UNKNOWN
+
+
+def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int | None:
+    """
+    ``popen.wait(timeout)``, but None where ``Popen`` would make up a 0 for a status that somebody else took.
+
+    :raises subprocess.TimeoutExpired: as ``popen.wait`` does.
+    """
+    if popen.returncode is None:
+        try:
+            os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return None
+    return popen.wait(timeout)
