@@ -12,25 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uv import find_uv_bin
+from patches.commands import find_tool
+from patches.errors import PatchError
+from patches.releases import PROJECT, ROOT
+from patches.upstream import fetch_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from patches.releases import Release
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "environments"
+CACHE = ROOT / ".cache" / "environments"
 # Every supported release runs on it, so results compare across releases.
 PREFERRED_PYTHON = "3.11"
 INSTALLED_ONLY = ("--no-python-downloads", "--python-preference", "system")
 QUERY_TIMEOUT = 60
 INSTALL_TIMEOUT = 900
 STAMP = "finished"
-QUOTED_LINES = 12
 
 
-class EnvironmentFailedError(RuntimeError):
-    """The environment could not be made; the message quotes the end of uv's output."""
+class EnvironmentFailedError(PatchError):
+    """The environment could not be made; the message ends with uv's own."""
 
 
 class NoInterpreterError(EnvironmentFailedError):
@@ -45,39 +47,59 @@ class Environment:
     folder: Path
     python: Path
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """What goes into an environment."""
+
+    release: Release
+    interpreter: Path
+    packages: Sequence[str]
+    bare_packages: Sequence[str]
+    wheel: Path | None
+
     @property
-    def stamp(self) -> Path:
-        """The file that says that the environment was finished."""
-        return self.folder / STAMP
+    def kind(self) -> str:
+        """A name shared by the environments that differ in the patched wheel alone."""
+        flavour = "teardown" if self.wheel else "stock"
+        inputs = [str(self.interpreter), self.release.as_of, *self.packages, "bare", *self.bare_packages]
+        digest = shorten_digest(json.dumps(inputs).encode())
+        return f"{self.release.version}-{query_version(self.interpreter)}-{flavour}-{digest}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the environment belongs."""
+        suffix = f"-{shorten_digest(self.wheel.read_bytes())}" if self.wheel else ""
+        return CACHE / f"{self.kind}{suffix}"
 
 
 def create_environment(
     release: Release,
     *,
     packages: Sequence[str] = (),
+    bare_packages: Sequence[str] = (),
     wheel: Path | None = None,
     python: str | None = None,
 ) -> Environment:
     """Return an environment with the release's core and SDK at exact versions and `packages`, all as of its day.
 
-    `wheel` is installed over the stock SDK, as users do. `python` is anything that `uv python find` takes; without
-    it, any installed interpreter serves that the release supports. An environment that exists with the same inputs
-    is used again; one that was made with an older wheel is removed.
+    `bare_packages` are installed without what they depend on. `wheel` is installed over the stock SDK, as users do.
+    `python` is anything that `uv python find` takes; without it, any installed interpreter serves that the release
+    supports. An environment that exists with the same content is used again; those with an older wheel are removed.
 
     Raises NoInterpreterError, or EnvironmentFailedError when something cannot be installed.
     """
     interpreter = find_interpreter(release, python)
-    kind, digest = name_environment(release, interpreter, packages, wheel)
-    folder = CACHE / f"{kind}-{digest}"
-    environment = Environment(release, folder, folder / "venv" / "bin" / "python")
-    while not hold_finished(environment):
-        build(environment, interpreter, packages, wheel)
-    remove_outdated(kind, keep=folder)
-    return environment
+    recipe = Recipe(release, interpreter, packages, bare_packages, wheel)
+    while not hold_finished(recipe.folder):
+        build(recipe)
+    if wheel:
+        remove_outdated(recipe)
+    return Environment(release, recipe.folder, name_python(recipe.folder))
 
 
 def clean_env(folder: Path, *, python: Path | None = None) -> dict[str, str]:
-    """Return the variables for a run that inherits nothing: a home, a temporary folder and AIRFLOW_HOME in `folder`.
+    """Return variables for a run that inherits nothing: HOME, TMPDIR and AIRFLOW_HOME are made in `folder`.
 
     The folder of `python`, an interpreter, comes first on PATH.
     """
@@ -94,87 +116,77 @@ def clean_env(folder: Path, *, python: Path | None = None) -> dict[str, str]:
 
 def find_interpreter(release: Release, python: str | None = None) -> Path:
     """Return the interpreter asked for, else the preferred one, else any that the release supports."""
-    requests = [python] if python else [PREFERRED_PYTHON, str(release.python)]
+    requests = [python] if python else [PREFERRED_PYTHON, release.python]
     for request in requests:
         found = run_uv("python", "find", "--system", *INSTALLED_ONLY, request, timeout=QUERY_TIMEOUT)
         if found.returncode == 0:
             return Path(found.stdout.strip())
     raise NoInterpreterError(
-        f"SDK {release.sdk} needs Python {requests[-1]} and none is installed; `uv python install` can install one."
+        f"No Python {requests[-1]} is installed for SDK {release.version}: `uv python install` can install one."
     )
 
 
-def name_environment(
-    release: Release, interpreter: Path, packages: Sequence[str], wheel: Path | None
-) -> tuple[str, str]:
-    """Return what an environment is for, and a digest of what has been installed for it."""
+def query_version(interpreter: Path) -> str:
+    """Return the interpreter's version as major.minor."""
     query = "import sys; print('{}.{}'.format(*sys.version_info))"
-    version = subprocess.check_output([interpreter, "-c", query], text=True, timeout=QUERY_TIMEOUT).strip()
-    asked = json.dumps([str(interpreter), release.airflow, str(release.as_of), *packages])
-    flavour = "teardown" if wheel else "stock"
-    kind = f"{release.sdk}-{version}-{flavour}-{shorten(asked.encode())}"
-    return kind, shorten(wheel.read_bytes() if wheel else b"")
+    return subprocess.check_output([interpreter, "-c", query], text=True, timeout=QUERY_TIMEOUT).strip()
 
 
-def shorten(content: bytes) -> str:
-    """Return a digest that is short enough for a folder's name."""
+def shorten_digest(content: bytes) -> str:
+    """Return a sha256 shortened for a folder's name."""
     return hashlib.sha256(content).hexdigest()[:10]
 
 
-def hold_finished(environment: Environment) -> bool:
-    """Keep the environment from being removed while this process lives; False if it is not there to be kept."""
+def name_python(folder: Path) -> Path:
+    """Return where the interpreter of the environment in a folder is."""
+    return folder / "venv" / "bin" / "python"
+
+
+def hold_finished(folder: Path) -> bool:
+    """Keep a finished environment from being removed while this process lives; False if there is none."""
     try:
-        descriptor = os.open(environment.folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return False
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if environment.stamp.exists() and is_same_folder(descriptor, environment.folder):
+    if is_same_folder(descriptor, folder) and (folder / STAMP).exists():
         return True  # the descriptor stays open, and with it the lock
     os.close(descriptor)
     return False
 
 
-def build(environment: Environment, interpreter: Path, packages: Sequence[str], wheel: Path | None) -> None:
+def build(recipe: Recipe) -> None:
     """Make the environment, unless another process has just done so."""
-    folder = environment.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(recipe.folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         # Whoever held the lock may have finished the environment, or removed it.
-        if environment.stamp.exists() or not is_same_folder(descriptor, folder):
-            return
-        install(environment, interpreter, packages, wheel)
-        environment.stamp.touch()
+        if is_same_folder(descriptor, recipe.folder) and not (recipe.folder / STAMP).exists():
+            install(recipe)
+            (recipe.folder / STAMP).touch()
     finally:
         os.close(descriptor)
 
 
-def install(environment: Environment, interpreter: Path, packages: Sequence[str], wheel: Path | None) -> None:
-    """Create the virtual environment anew and fill it."""
-    release = environment.release
-    pins = [f"apache-airflow-core=={release.airflow}", f"apache-airflow-task-sdk=={release.sdk}"]
-    target = ["--python", str(environment.python)]
-    check_uv(
-        "venv", "--clear", *INSTALLED_ONLY, "--python", str(interpreter), str(environment.folder / "venv")
-    )
-    check_uv("pip", "install", *target, "--exclude-newer", str(release.as_of), *pins, *packages)
-    if wheel:
-        check_uv(
-            "pip",
-            "install",
-            *target,
-            "--no-deps",
-            "--reinstall-package",
-            "apache-airflow-task-sdk",
-            str(wheel),
-        )
+def install(recipe: Recipe) -> None:
+    """Create the virtual environment, in place of an unfinished one, and fill it."""
+    release, folder = recipe.release, recipe.folder
+    pins = [f"apache-airflow-core=={release.airflow}", f"{PROJECT}=={release.version}"]
+    pip_install = ["pip", "install", "--python", str(name_python(folder)), "--exclude-newer", release.as_of]
+    check_uv("venv", "--clear", *INSTALLED_ONLY, "--python", str(recipe.interpreter), str(folder / "venv"))
+    check_uv(*pip_install, *pins, *recipe.packages)
+    if recipe.bare_packages:
+        check_uv(*pip_install, "--no-deps", *recipe.bare_packages)
+    # Files from uv's cache are hard links: whoever edits the SDK in place anywhere changes "stock" everywhere.
+    wheel = recipe.wheel.resolve() if recipe.wheel else fetch_wheel(release)
+    check_uv(*pip_install, "--no-cache", "--no-deps", "--reinstall-package", PROJECT, str(wheel))
 
 
-def remove_outdated(kind: str, *, keep: Path) -> None:
-    """Remove the environments made for the same use from other wheels, except those in use by some process."""
-    for folder in CACHE.glob(f"{kind}-*"):
-        if folder == keep:
+def remove_outdated(recipe: Recipe) -> None:
+    """Remove the environments with an older wheel in place of this one, unless some process holds them."""
+    for folder in CACHE.glob(f"{recipe.kind}-*"):
+        if folder == recipe.folder:
             continue
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -188,7 +200,7 @@ def remove_outdated(kind: str, *, keep: Path) -> None:
 
 
 def is_same_folder(descriptor: int, folder: Path) -> bool:
-    """Tell whether the open folder is still the one at its path, and was not removed while we waited."""
+    """Tell whether the open folder is still the one at this path, and was not removed meanwhile."""
     try:
         return os.path.samestat(os.fstat(descriptor), folder.stat())
     except FileNotFoundError:
@@ -196,18 +208,27 @@ def is_same_folder(descriptor: int, folder: Path) -> bool:
 
 
 def check_uv(*arguments: str) -> None:
-    """Run uv; raise EnvironmentFailedError with the end of its output when it fails."""
-    finished = run_uv(*arguments, timeout=INSTALL_TIMEOUT)
-    if finished.returncode != 0:
-        tail = "\n".join(finished.stderr.strip().splitlines()[-QUOTED_LINES:])
-        raise EnvironmentFailedError(f"`uv {' '.join(arguments)}` failed:\n{tail}")
+    """Run uv; raise EnvironmentFailedError with its last lines when it fails."""
+    result = run_uv(*arguments, timeout=INSTALL_TIMEOUT)
+    if result.returncode:
+        raise EnvironmentFailedError(
+            f"An environment could not be made, for uv says: {explain_failure(result.stderr)}"
+        )
+
+
+def explain_failure(stderr: str) -> str:
+    """Return uv's error without the progress before it."""
+    before, error, message = stderr.partition("error:")
+    return (message if error else before).strip()
 
 
 def run_uv(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run uv and capture its output; raise EnvironmentFailedError when it takes too long."""
+    """Run uv and capture its output; raise EnvironmentFailedError after `timeout` seconds."""
     try:
         return subprocess.run(
-            [find_uv_bin(), *arguments], capture_output=True, text=True, check=False, timeout=timeout
+            [find_tool("uv"), *arguments], capture_output=True, text=True, check=False, timeout=timeout
         )
     except subprocess.TimeoutExpired:
-        raise EnvironmentFailedError(f"`uv {' '.join(arguments)}` took longer than {timeout} s.") from None
+        raise EnvironmentFailedError(
+            f"`uv {' '.join(arguments)}` took longer than {timeout} s: try again."
+        ) from None
