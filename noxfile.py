@@ -1,0 +1,36 @@
+"""The sessions: they install what they need and run one command each."""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["lint"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+# Ctrl-C must leave a build the time to remove what it has begun.
+INTERRUPT_TIMEOUT = 10
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the patched wheel of each Airflow or SDK version given, or of all supported ones, into dist/."""
+    install_groups(session, "tool")
+    session.run("python", "-m", "patches", "wheel", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, types and change files, without upstream at hand."""
+    install_groups(session, "tool", "tests", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy", "patches", "tests/tool")
+    session.run("python", "-m", "patches", "lint")
+
+
+def install_groups(session: nox.Session, *groups: str) -> None:
+    """Install dependency groups of pyproject.toml, at the versions of the lock file."""
+    requirements = nox.project.dependency_groups(PROJECT, *groups)
+    session.install("--constraint", "tests/requirements.lock", *requirements)

@@ -1,0 +1,27 @@
+"""The edits to upstream's files, and the tool that applies them to a released apache-airflow-task-sdk.
+
+``changes/NN-name.yml`` holds one change each; they are applied in the order of their file names. A change file is a
+multi-document YAML file. Its first document says what the change is::
+
+    change: name                # as in the file's name
+    what: one sentence
+    why: the fault that it ends
+    upstream: whether and where upstream has it, that is: when the change can go
+    files: [airflow/sdk/...]    # whole files of ours, below task-sdk/src/, that it brings; may be empty
+
+Every further document is an ast-grep rule (https://ast-grep.github.io/reference/yaml.html) with ``id``, ``message`` (what),
+``note`` (why) and ``fix``, and with these keys below ``metadata``::
+
+    file: airflow/sdk/...       # upstream's file that it edits
+    matches: 1                  # how often it must match (1 unless given), or a map from releases to that number
+    releases: ">=1.3.1"         # the SDK versions that it is for; all unless given
+
+``releases`` are PEP 440 specifiers, in which 1.4.0b2 is neither ``<1.4`` nor ``>=1.4``: write ``>=1.4.0b1``.
+
+A rule runs on what the rules before it have left. One that matches more or less often than it says is an error, and then
+nothing is written: upstream's code has changed, and somebody has to look.
+
+``python -m patches --help`` shows the commands. The modules, from the inside out: ``errors``, ``commands`` (running other
+programs), ``releases`` (the table in pyproject.toml), ``upstream`` (verified downloads), ``rules`` (change files and their
+application to a tree), ``wheels`` (patched wheels), ``checking`` (a release that may be new) and ``linting``.
+"""

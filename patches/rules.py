@@ -1,0 +1,354 @@
+"""Change files, and their application to a tree of upstream's files."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from patches.commands import find_tool, run_command
+from patches.errors import PatchError
+from patches.releases import ROOT
+
+if TYPE_CHECKING:
+    import zipfile
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import Union
+
+    from patches.releases import Release
+
+    Tree = Union[Path, zipfile.Path]
+
+CHANGES = ROOT / "patches" / "changes"
+SOURCES = ROOT / "task-sdk" / "src"
+
+CHANGE_KEYS = {"change", "what", "why", "upstream", "files"}
+RULE_KEYS = {"id", "language", "message", "note", "rule", "fix", "metadata"}
+OPTIONAL_RULE_KEYS = {"constraints", "utils", "transform", "rewriters"}
+METADATA_KEYS = {"file"}
+OPTIONAL_METADATA_KEYS = {"matches", "releases"}
+NEW_FILE_MODE = 0o644
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One ast-grep rule: its text, the file that it edits, and how often it matches in which releases."""
+
+    id: str
+    origin: str
+    """The name of the change file, for messages."""
+    text: str
+    file: str
+    releases: SpecifierSet
+    counts: tuple[tuple[SpecifierSet, int], ...]
+
+    def count_expected(self, release: Release) -> int:
+        """Return how often the rule must match in a release; 0 means that the rule is not for it."""
+        if not self.releases.contains(release.version, prereleases=True):
+            return 0
+        counts = [
+            count for versions, count in self.counts if versions.contains(release.version, prereleases=True)
+        ]
+        if len(counts) != 1:
+            raise PatchError(
+                f"Rule {self.id} ({self.origin}) gives {len(counts)} numbers of matches for SDK {release.version}: "
+                "give one."
+            )
+        return counts[0]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one change file says: why the change exists, the files that it adds and the rules that it applies."""
+
+    name: str
+    what: str
+    why: str
+    upstream: str
+    files: tuple[str, ...]
+    rules: tuple[Rule, ...]
+
+    def touched_files(self) -> set[str]:
+        """Return the files that it adds or, in some release, edits."""
+        return {*self.files, *(rule.file for rule in self.rules)}
+
+
+@dataclass
+class Patch:
+    """The outcome of all changes on one tree: content by path relative to the tree."""
+
+    changed: dict[str, bytes] = field(default_factory=dict)
+    added: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A replacement of the bytes from start to end."""
+
+    start: int
+    end: int
+    text: bytes
+
+
+def load_changes(folder: Path = CHANGES) -> list[Change]:
+    """Read all change files, in the order in which they are applied."""
+    changes = [_load_change(path) for path in sorted(folder.glob("*.yml"))]
+    if not changes:
+        raise PatchError(f"{folder} has no change file.")
+    _refuse_duplicates("Rule", [(rule.id, rule.origin) for change in changes for rule in change.rules])
+    _refuse_duplicates("File", [(file, change.name) for change in changes for file in change.files])
+    return changes
+
+
+def apply_changes(tree: Path, release: Release, changes: Sequence[Change], sources: Path = SOURCES) -> Patch:
+    """Apply all changes to a pristine tree that holds ``airflow/``, and return what was written.
+
+    Unless every rule matches as often as it says, a PatchError lists those that do not and nothing is written.
+    """
+    patch = compute_patch(tree, release, changes, sources)
+    write_files(tree, patch.changed | patch.added)
+    return patch
+
+
+def compute_patch(tree: Tree, release: Release, changes: Sequence[Change], sources: Path = SOURCES) -> Patch:
+    """Return what the changes make of a tree, which may be an open wheel, without writing anything."""
+    patch = Patch()
+    problems: list[str] = []
+    for change in changes:
+        problems += _add_files(tree, patch, change, sources)
+        for rule in change.rules:
+            problems += _apply_rule(tree, patch, rule, release)
+    if not problems:
+        problems = list(_find_broken_files(patch, release))
+    if problems:
+        raise PatchError(*problems)
+    return patch
+
+
+def write_files(tree: Path, files: dict[str, bytes]) -> None:
+    """Write files into a tree: all contents first, beside their targets, then the renames."""
+    pending: list[tuple[Path, Path]] = []
+    try:
+        for file, content in files.items():
+            target = tree / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pending.append((_write_beside(target, content), target))
+        while pending:
+            temporary, target = pending[0]
+            temporary.replace(target)
+            del pending[0]
+    finally:
+        for temporary, _ in pending:
+            temporary.unlink()
+
+
+def find_edits(rule: Rule, source: bytes) -> list[Edit]:
+    """Run one rule on the text of a file and return the edits that it asks for, in order."""
+    # The text comes on stdin: ast-grep skips files that git ignores, and says nothing about missing ones.
+    result = run_command(
+        [find_tool("ast-grep"), "scan", "--inline-rules", rule.text, "--json=compact", "--stdin"],
+        stdin=source,
+    )
+    complaint = " ".join(result.stderr.decode(errors="replace").split())
+    if complaint:
+        raise PatchError(f"ast-grep does not take rule {rule.id} ({rule.origin}): {complaint}")
+    edits = [
+        Edit(
+            start=match["replacementOffsets"]["start"],
+            end=match["replacementOffsets"]["end"],
+            text=match["replacement"].encode(),
+        )
+        for match in json.loads(result.stdout)
+    ]
+    return sorted(edits, key=lambda edit: edit.start)
+
+
+def apply_edits(source: bytes, edits: Iterable[Edit]) -> bytes:
+    """Return the text with the edits made, without the blanks that a template leaves at the ends of lines.
+
+    A line that a deletion has emptied goes altogether.
+    """
+    # From the last one on: what comes before an edit keeps its offsets.
+    for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
+        line_start = source.rfind(b"\n", 0, edit.start) + 1
+        line_end = source.find(b"\n", edit.end)
+        line_end = len(source) if line_end < 0 else line_end
+        touched = source[line_start : edit.start] + edit.text + source[edit.end : line_end]
+        if not touched.strip() and not edit.text.strip():
+            source = source[:line_start] + source[line_end + 1 :]
+            continue
+        stripped = b"\n".join(line.rstrip() for line in touched.split(b"\n"))
+        source = source[:line_start] + stripped + source[line_end:]
+    return source
+
+
+def _load_change(path: Path) -> Change:
+    texts = _split_documents(path)
+    if not texts:
+        raise PatchError(f"{path.name} is empty: describe the change in its first document.")
+    document = _read_mapping(texts[0], path.name)
+    _check_keys(document, CHANGE_KEYS, set(), path.name)
+    name = document["change"]
+    if path.stem.partition("-")[2] != name:
+        raise PatchError(f"{path.name} says that its change is {name!r}: call the file NN-{name}.yml.")
+    return Change(
+        name=name,
+        what=_read_text(document, "what", path.name),
+        why=_read_text(document, "why", path.name),
+        upstream=_read_text(document, "upstream", path.name),
+        files=tuple(_check_path(file, path.name) for file in document["files"]),
+        rules=tuple(_load_rule(text, path.name) for text in texts[1:]),
+    )
+
+
+def _load_rule(text: str, origin: str) -> Rule:
+    document = _read_mapping(text, origin)
+    where = f"rule {document.get('id', '(without id)')} of {origin}"
+    _check_keys(document, RULE_KEYS, OPTIONAL_RULE_KEYS, where)
+    metadata = document["metadata"]
+    if not isinstance(metadata, dict):
+        raise PatchError(f"The metadata of {where} are no mapping.")
+    _check_keys(metadata, METADATA_KEYS, OPTIONAL_METADATA_KEYS, f"the metadata of {where}")
+    for key in ("message", "note"):
+        _read_text(document, key, where)
+    matches = metadata.get("matches", 1)
+    counts = matches if isinstance(matches, dict) else {"": matches}
+    return Rule(
+        id=_read_text(document, "id", where),
+        origin=origin,
+        text=text,
+        file=_check_path(metadata["file"], where),
+        releases=_read_specifiers(metadata.get("releases", ""), where),
+        counts=tuple(
+            (_read_specifiers(versions, where), _check_count(count, where))
+            for versions, count in counts.items()
+        ),
+    )
+
+
+def _split_documents(path: Path) -> list[str]:
+    """Return the text of each YAML document, for ast-grep to read as it was written."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise PatchError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    return [text[node.start_mark.index : node.end_mark.index] for node in nodes]
+
+
+def _read_mapping(text: str, where: str) -> dict[str, Any]:
+    document = yaml.safe_load(text)
+    if not isinstance(document, dict):
+        raise PatchError(f"{where} has a document that is no mapping: {text.splitlines()[0]!r}.")
+    return document
+
+
+def _check_keys(document: dict[str, Any], required: set[str], optional: set[str], where: str) -> None:
+    missing = required - document.keys()
+    unknown = document.keys() - required - optional
+    if missing:
+        raise PatchError(f"{where} lacks {', '.join(sorted(missing))}.")
+    if unknown:
+        raise PatchError(f"{where} has keys that mean nothing: {', '.join(sorted(map(str, unknown)))}.")
+
+
+def _read_text(document: dict[str, Any], key: str, where: str) -> str:
+    text = document[key]
+    if not isinstance(text, str) or not text.strip():
+        raise PatchError(f"{where} has no text for {key}.")
+    return text.strip()
+
+
+def _read_specifiers(text: str, where: str) -> SpecifierSet:
+    try:
+        return SpecifierSet(text)
+    except InvalidSpecifier:
+        raise PatchError(f"{where} names releases {text!r}: write them like '>=1.3.1,<1.4.0b1'.") from None
+
+
+def _check_count(count: object, where: str) -> int:
+    if not isinstance(count, int) or count < 1:
+        raise PatchError(f"{where} says that it matches {count!r} times: give a number from 1 on.")
+    return count
+
+
+def _check_path(file: object, where: str) -> str:
+    if not isinstance(file, str) or not file.startswith("airflow/") or ".." in PurePosixPath(file).parts:
+        raise PatchError(f"{where} names the file {file!r}: give a path that begins with airflow/.")
+    return file
+
+
+def _refuse_duplicates(kind: str, owners: Iterable[tuple[str, str]]) -> None:
+    seen: dict[str, str] = {}
+    for name, owner in owners:
+        if name in seen:
+            raise PatchError(f"{kind} {name} is in {seen[name]} and in {owner}: only one can have it.")
+        seen[name] = owner
+
+
+def _add_files(tree: Tree, patch: Patch, change: Change, sources: Path) -> Iterator[str]:
+    for file in change.files:
+        if tree.joinpath(file).is_file():
+            yield (
+                f"{file} of change {change.name} is there already: patch pristine upstream only (or upstream now has a "
+                "file of that name)."
+            )
+        elif not (sources / file).is_file():
+            yield f"{file} of change {change.name} is not below {sources}."
+        else:
+            patch.added[file] = (sources / file).read_bytes()
+
+
+def _apply_rule(tree: Tree, patch: Patch, rule: Rule, release: Release) -> Iterator[str]:
+    expected = rule.count_expected(release)
+    if not expected:
+        return
+    where = f"Rule {rule.id} ({rule.origin}) on {rule.file} of SDK {release.version}"
+    source = patch.changed.get(rule.file) or _read_file(tree, rule.file)
+    if source is None:
+        yield f"{where}: there is no such file."
+        return
+    edits = find_edits(rule, source)
+    if len(edits) != expected:
+        yield f"{where}: {len(edits)} matches instead of {expected}."
+        return
+    patched = apply_edits(source, edits)
+    if patched == source:
+        yield f"{where}: its fix changes nothing."
+        return
+    patch.changed[rule.file] = patched
+
+
+def _read_file(tree: Tree, file: str) -> bytes | None:
+    path = tree.joinpath(file)
+    return path.read_bytes() if path.is_file() else None
+
+
+def _find_broken_files(patch: Patch, release: Release) -> Iterator[str]:
+    # Python cannot check the syntax of a later Python than itself.
+    feature_version = min(release.oldest_python, sys.version_info[:2])
+    for file, content in (patch.changed | patch.added).items():
+        try:
+            compile(
+                ast.parse(content, file, feature_version=feature_version), file, "exec", dont_inherit=True
+            )
+        except SyntaxError as error:
+            yield f"{file} of SDK {release.version} does not compile once patched: {error.msg} (line {error.lineno})."
+
+
+def _write_beside(target: Path, content: bytes) -> Path:
+    mode = target.stat().st_mode if target.exists() else NEW_FILE_MODE
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+    temporary = Path(name)
+    temporary.chmod(mode)
+    return temporary
