@@ -21,6 +21,13 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def demo(session: nox.Session) -> None:
+    """Show what the stock and the patched SDK of a version (3.1.8 unless given) leave running."""
+    install_groups(session, "tool")
+    session.run("python", "-m", "tests.demo", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types and change files, without upstream at hand."""
     install_groups(session, "tool", "tests", "lint")

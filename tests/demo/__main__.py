@@ -1,0 +1,71 @@
+"""The command line: python -m tests.demo [VERSION]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from patches.commands import interrupt_on_sigterm
+from patches.errors import PatchError
+from patches.releases import find_release
+from tests.demo.report import print_report
+from tests.demo.runs import build_patched_wheel, install_both, plan_runs, run_all
+from tests.harness.supervised import SupervisorFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.demo.runs import Run
+    from tests.harness.supervised import Outcome
+
+DEFAULT_VERSION = "3.1.8"
+PROBLEM, UNUSABLE, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; return 0 if the patched side left nothing and did not crash, 1 if it did, 2 if there was no demo."""
+    parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
+    parser.add_argument(
+        "version", nargs="?", default=DEFAULT_VERSION, metavar="VERSION", help="of Airflow or its SDK"
+    )
+    version = parser.parse_args(arguments).version
+    console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    began = time.monotonic()
+    try:
+        outcomes = run_demo(version, console)
+    except (PatchError, SupervisorFailedError) as error:
+        errors.print(error)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        errors.print("Interrupted: every process that the demo had started was ended.")
+        return INTERRUPTED
+    console.print(f"Took {time.monotonic() - began:.0f} s.")
+    return PROBLEM if any(run.patched and not outcome.clean for run, outcome in outcomes.items()) else 0
+
+
+def run_demo(version: str, console: Console) -> dict[Run, Outcome]:
+    """Build, install, run and report."""
+    release = find_release(version)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        building = progress.add_task(f"Building the patched SDK {release.version}", total=1)
+        installing = progress.add_task(f"Installing Airflow {release.airflow}, stock and patched", total=2)
+        running = progress.add_task("Ending tasks and looking for what is left", total=None)
+        wheel = build_patched_wheel(release)
+        progress.advance(building)
+        sides = install_both(release, wheel, lambda: progress.advance(installing))
+        runs = plan_runs(sides)
+        progress.update(running, total=len(runs))
+        outcomes = run_all(runs, lambda: progress.advance(running))
+    print_report(console, release, wheel, outcomes)
+    return outcomes
+
+
+if __name__ == "__main__":
+    interrupt_on_sigterm()
+    sys.exit(main())

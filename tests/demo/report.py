@@ -1,0 +1,101 @@
+"""What the demo says."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from tests.demo.runs import RETURN_TIMEOUT
+from tests.harness.supervised import HEARTBEAT_INTERVAL, SOCKET_CLEANUP_TIMEOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from patches.releases import Release
+    from tests.demo.runs import Run
+    from tests.harness.supervised import Ending, Outcome
+
+TITLES: dict[Ending, str] = {
+    "409": "somebody sets the task to failed",
+    "sigterm": "the worker is shut down",
+}
+NOT_ENDED = (
+    "From Airflow 3.4 on a worker that is shut down lets its tasks finish, so there is nothing to show."
+)
+
+
+def print_report(console: Console, release: Release, wheel: Path, outcomes: Mapping[Run, Outcome]) -> None:
+    """Print a table for each ending, what its words mean, and how it went."""
+    for ending, title in TITLES.items():
+        runs = {run: outcome for run, outcome in outcomes.items() if run.ending == ending}
+        if runs:
+            console.print()
+            console.print(make_table(f"Airflow {release.airflow}: {title}", runs))
+        else:
+            console.print(NOT_ENDED)
+    for sentence in explain(outcomes):
+        console.print(sentence, highlight=False)
+    console.print()
+    console.print(summarize("Stock", outcomes, patched=False), style="bold", highlight=False)
+    console.print(summarize("Patched", outcomes, patched=True), style="bold", highlight=False)
+    console.print(f"The patched wheel: {wheel}", soft_wrap=True, highlight=False)
+
+
+def make_table(title: str, outcomes: Mapping[Run, Outcome]) -> Table:
+    """Return a row for each shape, with the stock and the patched outcome side by side."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("The task had started")
+    for heading in ("stock:\nleft running", "\nsupervisor", "patched:\nleft running", "\nsupervisor"):
+        table.add_column(heading, no_wrap=True)
+    rows: dict[str, list[str]] = {}
+    for run, outcome in outcomes.items():
+        cells = rows.setdefault(run.shape.sentence, [])
+        cells += [describe_left(run, outcome), describe_supervisor(outcome)]
+    for sentence, cells in rows.items():
+        table.add_row(sentence, *cells)
+    return table
+
+
+def describe_left(run: Run, outcome: Outcome) -> str:
+    # The runner, the task's own process, counts too: it may be left as well.
+    total = run.shape.processes + 1
+    return f"[{'red' if outcome.left else 'green'}]{len(outcome.left)} of {total}[/]"
+
+
+def describe_supervisor(outcome: Outcome) -> str:
+    if outcome.hung:
+        return f"[red]hung[/] for {RETURN_TIMEOUT:.0f} s"
+    if outcome.killed_by is not None:
+        return f"[red]died of {signal.Signals(outcome.killed_by).name}[/]"
+    if outcome.exception is not None:
+        return f"[red]crashed[/], {outcome.seconds:.1f} s"
+    return f"returned, {outcome.seconds:.1f} s"
+
+
+def explain(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
+    """Yield what a newcomer needs to read the table."""
+    crashes = sorted({outcome.exception for outcome in outcomes.values() if outcome.exception is not None})
+    yield (
+        "The supervisor is the worker's process that watches one task. It learns that the task was set to failed when "
+        "the API answers its heartbeat with 409; when the worker is shut down it gets SIGTERM. Seconds count from then."
+    )
+    for crash in crashes:
+        yield f"It crashed with [red]{crash}[/]."
+    yield (
+        f"Here it sends a heartbeat every {HEARTBEAT_INTERVAL} s and gives up on open sockets after "
+        f"{SOCKET_CLEANUP_TIMEOUT} s, so that you see the same sooner: Airflow's defaults are 5 and 60."
+    )
+    yield "[yellow]Not ended by this release:[/] processes that leave the task's group or session, or ignore SIGTERM."
+
+
+def summarize(name: str, outcomes: Mapping[Run, Outcome], *, patched: bool) -> str:
+    side = [outcome for run, outcome in outcomes.items() if run.patched == patched]
+    left = sum(len(outcome.left) for outcome in side)
+    failed = sum(not outcome.returned for outcome in side)
+    return f"{name}: {left} processes left, {failed} of {len(side)} supervisors crashed, hung or were killed."

@@ -1,0 +1,189 @@
+"""Supervise one task in this process, as a worker does: `scenario.py COOKIE FOLDER`.
+
+Run by the interpreter of an environment that has the SDK; everything else comes from FOLDER/plan.json. The task starts the
+planned command and announces itself as `runner PID` in the planned FIFO. When the planned pipe reaches its end, the task
+ends as planned: its heartbeats are answered 409, or it exits. What came of it is written to FOLDER/result.json.
+Python 3.9 and the packages of the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from contextlib import nullcontext, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import structlog
+
+from airflow.sdk.api.client import ServerResponseError
+from airflow.sdk.api.datamodels._generated import BundleInfo, DagRun, TaskInstance, TIRunContext
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+
+try:
+    # From 1.4 on, whoever starts a supervisor catches the signals for it.
+    from airflow.sdk.execution_time.coordinator import _warm_shutdown_signals as catch_signals
+except ImportError:
+    catch_signals = nullcontext
+
+STARTUP_MESSAGE_MAX_BYTES = 1 << 16
+EXITS = {"success": 0, "exit-1": 1}
+
+
+def build(model: Any, **values: Any) -> Any:
+    """Validate those values that this release's model knows."""
+    return model.model_validate({name: value for name, value in values.items() if name in model.model_fields})
+
+
+def build_task_instance() -> Any:
+    return build(
+        TaskInstance,
+        id=uuid.uuid4(),
+        task_id="task",
+        dag_id="dag",
+        run_id="run",
+        try_number=1,
+        dag_version_id=uuid.uuid4(),
+        pool_slots=1,
+        priority_weight=1,
+    )
+
+
+def build_run_context() -> Any:
+    now = datetime.now(tz=timezone.utc)
+    dag_run = build(
+        DagRun,
+        dag_id="dag",
+        run_id="run",
+        logical_date=now,
+        data_interval_start=now,
+        data_interval_end=now,
+        run_after=now,
+        start_date=now,
+        end_date=None,
+        run_type="manual",
+        state="running",
+        consumed_asset_events=[],
+        partition_key=None,
+    )
+    return build(TIRunContext, dag_run=dag_run, max_tries=0, should_retry=False)
+
+
+def build_conflict() -> Exception:
+    """Return what the client raises when the server answers 409: somebody else has set the task's state."""
+    # httpx up to 1.3, httpx2 from 1.4 on
+    http = sys.modules[ServerResponseError.__base__.__module__.partition(".")[0]]
+    answer = http.Response(
+        409,
+        json={"detail": {"reason": "not_running", "current_state": "failed"}},
+        request=http.Request("PUT", "http://127.0.0.1/heartbeat"),
+    )
+    return ServerResponseError.from_response(answer)
+
+
+class TaskInstances:
+    """The part of the API client that the supervisor needs for one task."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.plan = plan
+        self.conflict_at: float | None = None
+        self.finish_calls: list[str] = []
+
+    def start(self, *_args: Any) -> Any:
+        return build_run_context()
+
+    def heartbeat(self, *_args: Any, **_kwargs: Any) -> None:
+        if self.plan["ending"] == "409" and is_ordered_to_end(self.plan):
+            self.conflict_at = self.conflict_at or time.monotonic()
+            raise build_conflict()
+
+    def finish(self, **call: Any) -> None:
+        self.finish_calls.append(str(call["state"]))
+
+
+def is_ordered_to_end(plan: dict[str, Any]) -> bool:
+    return bool(select.select([plan["order"]], [], [], 0)[0])
+
+
+def start_tree(plan: dict[str, Any]) -> None:
+    if plan["holds_sockets"]:
+        for entry in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # the listing's own descriptor is gone
+                os.set_inheritable(int(entry.name), True)
+    tree = subprocess.Popen(
+        plan["argv"], start_new_session=plan["new_session"], close_fds=not plan["holds_sockets"]
+    )
+    if plan["stops"]:
+        os.waitid(os.P_PID, tree.pid, os.WSTOPPED)
+
+
+def run_task(plan: dict[str, Any]) -> NoReturn:
+    """Be the task: start the tree, announce it, and end as planned."""
+    # Closing a socket with unread bytes would show the supervisor a reset instead of an end of file.
+    os.read(0, STARTUP_MESSAGE_MAX_BYTES)
+    start_tree(plan)
+    with Path(plan["ready"]).open("a") as ready:
+        ready.write(f"runner {os.getpid()}\n")
+    if plan["ending"] in EXITS:
+        os.read(plan["order"], 1)
+        sys.exit(EXITS[plan["ending"]])
+    while True:
+        signal.pause()
+
+
+def make_recorder(events: list[dict[str, Any]]) -> Any:
+    def record(_logger: Any, level: str, event: dict[str, Any]) -> NoReturn:
+        events.append({**event, "level": level})
+        raise structlog.DropEvent
+
+    return structlog.wrap_logger(structlog.PrintLogger(), processors=[record]).bind()
+
+
+def supervise(plan: dict[str, Any]) -> dict[str, Any]:
+    api = TaskInstances(plan)
+    log: list[dict[str, Any]] = []
+    process = ActivitySubprocess.start(
+        what=build_task_instance(),
+        dag_rel_path="dag.py",
+        bundle_info=build(BundleInfo, name="bundle", version=None),
+        client=SimpleNamespace(task_instances=api),
+        target=lambda: run_task(plan),
+        logger=make_recorder(log),
+    )
+    result: dict[str, Any] = {"exit_code": None, "final_state": None, "exception": None, "traceback": None}
+    try:
+        result["exit_code"] = process.wait()
+        result["final_state"] = str(process.final_state)
+    except Exception as error:  # noqa: BLE001  # whatever the supervisor dies of is the result
+        result["exception"] = f"{type(error).__name__}: {error}"
+        result["traceback"] = traceback.format_exc()
+    return {
+        **result,
+        "returned_at": time.monotonic(),
+        "conflict_at": api.conflict_at,
+        "log": log,
+        "finish_calls": api.finish_calls,
+    }
+
+
+def main() -> NoReturn:
+    folder = Path(sys.argv[2])
+    plan = json.loads((folder / "plan.json").read_text())
+    with catch_signals():
+        result = supervise(plan)
+    (folder / "result.json").write_text(json.dumps(result, default=str))
+    # Who counts what is left does so when this process is gone: the interpreter's own end would give it time to go.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

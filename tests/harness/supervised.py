@@ -1,0 +1,240 @@
+"""Run a real supervisor over a task that starts processes, end the task, and see what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args
+
+from tests.harness.environments import clean_env
+from tests.harness.processes import Process, find_marked, kill_marked, wait_for_exit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from tests.harness.environments import Environment
+    from tests.harness.shapes import Shape
+
+Ending = Literal["409", "sigterm", "runner-killed", "exit-1", "success"]
+
+SCENARIO = Path(__file__).with_name("scenario.py")
+
+READY_TIMEOUT = 60.0
+"""Seconds for importing the SDK and starting the tree; a cold disk and two busy cores take most of it."""
+RETURN_TIMEOUT = 30.0
+"""Seconds from the order to end until the supervisor must have returned."""
+SETTLE_TIMEOUT = 1.0
+"""Seconds that a process which was already told to end may take to do it after the supervisor's return."""
+
+ANNOUNCEMENTS_MAX_BYTES = 1 << 16
+
+HEARTBEAT_INTERVAL = 1
+SOCKET_CLEANUP_TIMEOUT = 3
+SETTINGS = {
+    "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": str(HEARTBEAT_INTERVAL),
+    "AIRFLOW__WORKERS__SOCKET_CLEANUP_TIMEOUT": str(SOCKET_CLEANUP_TIMEOUT),
+}
+"""Airflow's defaults are 5 and 60 seconds: the same happens, later."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one supervised task.
+
+    `seconds` counts from the 409, or from the signal or exit that ended the task, to the supervisor's return or death.
+    """
+
+    seconds: float
+    left: list[Process]
+    """Alive when the supervisor was gone and SETTLE_TIMEOUT had passed, the runner included."""
+    left_at_return: list[Process]
+    """Alive at the very moment."""
+    hung: bool = False
+    """The supervisor did not return in time and was killed; nothing below is known."""
+    killed_by: int | None = None
+    """The signal that the supervisor died of; nothing below is known."""
+    exception: str | None = None
+    """Type and message of what `wait()` raised."""
+    traceback: str | None = None
+    exit_code: int | None = None
+    final_state: str | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """The events in the task's log."""
+    finish_calls: list[str] = field(default_factory=list)
+    """The states that the supervisor reported to the API."""
+
+    @property
+    def returned(self) -> bool:
+        """Whether the supervisor did its work to the end."""
+        return not self.hung and self.killed_by is None and self.exception is None
+
+    @property
+    def clean(self) -> bool:
+        """Whether, besides, nothing is left."""
+        return self.returned and not self.left
+
+
+@dataclass
+class Supervisor:
+    """A running supervisor."""
+
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    order: IO[bytes]
+    """Its end is the task's order to end."""
+    announcements: IO[bytes]
+    folder: Path
+
+    def read_output(self) -> str:
+        return (self.folder / "supervisor.log").read_text(errors="replace")
+
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+class SupervisorFailedError(Exception):
+    """The scenario itself went wrong: nothing can be said about the release."""
+
+
+def run_supervised(
+    environment: Environment,
+    shape: Shape,
+    ending: Ending = "409",
+    *,
+    timeout: float = RETURN_TIMEOUT,
+    env: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Start `shape` as a task under the environment's supervisor, end the task, and return what came of it.
+
+    Whatever happens, none of the processes outlives the call. Raises SupervisorFailedError when the scenario does not get as far
+    as its end.
+    """
+    if ending not in get_args(Ending):
+        raise ValueError(f"an ending is one of {', '.join(get_args(Ending))}, not {ending!r}")
+    cookie = f"cookie-{uuid.uuid4().hex}"
+    with tempfile.TemporaryDirectory(prefix="supervised-") as name:
+        try:
+            with start_supervisor(
+                environment, shape, ending, cookie=cookie, folder=Path(name), env=env or {}
+            ) as supervisor:
+                runner = wait_for_tree(supervisor, shape.processes)
+                began = end_task(supervisor, runner, ending)
+                return observe(supervisor, cookie, began, timeout)
+        finally:
+            kill_marked(cookie)
+
+
+def kill_supervisors() -> None:
+    """Have every `run_supervised` of other threads come to its end soon, without a meaningful result."""
+    for process in tuple(_running):
+        process.kill()
+
+
+@contextmanager
+def start_supervisor(
+    environment: Environment,
+    shape: Shape,
+    ending: Ending,
+    *,
+    cookie: str,
+    folder: Path,
+    env: Mapping[str, str],
+) -> Iterator[Supervisor]:
+    """Run a supervisor in a session of its own, and kill it in the end if it still runs."""
+    ready = folder / "ready"
+    os.mkfifo(ready)
+    order_read, order_write = os.pipe()
+    with ExitStack() as stack:
+        far_end = stack.enter_context(open(order_read, "rb"))  # noqa: PTH123  # a descriptor has no path
+        order = stack.enter_context(open(order_write, "wb"))  # noqa: PTH123
+        # Held open at both ends: no writer waits for a reader, and the first to close is not the end of the file.
+        announcements = stack.enter_context(ready.open("rb+", buffering=0))
+        plan = {
+            "argv": shape.argv(cookie, ready),
+            "ending": ending,
+            "holds_sockets": shape.holds_sockets,
+            "new_session": shape.new_session,
+            "order": order_read,
+            "ready": str(ready),
+            "stops": shape.stops,
+        }
+        (folder / "plan.json").write_text(json.dumps(plan))
+        output = stack.enter_context((folder / "supervisor.log").open("wb"))
+        process = subprocess.Popen(
+            [environment.python, SCENARIO, cookie, folder],
+            env={**clean_env(folder, python=environment.python), **SETTINGS, **env},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[order_read],
+            start_new_session=True,
+        )
+        stack.callback(end_process, process)
+        _running.add(process)
+        far_end.close()
+        pidfd = os.pidfd_open(process.pid)
+        stack.callback(os.close, pidfd)
+        yield Supervisor(process, pidfd, order, announcements, folder)
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    _running.discard(process)
+    process.kill()
+    process.wait()
+
+
+def wait_for_tree(supervisor: Supervisor, processes: int) -> int:
+    """Return the runner's PID once it and `processes` others have announced themselves."""
+    deadline = time.monotonic() + READY_TIMEOUT
+    text = b""
+    while text.count(b"\n") < processes + 1:
+        sources: list[IO[bytes] | int] = [supervisor.announcements, supervisor.pidfd]
+        readable, _, _ = select.select(sources, [], [], max(0, deadline - time.monotonic()))
+        if supervisor.announcements not in readable:
+            reason = "the supervisor ended early" if readable else f"no task after {READY_TIMEOUT:.0f} s"
+            raise SupervisorFailedError(f"{reason}; its output:\n{supervisor.read_output()}")
+        text += supervisor.announcements.read(ANNOUNCEMENTS_MAX_BYTES)
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(b"runner "))
+
+
+def end_task(supervisor: Supervisor, runner: int, ending: Ending) -> float:
+    """Bring about the ending; return the monotonic time."""
+    began = time.monotonic()
+    if ending == "sigterm":
+        supervisor.process.terminate()
+    elif ending == "runner-killed":
+        os.kill(runner, signal.SIGKILL)
+    else:
+        supervisor.order.close()
+    return began
+
+
+def observe(supervisor: Supervisor, cookie: str, began: float, timeout: float) -> Outcome:
+    """Wait for the supervisor and describe what it leaves."""
+    hung = not select.select([supervisor.pidfd], [], [], timeout)[0]
+    ended = time.monotonic()
+    alive = [process for process in find_marked(cookie) if process.pid != supervisor.process.pid]
+    wait_for_exit(alive, SETTLE_TIMEOUT)
+    left = [process for process in find_marked(cookie) if process.pid != supervisor.process.pid]
+    if hung:
+        return Outcome(ended - began, left, alive, hung=True)
+    status = supervisor.process.wait()
+    if status < 0:
+        return Outcome(ended - began, left, alive, killed_by=-status)
+    if status > 0:
+        raise SupervisorFailedError(
+            f"the supervisor exited {status}; its output:\n{supervisor.read_output()}"
+        )
+    result = json.loads((supervisor.folder / "result.json").read_text())
+    conflict_at, returned_at = result.pop("conflict_at"), result.pop("returned_at")
+    return Outcome(returned_at - (conflict_at or began), left, alive, **result)

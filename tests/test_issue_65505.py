@@ -1,0 +1,68 @@
+"""apache/airflow issue 65505: a task set to failed leaves its virtualenv's processes, and its supervisor crashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from patches.releases import find_release
+from patches.rules import load_changes
+from patches.upstream import fetch_wheel
+from patches.wheels import build_wheel
+from tests.harness.environments import create_environment
+from tests.harness.shapes import BY_NAME
+from tests.harness.supervised import SOCKET_CLEANUP_TIMEOUT, run_supervised
+
+if TYPE_CHECKING:
+    from patches.releases import Release
+    from tests.harness.supervised import Outcome
+
+VIRTUALENV = BY_NAME["virtualenv"]
+
+
+@pytest.fixture(scope="module", params=["1.0.6", "1.1.8"])
+def release(request: pytest.FixtureRequest) -> Release:
+    return find_release(request.param)
+
+
+@pytest.fixture(scope="module")
+def stock(release: Release) -> Outcome:
+    return run_supervised(create_environment(release), VIRTUALENV, "409")
+
+
+@pytest.fixture(scope="module")
+def patched(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    wheel = build_wheel(release, fetch_wheel(release), load_changes(), tmp_path_factory.mktemp("dist"))
+    return run_supervised(create_environment(release, wheel=wheel), VIRTUALENV, "409")
+
+
+def test_stock_supervisor_crashes(stock: Outcome) -> None:
+    """The stock supervisor selects on the selector that it has closed, and dies of it."""
+    assert stock.exception == "ValueError: I/O operation on closed epoll object"
+
+
+def test_stock_supervisor_leaves_the_processes_of_the_task(stock: Outcome) -> None:
+    """The stock supervisor says that the task was killed, and both the child and the grandchild live on."""
+    assert "Task killed!" in [event["event"] for event in stock.log]
+    assert len(stock.left) == VIRTUALENV.processes
+
+
+def test_harness_ends_what_stock_leaves(stock: Outcome) -> None:
+    """No process outlives a supervised run, whatever the supervisor did."""
+    assert stock.left
+    assert [process for process in stock.left if Path(f"/proc/{process.pid}/exe").exists()] == []
+
+
+def test_patched_supervisor_returns_at_once(patched: Outcome) -> None:
+    """The patched supervisor ends its work without waiting for anything to time out."""
+    assert patched.exception is None
+    assert patched.seconds < SOCKET_CLEANUP_TIMEOUT
+    assert patched.final_state is not None
+    assert patched.final_state.lower() == "server_terminated"
+
+
+def test_patched_supervisor_leaves_nothing(patched: Outcome) -> None:
+    """The child and the grandchild end with the task."""
+    assert patched.left == []
