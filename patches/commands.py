@@ -45,6 +45,7 @@ def run_command(
             stdout, stderr = process.communicate(stdin)
         except BaseException:
             process.kill()
+            process.wait()
             raise
         finally:
             with _running_lock:

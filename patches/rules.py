@@ -36,6 +36,7 @@ OPTIONAL_RULE_KEYS = {"constraints", "utils", "transform", "rewriters"}
 METADATA_KEYS = {"file"}
 OPTIONAL_METADATA_KEYS = {"matches", "releases"}
 NEW_FILE_MODE = 0o644
+QUOTED_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ class Change:
     files: tuple[str, ...]
     rules: tuple[Rule, ...]
 
-    def touched_files(self) -> set[str]:
-        """Return the files that it adds or, in some release, edits."""
-        return {*self.files, *(rule.file for rule in self.rules)}
+    def touches(self, file: str, release: Release) -> bool:
+        """Say whether it adds or edits a file of a release."""
+        return file in self.files or any(
+            rule.file == file and rule.count_expected(release) for rule in self.rules
+        )
 
 
 @dataclass
@@ -157,9 +160,10 @@ def find_edits(rule: Rule, source: bytes) -> list[Edit]:
         [find_tool("ast-grep"), "scan", "--inline-rules", rule.text, "--json=compact", "--stdin"],
         stdin=source,
     )
-    complaint = " ".join(result.stderr.decode(errors="replace").split())
-    if complaint:
-        raise PatchError(f"ast-grep does not take rule {rule.id} ({rule.origin}): {complaint}")
+    if result.stderr:
+        complaint = " ".join(result.stderr.decode(errors="replace").split())
+        cause = complaint.rpartition("╰▻ ")[2]
+        raise PatchError(f"ast-grep does not take rule {rule.id} ({rule.origin}): {cause}")
     edits = [
         Edit(
             start=match["replacementOffsets"]["start"],
@@ -168,16 +172,21 @@ def find_edits(rule: Rule, source: bytes) -> list[Edit]:
         )
         for match in json.loads(result.stdout)
     ]
-    return sorted(edits, key=lambda edit: edit.start)
+    edits.sort(key=lambda edit: edit.start)
+    if any(later.start < earlier.end for earlier, later in zip(edits, edits[1:])):
+        raise PatchError(
+            f"Rule {rule.id} ({rule.origin}) has matches inside one another: make it match less."
+        )
+    return edits
 
 
-def apply_edits(source: bytes, edits: Iterable[Edit]) -> bytes:
-    """Return the text with the edits made, without the blanks that a template leaves at the ends of lines.
+def apply_edits(source: bytes, edits: Sequence[Edit]) -> bytes:
+    """Return the text with the edits, in its order, made, without the blanks that a template leaves at line ends.
 
     A line that a deletion has emptied goes altogether.
     """
     # From the last one on: what comes before an edit keeps its offsets.
-    for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
+    for edit in reversed(edits):
         line_start = source.rfind(b"\n", 0, edit.start) + 1
         line_end = source.find(b"\n", edit.end)
         line_end = len(source) if line_end < 0 else line_end
@@ -196,27 +205,29 @@ def _load_change(path: Path) -> Change:
         raise PatchError(f"{path.name} is empty: describe the change in its first document.")
     document = _read_mapping(texts[0], path.name)
     _check_keys(document, CHANGE_KEYS, set(), path.name)
-    name = document["change"]
+    name, files = document["change"], document["files"]
     if path.stem.partition("-")[2] != name:
         raise PatchError(f"{path.name} says that its change is {name!r}: call the file NN-{name}.yml.")
+    if not isinstance(files, list):
+        raise PatchError(f"{path.name} has no list for files: write [] if it brings none.")
     return Change(
         name=name,
         what=_read_text(document, "what", path.name),
         why=_read_text(document, "why", path.name),
         upstream=_read_text(document, "upstream", path.name),
-        files=tuple(_check_path(file, path.name) for file in document["files"]),
+        files=tuple(_check_path(file, path.name) for file in files),
         rules=tuple(_load_rule(text, path.name) for text in texts[1:]),
     )
 
 
 def _load_rule(text: str, origin: str) -> Rule:
     document = _read_mapping(text, origin)
-    where = f"rule {document.get('id', '(without id)')} of {origin}"
+    where = f"Rule {document.get('id', '(without id)')} ({origin})"
     _check_keys(document, RULE_KEYS, OPTIONAL_RULE_KEYS, where)
     metadata = document["metadata"]
     if not isinstance(metadata, dict):
-        raise PatchError(f"The metadata of {where} are no mapping.")
-    _check_keys(metadata, METADATA_KEYS, OPTIONAL_METADATA_KEYS, f"the metadata of {where}")
+        raise PatchError(f"{where} has no mapping for metadata.")
+    _check_keys(metadata, METADATA_KEYS, OPTIONAL_METADATA_KEYS, f"{where}, in its metadata,")
     for key in ("message", "note"):
         _read_text(document, key, where)
     matches = metadata.get("matches", 1)
@@ -247,7 +258,7 @@ def _split_documents(path: Path) -> list[str]:
 def _read_mapping(text: str, where: str) -> dict[str, Any]:
     document = yaml.safe_load(text)
     if not isinstance(document, dict):
-        raise PatchError(f"{where} has a document that is no mapping: {text.splitlines()[0]!r}.")
+        raise PatchError(f"{where} has a document that is no mapping: {text[:QUOTED_LENGTH]!r}.")
     return document
 
 
@@ -267,15 +278,15 @@ def _read_text(document: dict[str, Any], key: str, where: str) -> str:
     return text.strip()
 
 
-def _read_specifiers(text: str, where: str) -> SpecifierSet:
+def _read_specifiers(text: object, where: str) -> SpecifierSet:
     try:
-        return SpecifierSet(text)
+        return SpecifierSet(str(text))
     except InvalidSpecifier:
         raise PatchError(f"{where} names releases {text!r}: write them like '>=1.3.1,<1.4.0b1'.") from None
 
 
 def _check_count(count: object, where: str) -> int:
-    if not isinstance(count, int) or count < 1:
+    if type(count) is not int or count < 1:
         raise PatchError(f"{where} says that it matches {count!r} times: give a number from 1 on.")
     return count
 
@@ -312,7 +323,7 @@ def _apply_rule(tree: Tree, patch: Patch, rule: Rule, release: Release) -> Itera
     if not expected:
         return
     where = f"Rule {rule.id} ({rule.origin}) on {rule.file} of SDK {release.version}"
-    source = patch.changed.get(rule.file) or _read_file(tree, rule.file)
+    source = patch.changed.get(rule.file, _read_file(tree, rule.file))
     if source is None:
         yield f"{where}: there is no such file."
         return

@@ -78,7 +78,11 @@ def _run_pip_download(name: str, version: str, sha256: str | None, folder: Path)
     requirements.write_text(f"{PROJECT}=={version}{pinned_hash}\n", encoding="utf-8")
     kind = ["--only-binary", ":all:"] if name.endswith(".whl") else ["--no-binary", PROJECT]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
-    result = run_command([*command, *kind, "--dest", str(folder), "--requirement", str(requirements)])
+    # pip does not clean up when it is interrupted: its temporary files go with the folder.
+    result = run_command(
+        [*command, *kind, "--dest", str(folder), "--requirement", str(requirements)],
+        environment={"TMPDIR": str(folder)},
+    )
     if result.returncode or not (folder / name).is_file():
         raise PatchError(_explain_failure(name, result.stderr.decode(errors="replace")))
 

@@ -18,7 +18,7 @@ from patches.rules import apply_changes, write_files
 from patches.upstream import wheel_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from patches.releases import Release
     from patches.rules import Change, Patch
@@ -32,18 +32,14 @@ def build_wheel(release: Release, upstream: Path, changes: Sequence[Change], out
 
     The bytes depend on upstream's wheel, the changes, and the versions of the tools alone.
     """
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=output) as work:
-        tree = _unpack(upstream, Path(work))
-        patch = apply_changes(tree, release, changes)
-        _add_notices(tree, release, changes, patch)
-        _pack(tree, upstream, Path(work))
-        built = Path(work, patched_name(release))
-        _check_extent(upstream, built, patch)
-        diff = built.with_suffix(".diff")
-        diff.write_text(_diff_wheels(upstream, built), encoding="utf-8")
-        for file in (diff, built):
-            file.replace(output / file.name)
-    return output / patched_name(release)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=output) as work:
+            built = _build_in(Path(work), release, upstream, changes)
+            for file in (built.with_suffix(".diff"), built):
+                file.replace(output / file.name)
+    except OSError as error:
+        raise _explain_refusal(output, error) from None
+    return output / built.name
 
 
 def patched_name(release: Release) -> str:
@@ -57,9 +53,25 @@ def prepare_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise PatchError(
-            f"{output} cannot take the wheels ({error.strerror}): name another folder with --output."
-        ) from None
+        raise _explain_refusal(output, error) from None
+
+
+def _explain_refusal(output: Path, error: OSError) -> PatchError:
+    return PatchError(
+        f"{output} cannot take the wheels ({error.strerror}): name another folder with --output."
+    )
+
+
+def _build_in(work: Path, release: Release, upstream: Path, changes: Sequence[Change]) -> Path:
+    """Make the wheel and its diff in an empty folder, and return the wheel's path."""
+    tree = _unpack(upstream, work)
+    patch = apply_changes(tree, release, changes)
+    _add_notices(tree, release, changes, patch)
+    _pack(tree, upstream, work)
+    built = work / patched_name(release)
+    _check_extent(upstream, built, patch)
+    built.with_suffix(".diff").write_text(_diff_wheels(upstream, built), encoding="utf-8")
+    return built
 
 
 def _unpack(wheel: Path, work: Path) -> Path:
@@ -108,16 +120,16 @@ def _write_notice(release: Release, changes: Sequence[Change], patch: Patch) -> 
             f"This is {PROJECT} {release.version} with changes, {release.version}+{local_version()}. The changes are "
             "not the Apache Software Foundation's. They are under the Apache License 2.0, like the rest."
         ),
-        "\n".join(["Changed files:", *_list_files(sorted(patch.changed), changes)]),
-        "\n".join(["Added files:", *_list_files(sorted(patch.added), changes)]),
+        "\n".join(["Changed files:", *_list_files(patch.changed, release, changes)]),
+        "\n".join(["Added files:", *_list_files(patch.added, release, changes)]),
         *(_describe_change(change) for change in changes),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _list_files(files: list[str], changes: Sequence[Change]) -> Iterator[str]:
-    for file in files:
-        names = [change.name for change in changes if file in change.touched_files()]
+def _list_files(files: Iterable[str], release: Release, changes: Sequence[Change]) -> Iterator[str]:
+    for file in sorted(files):
+        names = [change.name for change in changes if change.touches(file, release)]
         yield f"  {file} ({', '.join(names)})"
 
 
