@@ -118,6 +118,7 @@ def write_tree(folder: Path) -> Path:
 
 def pack_wheel(folder: Path, version: str) -> Path:
     """Write the SDK's wheel into a folder, from a tree beside that folder."""
+    folder.mkdir(exist_ok=True)
     tree = write_tree(folder.with_name(f"tree-{version}"))
     info = tree / f"apache_airflow_task_sdk-{version}.dist-info"
     info.mkdir()

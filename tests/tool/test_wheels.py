@@ -219,7 +219,7 @@ def test_rule_that_does_not_match_leaves_nothing(tmp_path: Path) -> None:
     """A wheel whose patching fails is not written, not even in part."""
     output = tmp_path / "dist"
     output.mkdir()
-    upstream = made_up.pack_wheel(tmp_path, "1.9.0")
+    upstream = made_up.pack_wheel(tmp_path / "upstream", "1.9.0")
     changes = load(tmp_path / "changes", write_rule("{pattern: absent()}", "x"))
     with pytest.raises(PatchError, match="0 matches instead of 1"):
         build_wheel(made_up.release("1.9.0"), upstream, changes, output)
@@ -236,7 +236,7 @@ def test_refuses_wheel_with_unexplained_changes(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("patches.wheels.apply_changes", apply_and_stray)
     output = tmp_path / "dist"
     output.mkdir()
-    upstream = made_up.pack_wheel(tmp_path, "1.9.0")
+    upstream = made_up.pack_wheel(tmp_path / "upstream", "1.9.0")
     with pytest.raises(PatchError, match=r"otherwise than the changes say: airflow/stray\.py"):
         build_wheel(made_up.release("1.9.0"), upstream, load(tmp_path / "changes", write_rule()), output)
     assert not list(output.iterdir())
