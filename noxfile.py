@@ -28,12 +28,19 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def upstream(session: nox.Session) -> None:
+    """Run upstream's own tests on the stock and the patched SDK of versions, or of the last of every line."""
+    install_groups(session, "tool", "tests")
+    session.run("python", "-m", "tests.upstream", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types and change files, without upstream at hand."""
     install_groups(session, "tool", "tests", "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
-    session.run("mypy", "patches", "tests/tool")
+    session.run("mypy", "patches", "tests")
     session.run("python", "-m", "patches", "lint")
 
 

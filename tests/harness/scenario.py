@@ -87,7 +87,8 @@ def build_conflict() -> Exception:
         json={"detail": {"reason": "not_running", "current_state": "failed"}},
         request=http.Request("PUT", "http://127.0.0.1/heartbeat"),
     )
-    return ServerResponseError.from_response(answer)
+    conflict: Exception = ServerResponseError.from_response(answer)
+    return conflict
 
 
 class TaskInstances:

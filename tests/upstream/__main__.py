@@ -1,0 +1,110 @@
+"""The command line: python -m tests.upstream [VERSION...]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from patches.commands import interrupt_on_sigterm
+from patches.errors import PatchError
+from patches.releases import ROOT, find_release, last_of_lines
+from patches.rules import load_changes
+from patches.upstream import fetch_wheel
+from patches.wheels import build_wheel, prepare_output
+from tests.harness.environments import NoInterpreterError
+from tests.upstream.judging import judge_release
+from tests.upstream.report import print_report
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from patches.releases import Release
+    from tests.upstream.judging import Verdict
+
+DEFAULT_SUITE = "tests/task_sdk/execution_time"
+DIST = ROOT / "dist"
+REGRESSED, UNUSABLE, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return 0 if every release asked for was tested and none regressed, 1 if one did, 2 if one was not tested."""
+    options = parse_arguments(arguments)
+    console, errors = (
+        Console(highlight=False),
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False),
+    )
+    try:
+        return run(options, console)
+    except PatchError as error:
+        errors.print(error)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        errors.print("Interrupted: every process that the tests had started was ended.")
+        return INTERRUPTED
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nox -s upstream --",
+        description="Run upstream's own tests, unmodified, on the stock wheel and on the patched one, and compare.",
+    )
+    parser.add_argument(
+        "versions",
+        nargs="*",
+        metavar="VERSION",
+        help="of Airflow or its SDK; the last of every line by default",
+    )
+    parser.add_argument(
+        "--suite", default=DEFAULT_SUITE, metavar="PATH", help="in upstream's sdist; default: %(default)s"
+    )
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="test this wheel, not the one built here")
+    options = parser.parse_args(arguments)
+    if options.wheel and len(options.versions) != 1:
+        parser.error("--wheel belongs to one release: name its version")
+    return options
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Judge the releases one after the other, for upstream's tests measure time; return the exit status."""
+    releases = list(dict.fromkeys(map(find_release, options.versions))) or last_of_lines()
+    verdicts: list[Verdict] = []
+    not_run: dict[Release, str] = {}
+    with show_progress(console) as progress:
+        for release in releases:
+            try:
+                wheel = options.wheel or build(release)
+                verdicts.append(judge_release(release, wheel, options.suite, progress))
+            except NoInterpreterError as error:
+                not_run[release] = str(error)
+    print_report(console, verdicts, not_run)
+    if any(verdict.regressions for verdict in verdicts):
+        return REGRESSED
+    # Without versions given, one line that no interpreter here serves is no failure; none at all is.
+    return UNUSABLE if not_run and (options.versions or not verdicts) else 0
+
+
+def show_progress(console: Console) -> Progress:
+    """Show what runs now and since when; on a terminal alone, for a log gets a line for every run that has ended."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def build(release: Release) -> Path:
+    """Build the patched wheel of a release."""
+    prepare_output(DIST)
+    return build_wheel(release, fetch_wheel(release), load_changes(), DIST)
+
+
+if __name__ == "__main__":
+    interrupt_on_sigterm()
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The verdict on a release: its suite on the stock wheel, on the patched one, and again where they differ."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tests.upstream.results import compare_results, count_outcomes, is_sound
+from tests.upstream.suites import install_suite, run_suite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from rich.progress import Progress, TaskID
+
+    from patches.releases import Release
+    from tests.harness.environments import Environment
+    from tests.upstream.results import Comparison, Result
+
+# Some of upstream's tests fail now and then under load: a difference must show again in one of these.
+REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """A suite's results on one wheel, by test id, and the seconds that they took."""
+
+    results: Mapping[str, Result]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a suite showed about a release. The lists hold sorted test ids."""
+
+    release: Release
+    stock: Run
+    patched: Run
+    comparison: Comparison
+    regressions: Sequence[str]
+    """Differ for the worse on the patched wheel, and did so again when repeated."""
+    passing_again: Sequence[str]
+    """Differed for the worse once, and passed whenever they were repeated."""
+
+
+def judge_release(release: Release, wheel: Path, suite: str, progress: Progress) -> Verdict:
+    """Run a suite, the path of a folder or a module in the sdist, on both wheels in turn, and compare."""
+    stock_environment, environment = (install(release, each, progress) for each in (None, wheel))
+    stock = time_suite(stock_environment, [suite], "stock", progress)
+    patched = time_suite(environment, [suite], "patched", progress)
+    comparison = compare_results(stock.results, patched.results)
+    regressions = repeat_suspects(environment, comparison.regressions, progress)
+    passing_again = sorted(set(comparison.regressions) - set(regressions))
+    return Verdict(release, stock, patched, comparison, regressions, passing_again)
+
+
+def repeat_suspects(environment: Environment, suspects: Sequence[str], progress: Progress) -> list[str]:
+    """Return the suspects that differ again; they run among their neighbours, on which a failure may depend."""
+    if not suspects:
+        return []
+    modules = sorted({suspect.partition("::")[0] for suspect in suspects})
+    regressions = set()
+    for number in range(1, REPEATS + 1):
+        repeat = time_suite(environment, modules, f"patched-repeat-{number}", progress)
+        regressions |= {suspect for suspect in suspects if not is_sound(repeat.results.get(suspect))}
+    return sorted(regressions)
+
+
+def install(release: Release, wheel: Path | None, progress: Progress) -> Environment:
+    """Make the environment for a release's suite."""
+    with show_task(progress, f"{release.version}-{'patched' if wheel else 'stock'}: installing", total=None):
+        return install_suite(release, wheel)
+
+
+def time_suite(environment: Environment, selection: Sequence[str], kind: str, progress: Progress) -> Run:
+    """Run tests, take the time, and say in a line what came of them."""
+    name = f"{environment.release.version}-{kind}"
+    began = time.monotonic()
+    with show_task(progress, name, total=100) as task:
+        results = run_suite(
+            environment, selection, name, lambda percent: progress.update(task, completed=percent)
+        )
+    run = Run(results, time.monotonic() - began)
+    counts = [f"{count} {outcome}" for outcome, count in count_outcomes(results).items() if count]
+    progress.console.print(f"{name}: {', '.join(counts)} in {run.seconds:.0f} s")
+    return run
+
+
+@contextlib.contextmanager
+def show_task(progress: Progress, description: str, *, total: int | None) -> Iterator[TaskID]:
+    """Show what is being done while it is."""
+    task = progress.add_task(description, total=total)
+    try:
+        yield task
+    finally:
+        progress.remove_task(task)
