@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DEFAULT_VERSION = "3.1.8"
 PROBLEM, UNUSABLE, INTERRUPTED = 1, 2, 130
+# A file has no width of its own; at this one no row of a table is wrapped.
+COLUMNS_IN_FILE = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     version = parser.parse_args(arguments).version
     console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = COLUMNS_IN_FILE
     began = time.monotonic()
     try:
         outcomes = run_demo(version, console)

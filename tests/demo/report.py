@@ -49,9 +49,16 @@ def print_report(console: Console, release: Release, wheel: Path, outcomes: Mapp
 
 def make_table(title: str, outcomes: Mapping[Run, Outcome]) -> Table:
     """Return a row for each shape, with the stock and the patched outcome side by side."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("The task had started")
-    for heading in ("stock:\nleft running", "\nsupervisor", "patched:\nleft running", "\nsupervisor"):
+    for heading in ("stock:\nleft", "\nsupervisor", "patched:\nleft", "\nsupervisor"):
         table.add_column(heading, no_wrap=True)
     rows: dict[str, list[str]] = {}
     for run, outcome in outcomes.items():
@@ -81,6 +88,7 @@ def describe_supervisor(outcome: Outcome) -> str:
 def explain(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
     """Yield what a newcomer needs to read the table."""
     crashes = sorted({outcome.exception for outcome in outcomes.values() if outcome.exception is not None})
+    yield "Left is what still runs of the task when its supervisor is gone; the task's own process counts, too."
     yield (
         "The supervisor is the worker's process that watches one task. It learns that the task was set to failed when "
         "the API answers its heartbeat with 409; when the worker is shut down it gets SIGTERM. Seconds count from then."
@@ -98,4 +106,4 @@ def summarize(name: str, outcomes: Mapping[Run, Outcome], *, patched: bool) -> s
     side = [outcome for run, outcome in outcomes.items() if run.patched == patched]
     left = sum(len(outcome.left) for outcome in side)
     failed = sum(not outcome.returned for outcome in side)
-    return f"{name}: {left} processes left, {failed} of {len(side)} supervisors crashed, hung or were killed."
+    return f"{name}: {left} processes left, {failed} of {len(side)} supervisors crashed, hung or died of a signal."

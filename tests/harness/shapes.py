@@ -51,7 +51,7 @@ PIPELINE = f'{ANNOUNCE}; "$@" | "$@"'
 SHAPES = (
     Shape(
         "virtualenv",
-        "a child and a grandchild, like @task.virtualenv",
+        "a virtualenv's Python with a child of its own",
         actor("parent"),
         processes=2,
         in_group=True,
@@ -59,7 +59,7 @@ SHAPES = (
     Shape("pipeline", "a shell pipeline", shell(PIPELINE), processes=3, in_group=True),
     Shape(
         "all-sockets",
-        "a child that inherits every socket, like a forked worker",
+        "a forked worker, which inherits every socket",
         actor("sleeper"),
         processes=1,
         in_group=True,
