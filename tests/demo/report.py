@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from tests.demo.runs import RETURN_TIMEOUT
-from tests.harness.supervised import HEARTBEAT_INTERVAL, SOCKET_CLEANUP_TIMEOUT
+from tests.harness.supervised import HEARTBEAT_INTERVAL, KILL_GRACE, SOCKET_CLEANUP_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -96,10 +96,11 @@ def explain(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
     for crash in crashes:
         yield f"It crashed with [red]{crash}[/]."
     yield (
-        f"Here it sends a heartbeat every {HEARTBEAT_INTERVAL} s and gives up on open sockets after "
-        f"{SOCKET_CLEANUP_TIMEOUT} s, so that you see the same sooner: Airflow's defaults are 5 and 60."
+        f"So that you see it sooner, the supervisor here sends a heartbeat every {HEARTBEAT_INTERVAL} s, kills a task that does "
+        f"not end within {KILL_GRACE} s and gives up on open sockets after {SOCKET_CLEANUP_TIMEOUT} s. Airflow's "
+        "defaults are 5 s, 60 s (before Airflow 3.4 always 5 s) and 60 s."
     )
-    yield "[yellow]Not ended by this release:[/] processes that leave the task's group or session, or ignore SIGTERM."
+    yield "[yellow]Not ended by this version:[/] processes that leave the task's group or session, or ignore SIGTERM."
 
 
 def summarize(name: str, outcomes: Mapping[Run, Outcome], *, patched: bool) -> str:

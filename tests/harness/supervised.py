@@ -38,12 +38,14 @@ SETTLE_TIMEOUT = 1.0
 ANNOUNCEMENTS_MAX_BYTES = 1 << 16
 
 HEARTBEAT_INTERVAL = 1
+KILL_GRACE = 5
 SOCKET_CLEANUP_TIMEOUT = 3
 SETTINGS = {
+    "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": str(KILL_GRACE),
     "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": str(HEARTBEAT_INTERVAL),
     "AIRFLOW__WORKERS__SOCKET_CLEANUP_TIMEOUT": str(SOCKET_CLEANUP_TIMEOUT),
 }
-"""Airflow's defaults are 5 and 60 seconds: the same happens, later."""
+"""Airflow's defaults are 60 (before 1.4 it is 5 for everybody), 5 and 60 seconds: the same happens, later."""
 
 
 @dataclass(frozen=True)
