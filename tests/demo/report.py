@@ -96,9 +96,9 @@ def explain(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
     for crash in crashes:
         yield f"It crashed with [red]{crash}[/]."
     yield (
-        f"So that you see it sooner, the supervisor here sends a heartbeat every {HEARTBEAT_INTERVAL} s, kills a task that does "
-        f"not end within {KILL_GRACE} s and gives up on open sockets after {SOCKET_CLEANUP_TIMEOUT} s. Airflow's "
-        "defaults are 5 s, 60 s (before Airflow 3.4 always 5 s) and 60 s."
+        f"So that you see it sooner, the supervisor here sends a heartbeat every {HEARTBEAT_INTERVAL} s, kills a task "
+        f"that does not end within {KILL_GRACE} s and gives up on open sockets after {SOCKET_CLEANUP_TIMEOUT} s. "
+        "Airflow's defaults are 5 s, 60 s (before Airflow 3.4 always 5 s) and 60 s."
     )
     yield "[yellow]Not ended by this version:[/] processes that leave the task's group or session, or ignore SIGTERM."
 
