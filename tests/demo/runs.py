@@ -89,8 +89,10 @@ def run_all(runs: Sequence[Run], on_finished: Callable[[], object]) -> dict[Run,
                 on_finished()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            # What was cancelled before a worker saw it never counts as done to wait().
+            begun = [future for future in futures.values() if not future.cancelled()]
             # Again and again, for a run may have been about to start its supervisor.
-            while wait(futures.values(), STOP_INTERVAL).not_done:
+            while wait(begun, STOP_INTERVAL).not_done:
                 kill_supervisors()
             raise
     return {run: future.result() for run, future in futures.items()}
