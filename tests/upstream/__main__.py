@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 DEFAULT_SUITE = "tests/task_sdk/execution_time"
 DIST = ROOT / "dist"
 REGRESSED, UNUSABLE, INTERRUPTED = 1, 2, 130
+# A file has no width of its own; at this one no cell of the table is cut.
+COLUMNS_IN_FILE = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if every release asked for was tested and none regressed, 1 if one did, 2 if one was not tested."""
     options = parse_arguments(arguments)
-    console, errors = (
-        Console(highlight=False),
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False),
-    )
+    console = Console(highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = COLUMNS_IN_FILE
     try:
         return run(options, console)
     except PatchError as error:
@@ -60,7 +62,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of Airflow or its SDK; the last of every line by default",
     )
     parser.add_argument(
-        "--suite", default=DEFAULT_SUITE, metavar="PATH", help="in upstream's sdist; default: %(default)s"
+        "--suite",
+        default=DEFAULT_SUITE,
+        metavar="TESTS",
+        help="path or node id in upstream's sdist; default: %(default)s",
     )
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="test this wheel, not the one built here")
     options = parser.parse_args(arguments)

@@ -47,24 +47,26 @@ class Verdict:
 
 
 def judge_release(release: Release, wheel: Path, suite: str, progress: Progress) -> Verdict:
-    """Run a suite, the path of a folder or a module in the sdist, on both wheels in turn, and compare."""
+    """Run a suite, the path of a folder or a module in the sdist or a node id, on both wheels, and compare."""
     stock_environment, environment = (install(release, each, progress) for each in (None, wheel))
     stock = time_suite(stock_environment, [suite], "stock", progress)
     patched = time_suite(environment, [suite], "patched", progress)
     comparison = compare_results(stock.results, patched.results)
-    regressions = repeat_suspects(environment, comparison.regressions, progress)
+    regressions = repeat_suspects(environment, suite, comparison.regressions, progress)
     passing_again = sorted(set(comparison.regressions) - set(regressions))
     return Verdict(release, stock, patched, comparison, regressions, passing_again)
 
 
-def repeat_suspects(environment: Environment, suspects: Sequence[str], progress: Progress) -> list[str]:
+def repeat_suspects(
+    environment: Environment, suite: str, suspects: Sequence[str], progress: Progress
+) -> list[str]:
     """Return the suspects that differ again; they run among their neighbours, on which a failure may depend."""
-    if not suspects:
-        return []
-    modules = sorted({suspect.partition("::")[0] for suspect in suspects})
-    regressions = set()
+    selection = [suite] if "::" in suite else sorted({suspect.partition("::")[0] for suspect in suspects})
+    regressions: set[str] = set()
     for number in range(1, REPEATS + 1):
-        repeat = time_suite(environment, modules, f"patched-repeat-{number}", progress)
+        if regressions.issuperset(suspects):
+            break
+        repeat = time_suite(environment, selection, f"patched-repeat-{number}", progress)
         regressions |= {suspect for suspect in suspects if not is_sound(repeat.results.get(suspect))}
     return sorted(regressions)
 
