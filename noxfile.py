@@ -28,6 +28,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def tests(session: nox.Session) -> None:
+    """Test the tool on all supported releases, and the patched SDK on the last of every line."""
+    install_groups(session, "tool", "tests")
+    session.run("pytest", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def upstream(session: nox.Session) -> None:
     """Run upstream's own tests on the stock and the patched SDK of versions, or of the last of every line."""
     install_groups(session, "tool", "tests")

@@ -27,15 +27,15 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import selectors
-import socket
 import time
 from typing import TYPE_CHECKING, Callable, cast
 
 if TYPE_CHECKING:
-    import io
+    import socket
     from collections.abc import Iterable
 
 __all__ = ["ExitWatch", "close_sockets", "release_sockets"]
@@ -73,7 +73,7 @@ class ExitWatch:
         """Make the exit of our child ``pid`` wake ``selector``, or have :meth:`select` poll for it."""
         self._sockets_at_start = len(selector.get_map())
         try:
-            self._pidfd = cast("io.FileIO", open(os.pidfd_open(pid), "rb", buffering=0))
+            self._pidfd = io.FileIO(os.pidfd_open(pid))
         except (AttributeError, OSError):
             # Not Linux, or older than 5.3, or a seccomp profile that does not know the call, or EMFILE, or
             # somebody else has reaped the child already.

@@ -133,7 +133,7 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
         yield
         return
 
-    def forward(signum: int, frame: object) -> None:
+    def forward(signum: int, _frame: object) -> None:
         log.info(
             "Received signal, forwarding to task subprocess",
             signal=signal.Signals(signum).name,

@@ -1,0 +1,233 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from airflow.sdk.execution_time import child_exit
+from airflow.sdk.execution_time.child_exit import ExitWatch, close_sockets, release_sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PATIENCE = 5
+"""Seconds after which an event that should come has not come."""
+
+
+class Child:
+    """A child that exits with 7 when told to, and holds one end of ``socket`` open until then."""
+
+    def __init__(self) -> None:
+        reader, self._writer = os.pipe()
+        self.socket, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._writer)
+            os.read(reader, 1)
+            os._exit(7)
+        os.close(reader)
+        theirs.close()
+
+    def finish(self) -> None:
+        os.write(self._writer, b".")
+
+    def exited(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def close(self) -> None:
+        os.close(self._writer)
+        self.socket.close()
+        # Nobody but this collects the child, so the number is still its own.
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    child = Child()
+    yield child
+    child.close()
+
+
+@pytest.fixture
+def selector() -> Iterator[selectors.BaseSelector]:
+    with selectors.DefaultSelector() as selector:
+        yield selector
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, pidfd: str) -> None:
+    """Make the kernel one that has no pidfd, has none left, or a Python that does not know of it."""
+
+    def refuse(pid: int, flags: int = 0) -> int:
+        number = getattr(errno, pidfd)
+        raise OSError(number, os.strerror(number))
+
+    if pidfd == "AttributeError":
+        monkeypatch.delattr(os, "pidfd_open")
+    else:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+
+
+class TestExitWatch:
+    @pytest.mark.parametrize("pidfd", ["works", "ENOSYS", "EMFILE", "AttributeError"])
+    def test_exit_ends_the_wait(
+        self, child: Child, selector: selectors.BaseSelector, monkeypatch: pytest.MonkeyPatch, pidfd: str
+    ) -> None:
+        """The exit ends select() long before its timeout, also where there is no pidfd, and is no event itself."""
+        if pidfd != "works":
+            deny(monkeypatch, pidfd)
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        child.finish()
+        deadline = time.monotonic() + PATIENCE
+        while not child.exited():
+            assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
+            assert time.monotonic() < deadline
+        watch.close(selector)
+        assert not selector.get_map()
+
+    def test_traced_child_is_polled_for(self, child: Child, selector: selectors.BaseSelector) -> None:
+        """After the event the pidfd is gone: it stays readable, and select() would spin until the exit is collected."""
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        child.finish()
+        watch.select(selector, timeout=PATIENCE, exit_code=None)
+        assert not selector.get_map()
+        watch.expect_exit(PATIENCE)
+        started = time.monotonic()
+        watch.select(selector, timeout=PATIENCE, exit_code=None)
+        assert time.monotonic() - started >= child_exit.IMMINENT_EXIT_POLL_INTERVAL / 2
+
+    def test_socket_events_pass(self, child: Child, selector: selectors.BaseSelector) -> None:
+        selector.register(child.socket, selectors.EVENT_READ, "data")
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        child.finish()
+        [(key, _)] = watch.select(selector, timeout=PATIENCE, exit_code=None)
+        assert key.data == "data"
+        watch.close(selector)
+
+    def test_without_start_nothing_is_watched(self, child: Child, selector: selectors.BaseSelector) -> None:
+        """A subprocess type that does not start the watch selects as before."""
+        watch = ExitWatch()
+        assert watch.select(selector, timeout=0.01, exit_code=None) == []
+        assert not selector.get_map()
+        watch.close(selector)
+
+    @pytest.mark.parametrize("pidfd", ["works", "ENOSYS"])
+    def test_closed_selector(
+        self, child: Child, selector: selectors.BaseSelector, monkeypatch: pytest.MonkeyPatch, pidfd: str
+    ) -> None:
+        """A loop whose selector was closed still waits for the exit, and does not spin."""
+        if pidfd != "works":
+            deny(monkeypatch, pidfd)
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        selector.close()
+        timer = threading.Timer(0.1, child.finish)
+        timer.start()
+        looks = 0
+        while not child.exited():
+            assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
+            looks += 1
+        timer.join()
+        assert looks < 10
+        watch.close(selector)
+
+    def test_close_twice(self, child: Child, selector: selectors.BaseSelector) -> None:
+        watch = ExitWatch()
+        before = os.listdir("/proc/self/fd")
+        watch.start(selector, child.pid)
+        watch.close(selector)
+        watch.close(selector)
+        assert os.listdir("/proc/self/fd") == before
+
+    def test_sockets_are_overdue_after_the_grace_of_a_kill(self, mocker: Any) -> None:
+        clock = mocker.patch.object(child_exit.time, "monotonic", autospec=True, return_value=100.0)
+        watch = ExitWatch()
+        assert not watch.sockets_overdue(0), "a normal end waits as long as upstream does"
+        watch.expect_exit(5)
+        clock.return_value = 104.0
+        watch.expect_exit(5)
+        clock.return_value = 105.4
+        assert not watch.sockets_overdue(-15)
+        clock.return_value = 105.5
+        assert watch.sockets_overdue(-15), "the grace runs from the first kill()"
+        assert not watch.sockets_overdue(None), "a child that is there still is no socket's fault"
+
+
+class TestReleaseSockets:
+    def test_buffered_data_is_read(self, selector: selectors.BaseSelector) -> None:
+        """What is in the socket when it is taken out reaches its reader."""
+        ours, theirs = socket.socketpair()
+        received = []
+        with ours, theirs:
+            selector.register(
+                ours, selectors.EVENT_READ, (lambda sock: received.append(sock.recv(4)) or received[-1], None)
+            )
+            theirs.sendall(b"last line")
+            release_sockets(selector, [ours])
+            assert b"".join(received) == b"last line"
+            assert not selector.get_map()
+
+    def test_endless_writer(self, selector: selectors.BaseSelector) -> None:
+        """A writer without an end cannot keep the supervisor from closing its socket."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            selector.register(
+                ours, selectors.EVENT_READ, (lambda sock: theirs.send(b".") and sock.recv(4), None)
+            )
+            theirs.send(b".")
+            release_sockets(selector, [ours])
+            assert not selector.get_map()
+
+    def test_reset_by_peer(self, selector: selectors.BaseSelector) -> None:
+        """A peer that died with unread data resets the connection, which ends the reading and nothing else."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            selector.register(ours, selectors.EVENT_READ, (lambda sock: sock.recv(4), None))
+            ours.sendall(b"never read")
+            theirs.close()
+            release_sockets(selector, [ours])
+            assert not selector.get_map()
+
+    def test_unknown_socket(self, selector: selectors.BaseSelector) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            release_sockets(selector, [ours])
+        release_sockets(selector, [ours])
+
+    def test_closed_selector(self, selector: selectors.BaseSelector) -> None:
+        selector.close()
+        release_sockets(selector, [])
+
+    def test_close_sockets_closes_all(self, selector: selectors.BaseSelector) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            selector.register(ours, selectors.EVENT_READ, (lambda sock: sock.recv(4), None))
+            close_sockets(selector)
+            assert ours.fileno() == -1
+            assert not selector.get_map()

@@ -1,0 +1,1 @@
+"""The tests of task-sdk/tests on real releases, and upstream's tests of the same module beside them."""

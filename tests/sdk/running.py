@@ -1,0 +1,79 @@
+"""Run task-sdk/tests in the environment of a release."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+from patches.releases import ROOT
+from tests.harness.environments import clean_env, create_environment
+from tests.upstream.results import read_report
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from patches.releases import Release
+    from tests.harness.environments import Environment
+    from tests.upstream.results import Result
+
+TESTS = ROOT / "task-sdk" / "tests"
+PACKAGES = ("pytest", "pytest-mock")
+TIMEOUT = 600
+# pytest's: every test passed, or some did not; anything else means that the run itself failed.
+FINISHED = {0, 1}
+
+
+def install_release(release: Release, *, wheel: Path | None = None, python: str | None = None) -> Environment:
+    """Return an environment for our tests, with the stock SDK or with a patched wheel."""
+    return create_environment(release, packages=PACKAGES, wheel=wheel, python=python)
+
+
+def run_our_tests(environment: Environment, modules: Sequence[str] = ()) -> dict[str, Result]:
+    """Run modules of task-sdk/tests, or all of them, and return the results by test id, such as "TestA::test_b".
+
+    Raises RuntimeError with the end of pytest's output when the run itself failed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = subprocess.run(
+            [
+                environment.python,
+                "-m",
+                "pytest",
+                *make_options(environment.release, folder),
+                *select(modules),
+            ],
+            cwd=folder,
+            env=clean_env(folder, python=environment.python),
+            stdin=subprocess.DEVNULL,
+            stdout=(folder / "log").open("wb"),
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        if process.returncode not in FINISHED:
+            raise RuntimeError((folder / "log").read_text()[-2000:])
+        results = read_report(folder / "report.xml")
+    return {name.partition("::")[2]: result for name, result in results.items()}
+
+
+def make_options(release: Release, folder: Path) -> list[str]:
+    """Return the options of a run whose report goes into a folder."""
+    # From 1.4 on a supervisor that is told to stop forwards nothing.
+    deselect = ["-k", "not TestForwarding"] if Version(release.version) >= Version("1.4.0b1") else []
+    return [
+        "--config-file=/dev/null",
+        f"--rootdir={TESTS}",
+        f"--junit-xml={folder / 'report.xml'}",
+        *("-p", "no:cacheprovider", "-o", "junit_family=xunit1"),
+        *deselect,
+    ]
+
+
+def select(modules: Sequence[str]) -> list[str]:
+    """Return the paths of the modules."""
+    return [str(path) for module in modules for path in TESTS.rglob(module)] or [str(TESTS)]
