@@ -31,8 +31,6 @@ UNCHANGED = {
     "TestUnchanged::test_other_types_stay_in_the_group",
     "TestUnchanged::test_other_types_are_killed_alone",
     "TestUnchanged::test_success_leaves_processes_alone",
-    "TestUnchanged::test_own_group_is_never_signalled[refused]",
-    "TestUnchanged::test_own_group_is_never_signalled[pending]",
 }
 # These sockets are forgotten together with the selector, by chance; the others crash the supervisor.
 FORGOTTEN = {f"TestSockets::test_overdue_sockets_are_closed[{held}]" for held in ("stdout", "stderr")}

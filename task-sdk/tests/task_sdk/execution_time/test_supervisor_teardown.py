@@ -316,6 +316,35 @@ class TestGroup:
             assert tree.gone(child)
             assert process.final_state.upper() == "SERVER_TERMINATED"
 
+    @pytest.mark.parametrize("setsid", ["refused", "pending"])
+    def test_own_group_is_never_signalled(
+        self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, setsid: str
+    ) -> None:
+        """A task without a session, or before it has one, is killed alone: its supervisor's group lives on."""
+
+        def refuse(*args: Any) -> None:
+            relay.tell(os.getpid())
+            if setsid == "pending":
+                pause_for_ever()
+            raise PermissionError
+
+        def supervise() -> None:
+            # In a group of its own, so that a mistake ends these processes and not the test runner.
+            os.setpgid(0, 0)
+            monkeypatch.setattr(os, "setsid", refuse)
+            relay.tell(subprocess.Popen(SLEEPER).pid)
+            process = start_task(pause_for_ever)
+            relay.hear()
+            runner = os.pidfd_open(process.pid)
+            process.kill(signal.SIGKILL, escalation_delay=0.1)
+            relay.tell(bool(select.select([runner], [], [], PATIENCE)[0]))
+            pause_for_ever()
+
+        with forked(supervise):
+            neighbour = tree.add(relay.hear())
+            assert relay.hear(), "the task was not killed"
+            assert tree.runs(neighbour)
+
 
 class TestForwarding:
     """Before 1.4."""
@@ -510,36 +539,6 @@ class TestUnchanged:
             child = tree.add(relay.hear())
             assert process.wait() == 0
             assert tree.runs(child)
-
-    @pytest.mark.parametrize("setsid", ["refused", "pending"])
-    def test_own_group_is_never_signalled(
-        self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, setsid: str
-    ) -> None:
-        """A task without a session, or before it has one, is killed alone: its supervisor's group lives on."""
-
-        def refuse(*args: Any) -> None:
-            relay.tell(os.getpid())
-            if setsid == "pending":
-                pause_for_ever()
-            raise PermissionError
-
-        def supervise() -> None:
-            # In a group of its own, so that a mistake ends these processes and not the test runner.
-            os.setpgid(0, 0)
-            monkeypatch.setattr(os, "setsid", refuse)
-            relay.tell(subprocess.Popen(SLEEPER).pid)
-            process = start_task(pause_for_ever)
-            relay.hear()
-            assert os.getpgid(process.pid) == os.getpgrp()
-            runner = os.pidfd_open(process.pid)
-            process.kill(signal.SIGKILL, escalation_delay=0.1)
-            relay.tell(bool(select.select([runner], [], [], PATIENCE)[0]))
-            pause_for_ever()
-
-        with forked(supervise):
-            neighbour = tree.add(relay.hear())
-            assert relay.hear(), "the task was not killed"
-            assert tree.runs(neighbour)
 
 
 @contextlib.contextmanager
