@@ -46,7 +46,11 @@ DEFAULTS = {
     "data_interval_end": MOMENT,
 }
 # They keep what a test has set in the configuration.
-CACHING_MODULES = ("airflow.dag_processing.bundles.manager", "airflow.sdk.execution_time.coordinator")
+CACHING_MODULES = (
+    "airflow.dag_processing.bundles.manager",
+    "airflow.sdk.execution_time.coordinator",
+    "airflow.sdk.importers.base",
+)
 
 
 class EventCapture(pytest.LogCaptureFixture):
