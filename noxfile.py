@@ -30,7 +30,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the tool on all supported releases, and the patched SDK on the last of every line."""
-    install_groups(session, "tool", "tests", "lint")  # ruff compares the style before and after
+    install_groups(session, "tool", "tests", "bench", "lint")  # ruff compares the style before and after
     session.run("pytest", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
 
 
@@ -42,9 +42,16 @@ def upstream(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the stock and the patched SDK of a version (3.1.8 unless given) side by side, and draw pictures."""
+    install_groups(session, "tool", "bench")
+    session.run("python", "-m", "tests.bench", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types and change files, without upstream at hand."""
-    install_groups(session, "tool", "tests", "lint")
+    install_groups(session, "tool", "tests", "bench", "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy", "patches", "tests")

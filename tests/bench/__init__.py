@@ -1,0 +1,1 @@
+"""Measures the stock and the patched SDK side by side."""

@@ -1,0 +1,26 @@
+"""The figures of the bench, in the order of the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.bench.kill import measure_kill
+from tests.bench.running import measure_running
+from tests.bench.scale import measure_scale
+from tests.bench.tasks import measure_noticing, measure_start
+from tests.bench.tool import measure_tool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.bench.series import Series
+    from tests.bench.setup import Setup
+
+FIGURES: dict[str, Callable[[Setup], list[Series]]] = {
+    "noticing": measure_noticing,
+    "kill": measure_kill,
+    "scale": measure_scale,
+    "start": measure_start,
+    "running": measure_running,
+    "tool": measure_tool,
+}

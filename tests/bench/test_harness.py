@@ -1,0 +1,61 @@
+"""The bench measures, reports and leaves nothing; how fast things are is no test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from patches.releases import find_release
+from tests.bench import __main__ as bench
+from tests.bench.figures import FIGURES
+from tests.bench.load import busy_cores
+from tests.bench.series import Series
+from tests.bench.workers import WorkerFailedError, start_worker
+from tests.harness.environments import Environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_quick_run_measures_all_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A quick run has positive samples in every figure, prints and writes them, and leaves no process."""
+    monkeypatch.setattr(bench, "DIST", tmp_path)
+
+    assert bench.main(["--quick", "3.1.8"]) == 0
+
+    (file,) = tmp_path.glob("*.json")
+    measured = [Series.from_json(entry) for entry in json.loads(file.read_text())["series"]]
+    printed = capfd.readouterr().out
+    assert len({series.figure for series in measured}) == len(FIGURES)
+    assert all(sample > 0 for series in measured for sample in series.samples)
+    assert all(series.figure in printed for series in measured)
+    assert psutil.Process().children(recursive=True) == []
+
+
+def test_percentiles() -> None:
+    """The median, 99th percentile and maximum are those of the samples, however few there are."""
+    series = Series("figure", "case", "contender", [float(number) for number in range(101)])
+    single = Series("figure", "case", "contender", [7.0])
+    assert (series.median, series.p99, series.maximum) == (50, 99, 100)
+    assert (single.median, single.p99, single.maximum) == (7, 7, 7)
+
+
+def test_cores_are_left_idle() -> None:
+    """The load consists of one process for each core, and ends with its context."""
+    with busy_cores():
+        assert len(psutil.Process().children()) == psutil.cpu_count()
+    assert psutil.Process().children() == []
+
+
+def test_failed_worker_says_why(tmp_path: Path) -> None:
+    """A worker without an SDK ends the bench with the worker's own output."""
+    bare = Environment(find_release("3.1.8"), tmp_path, tmp_path / "python")
+    bare.python.symlink_to(sys.executable)
+    with pytest.raises(WorkerFailedError, match="ModuleNotFoundError"), start_worker(bare, {}):
+        pass
