@@ -14,13 +14,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
+from patches.wheels import prepare_output
 from tests.bench.figures import FIGURES
 from tests.bench.report import make_table, write_json
 from tests.bench.setup import Setup
 from tests.demo.runs import DIST, build_patched_wheel, install_both
+from tests.harness.supervised import SupervisorFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from rich.progress import TaskID
 
@@ -50,23 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         release = find_release(options.version)
-        measured = measure(release, options.figures or list(FIGURES), console, quick=options.quick)
-    except PatchError as error:
+        folder = DIST / f"bench-{release.airflow}"
+        prepare_output(folder)
+        measured = measure(release, options.figures or list(FIGURES), folder, console, quick=options.quick)
+    except (PatchError, SupervisorFailedError) as error:
         errors.print(error)
         return UNUSABLE
     except KeyboardInterrupt:
         errors.print("Interrupted: every process that the bench had started was ended.")
         return INTERRUPTED
-    file = DIST / f"bench-{release.airflow}.json"
-    write_json(file, measured)
     console.print(make_table(f"Airflow {release.airflow}", measured))
-    console.print(f"Every sample: {file}", soft_wrap=True, highlight=False)
+    console.print(f"Every sample, and the pictures: {folder}", soft_wrap=True, highlight=False)
     console.print(f"Took {time.monotonic() - began:.0f} s.")
     return 0
 
 
-def measure(release: Release, figures: Sequence[str], console: Console, *, quick: bool) -> list[Series]:
-    """Build, install and measure, with progress."""
+def measure(
+    release: Release, figures: Sequence[str], folder: Path, console: Console, *, quick: bool
+) -> list[Series]:
+    """Build, install and measure, with progress; write each figure into the folder when it is whole."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     measured: list[Series] = []
     with Progress(*columns, console=console) as progress:
@@ -80,8 +85,11 @@ def measure(release: Release, figures: Sequence[str], console: Console, *, quick
                 patched=environments[True],
                 quick=quick,
                 on_progress=functools.partial(show_part, progress, bar),
+                folder=folder,
             )
-            measured += FIGURES[name](setup)
+            figure = FIGURES[name](setup)
+            write_json(folder / f"{name}.json", figure)
+            measured += figure
     return measured
 
 

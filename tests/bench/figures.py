@@ -8,6 +8,7 @@ from tests.bench.kill import measure_kill
 from tests.bench.running import measure_running
 from tests.bench.scale import measure_scale
 from tests.bench.tasks import measure_noticing, measure_start
+from tests.bench.timeline import measure_timeline
 from tests.bench.tool import measure_tool
 
 if TYPE_CHECKING:
@@ -23,4 +24,5 @@ FIGURES: dict[str, Callable[[Setup], list[Series]]] = {
     "start": measure_start,
     "running": measure_running,
     "tool": measure_tool,
+    "timeline": measure_timeline,
 }

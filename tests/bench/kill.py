@@ -43,7 +43,7 @@ def run_rounds(
     }
     for number in range(rounds):
         for done, ((shape, contender), measured) in enumerate(outcomes.items(), 1):
-            measured.append(run_supervised(contenders[contender], shape))
+            measured.append(run_supervised(contenders[contender], shape, env=setup.settings))
             setup.on_progress((number + done / len(outcomes)) / rounds)
     return outcomes
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from tests.bench.drawing import draw_scale
 from tests.bench.series import Series
 from tests.bench.trees import allow_pidfds, start_tree
 from tests.harness.shapes import Shape, actor
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from tests.bench.setup import Setup
     from tests.bench.trees import Tree
-    from tests.harness.environments import Environment
 
     Contender = Callable[[int], "tuple[float, int]"]
 
@@ -47,7 +47,9 @@ def measure_scale(setup: Setup) -> list[Series]:
         for done, ((size, contender), measured) in enumerate(results.items(), 1):
             measured.append(contenders[contender](size))
             setup.on_progress((number + done / len(results)) / rounds)
-    return [describe(size, contender, measured) for (size, contender), measured in results.items()]
+    described = [describe(size, contender, measured) for (size, contender), measured in results.items()]
+    draw_scale(described, sizes, setup.folder / "scale.svg")
+    return described
 
 
 def describe(size: int, contender: str, results: list[tuple[float, int]]) -> Series:
@@ -62,7 +64,7 @@ def name_contenders(setup: Setup) -> dict[str, Contender]:
     contenders: dict[str, Contender] = {
         "psutil's recipe": lambda size: end_tree(size, end_with_psutil),
         "killpg": lambda size: end_tree(size, end_with_killpg, timeout=NOT_ENDED_TIMEOUT),
-        "patched": lambda size: end_task(setup.patched, size),
+        "patched": lambda size: end_task(setup, size),
     }
     parent = find_cgroup()
     if parent is None:
@@ -143,8 +145,8 @@ def takes_children(group: Path) -> bool:
         return False
 
 
-def end_task(environment: Environment, size: int) -> tuple[float, int]:
+def end_task(setup: Setup, size: int) -> tuple[float, int]:
     """Have a supervisor end the tree as its task, from the 409 to the return of wait()."""
     shape = Shape("tree", "a large tree", actor("crowd", size - 1), processes=size)
-    outcome = run_supervised(environment, shape)
+    outcome = run_supervised(setup.patched, shape, env=setup.settings)
     return outcome.seconds, len(outcome.left)

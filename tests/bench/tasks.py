@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tests.bench.load import busy_cores
 from tests.bench.series import Series
+from tests.bench.setup import HASTE
 from tests.bench.workers import start_worker
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ BUDGET, QUICK_BUDGET = 150.0, 5.0
 # Changes of the machine's pace, which last longer than that, hit both sides.
 TASKS_AT_A_TIME = 5
 LATE_MS = 1000
-HASTE = {"AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1"}
 NANOSECONDS_PER_MS = 1_000_000
 
 
@@ -32,7 +32,7 @@ def measure_noticing(setup: Setup) -> list[Series]:
     With Airflow's default settings; a quick run doesn't wait that long for an end that is noticed by a heartbeat.
     """
     with busy_cores():
-        timings = run_in_turn(setup, HASTE if setup.quick else {})
+        timings = run_in_turn(setup, setup.settings)
     return [
         describe_noticing(contender, to_ms([timing["notice"] for timing in measured]))
         for contender, measured in timings.items()

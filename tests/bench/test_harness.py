@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 def test_quick_run_measures_all_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A quick run has positive samples in every figure, prints and writes them, and leaves no process."""
+    """A quick run has positive samples in every figure, prints and draws them, and leaves no process."""
     monkeypatch.setattr(bench, "DIST", tmp_path)
 
     assert bench.main(["--quick", "3.1.8"]) == 0
 
-    (file,) = tmp_path.glob("*.json")
-    measured = [Series.from_json(entry) for entry in json.loads(file.read_text())["series"]]
     printed = capfd.readouterr().out
-    assert len({series.figure for series in measured}) == len(FIGURES)
-    assert all(sample > 0 for series in measured for sample in series.samples)
-    assert all(series.figure in printed for series in measured)
+    for name in FIGURES:
+        (file,) = tmp_path.glob(f"*/{name}.json")
+        measured = [Series.from_json(entry) for entry in json.loads(file.read_text())["series"]]
+        assert {series.figure in printed for series in measured} == {True}
+        assert {min(series.samples) > 0 for series in measured} == {True}
+    for name in ("scale", "timeline"):
+        (file,) = tmp_path.glob(f"*/{name}.svg")
+        assert "patched" in file.read_text()
     assert psutil.Process().children(recursive=True) == []
 
 
