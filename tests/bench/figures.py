@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.bench.kill import measure_kill
 from tests.bench.running import measure_running
-from tests.bench.scale import measure_scale
+from tests.bench.scale import measure_bystanders, measure_scale
 from tests.bench.tasks import measure_noticing, measure_start
 from tests.bench.timeline import measure_timeline
 from tests.bench.tool import measure_tool
@@ -21,6 +21,7 @@ FIGURES: dict[str, Callable[[Setup], list[Series]]] = {
     "noticing": measure_noticing,
     "kill": measure_kill,
     "scale": measure_scale,
+    "bystanders": measure_bystanders,
     "start": measure_start,
     "running": measure_running,
     "tool": measure_tool,

@@ -1,152 +1,70 @@
-"""How long it takes to end trees of up to 5,000 processes, and what the kernel alone needs for it."""
+"""How long it takes to end trees of up to 5,000 processes, alone on the machine and among many others."""
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-import uuid
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
-
-import psutil
 
 from tests.bench.drawing import draw_scale
 from tests.bench.series import Series
-from tests.bench.trees import allow_pidfds, start_tree
-from tests.harness.shapes import Shape, actor
-from tests.harness.supervised import run_supervised
+from tests.bench.trees import allow_pidfds, start_processes
+from tests.bench.ways import name_ways
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence
 
     from tests.bench.setup import Setup
-    from tests.bench.trees import Tree
-
-    Contender = Callable[[int], "tuple[float, int]"]
 
 ROUNDS = 5
 SIZES, QUICK_SIZES = (10, 100, 1000, 5000), (10,)
-END_TIMEOUT = 10.0
-"""Seconds after the first signal after which what is not ended counts as left."""
-NOT_ENDED_TIMEOUT = 1.0
-"""The same for killpg, which is known to leave some."""
+BYSTANDERS, QUICK_BYSTANDERS = (0, 1000, 10_000), (10,)
+SIZE_AMONG_BYSTANDERS = 100
 
 
 def measure_scale(setup: Setup) -> list[Series]:
-    """Measure until a tree has ended, a third of it in sessions of its own, beside other ways to do it."""
-    sizes, rounds = (QUICK_SIZES, 1) if setup.quick else (SIZES, ROUNDS)
+    """Measure until the last process has ended, beside other ways to end a tree."""
+    sizes = QUICK_SIZES if setup.quick else SIZES
     allow_pidfds(max(sizes))
-    contenders = name_contenders(setup)
+    rounds = count_rounds(setup)
+    ways = name_ways(setup)
     results: dict[tuple[int, str], list[tuple[float, int]]] = {
-        (size, contender): [] for size in sizes for contender in contenders
+        (size, way): [] for size in sizes for way in ways
     }
     for number in range(rounds):
-        for done, ((size, contender), measured) in enumerate(results.items(), 1):
-            measured.append(contenders[contender](size))
+        for done, ((size, way), measured) in enumerate(results.items(), 1):
+            measured.append(ways[way](size))
             setup.on_progress((number + done / len(results)) / rounds)
-    described = [describe(size, contender, measured) for (size, contender), measured in results.items()]
-    draw_scale(described, sizes, setup.folder / "scale.svg")
-    return described
+    series = [
+        describe("Ending a tree", f"{size:,} processes", way, measured)
+        for (size, way), measured in results.items()
+    ]
+    draw_scale(series, sizes, setup.folder / "scale.svg")
+    return series
 
 
-def describe(size: int, contender: str, results: list[tuple[float, int]]) -> Series:
+def measure_bystanders(setup: Setup) -> list[Series]:
+    """Measure the same for one size, while processes run that have nothing to do with it."""
+    crowds = QUICK_BYSTANDERS if setup.quick else BYSTANDERS
+    figure = f"Ending {SIZE_AMONG_BYSTANDERS} processes among others"
+    series = []
+    for done, bystanders in enumerate(crowds, 1):
+        with start_processes(bystanders) if bystanders else nullcontext():
+            results: dict[str, list[tuple[float, int]]] = {}
+            for _ in range(count_rounds(setup)):
+                for way, end in name_ways(setup).items():
+                    results.setdefault(way, []).append(end(SIZE_AMONG_BYSTANDERS))
+        series += [
+            describe(figure, f"{bystanders:,} others", way, measured) for way, measured in results.items()
+        ]
+        setup.on_progress(done / len(crowds))
+    return series
+
+
+def count_rounds(setup: Setup) -> int:
+    return 1 if setup.quick else ROUNDS
+
+
+def describe(figure: str, case: str, way: str, results: Sequence[tuple[float, int]]) -> Series:
     samples = [seconds * 1000 for seconds, _ in results]
     left = max(left for _, left in results)
-    note = f"{left} left" if left else ""
-    return Series("Ending a tree", f"{size:,} processes", contender, samples, note=note)
-
-
-def name_contenders(setup: Setup) -> dict[str, Contender]:
-    """Return, by name, what ends a tree of a size and says how many seconds that took and how many are left."""
-    contenders: dict[str, Contender] = {
-        "psutil's recipe": lambda size: end_tree(size, end_with_psutil),
-        "killpg": lambda size: end_tree(size, end_with_killpg, timeout=NOT_ENDED_TIMEOUT),
-        "patched": lambda size: end_task(setup, size),
-    }
-    parent = find_cgroup()
-    if parent is None:
-        return contenders
-    return {"cgroup.kill": lambda size: end_cgroup(parent, size), **contenders}
-
-
-def end_tree(size: int, end: Callable[[Tree], None], *, timeout: float = END_TIMEOUT) -> tuple[float, int]:
-    with start_tree(size) as tree:
-        return time_end(tree, end, timeout)
-
-
-def time_end(tree: Tree, end: Callable[[Tree], None], timeout: float = END_TIMEOUT) -> tuple[float, int]:
-    """Measure to the death of the last process, reaped or not, or to the return of `end` if some do not die."""
-    with ThreadPoolExecutor(1) as executor:
-        began = time.monotonic()
-        waiting = executor.submit(tree.wait, timeout)
-        end(tree)
-        returned = time.monotonic()
-        last_death, left = waiting.result()
-    return (returned if left else last_death) - began, left
-
-
-def end_with_psutil(tree: Tree) -> None:
-    """End a tree as the psutil documentation recommends: all descendants and itself.
-
-    Without the recipe's wait, which is for init to reap them, too.
-    """
-    root = psutil.Process(tree.root)
-    for process in [*root.children(recursive=True), root]:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-
-
-def end_with_killpg(tree: Tree) -> None:
-    """End the group alone."""
-    os.killpg(tree.root, signal.SIGTERM)
-
-
-def end_cgroup(parent: Path, size: int) -> tuple[float, int]:
-    """Have the kernel end a tree in a cgroup."""
-    with new_cgroup(parent) as group:
-        enter = ("sh", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs"))
-        with start_tree(size, enter) as tree:
-            return time_end(tree, lambda _tree: write_kill(group))
-
-
-def write_kill(group: Path) -> None:
-    (group / "cgroup.kill").write_text("1")
-
-
-@contextmanager
-def new_cgroup(parent: Path) -> Iterator[Path]:
-    group = parent / f"bench-{uuid.uuid4().hex}"
-    group.mkdir()
-    try:
-        yield group
-    finally:
-        group.rmdir()
-
-
-def find_cgroup() -> Path | None:
-    """Return the cgroup that this process is in, if it is of version 2, knows cgroup.kill and takes children."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    memberships = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line.removeprefix("0::/") for line in memberships if line.startswith("0::")), None)
-    if own is None:
-        return None
-    groups = [Path(mount[1]) / own for mount in mounts if mount[2] == "cgroup2"]
-    return next((group for group in groups if takes_children(group)), None)
-
-
-def takes_children(group: Path) -> bool:
-    try:
-        with new_cgroup(group) as child:
-            return (child / "cgroup.kill").exists()
-    except OSError:
-        return False
-
-
-def end_task(setup: Setup, size: int) -> tuple[float, int]:
-    """Have a supervisor end the tree as its task, from the 409 to the return of wait()."""
-    shape = Shape("tree", "a large tree", actor("crowd", size - 1), processes=size)
-    outcome = run_supervised(setup.patched, shape, env=setup.settings)
-    return outcome.seconds, len(outcome.left)
+    return Series(figure, case, way, samples, note=f"{left} left" if left else "")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TASKS, QUICK_TASKS = 1000, 20
 BUDGET, QUICK_BUDGET = 150.0, 5.0
 """Seconds for one side, which has its say with fewer tasks then: an end that stock notices late takes 5 s or more."""
+WARM_UP_TASKS = 5
+"""The first task imports what all later ones find in memory."""
 # Changes of the machine's pace, which last longer than that, hit both sides.
 TASKS_AT_A_TIME = 5
 LATE_MS = 1000
@@ -61,6 +63,8 @@ def run_in_turn(setup: Setup, settings: Mapping[str, str]) -> dict[str, list[Tim
     spent = dict.fromkeys(sides, 0.0)
     with ExitStack() as stack:
         workers = {side: stack.enter_context(start_worker(setup.sides[side], settings)) for side in sides}
+        for worker in workers.values():
+            worker.run(WARM_UP_TASKS)
         while unfinished := [side for side in sides if len(timings[side]) < tasks and spent[side] < budget]:
             for side in unfinished:
                 began = time.monotonic()

@@ -60,5 +60,5 @@ def test_failed_worker_says_why(tmp_path: Path) -> None:
     """A worker without an SDK ends the bench with the worker's own output."""
     bare = Environment(find_release("3.1.8"), tmp_path, tmp_path / "python")
     bare.python.symlink_to(sys.executable)
-    with pytest.raises(WorkerFailedError, match="ModuleNotFoundError"), start_worker(bare, {}):
-        pass
+    with start_worker(bare, {}) as worker, pytest.raises(WorkerFailedError, match="ModuleNotFoundError"):
+        worker.run(1)

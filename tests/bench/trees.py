@@ -55,6 +55,13 @@ class Tree:
 @contextmanager
 def start_tree(size: int, wrapper: Sequence[str] = ()) -> Iterator[Tree]:
     """Start a tree of `size` processes, its root by way of the command `wrapper`; end what is left of it."""
+    with start_processes(size, wrapper) as (root, *others), ExitStack() as stack:
+        yield Tree(root, [hold(stack, pid) for pid in (root, *others)])
+
+
+@contextmanager
+def start_processes(size: int, wrapper: Sequence[str] = ()) -> Iterator[list[int]]:
+    """Do the same, and give the PIDs alone, the root's first."""
     cookie = f"cookie-{uuid.uuid4().hex}"
     with ExitStack() as stack:
         ready = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / "ready"
@@ -65,7 +72,7 @@ def start_tree(size: int, wrapper: Sequence[str] = ()) -> Iterator[Tree]:
         root = subprocess.Popen([*wrapper, *actor], stdin=subprocess.DEVNULL, start_new_session=True)
         stack.callback(root.wait)
         stack.callback(kill_marked, cookie)
-        yield Tree(root.pid, [hold(stack, pid) for pid in read_pids(announcements, size)])
+        yield sorted(read_pids(announcements, size), key=lambda pid: pid != root.pid)
 
 
 def read_pids(announcements: IO[bytes], size: int) -> list[int]:
@@ -88,7 +95,7 @@ def hold(stack: ExitStack, pid: int) -> int:
 def allow_pidfds(number: int) -> None:
     """Raise this process's own limit on open files, as far as it may."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = number + OTHER_FILES
+    wanted = 2 * number + OTHER_FILES  # whoever ends what is left holds it, too
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise TreeFailedError(f"{wanted} open files are needed, and only {hard} allowed: raise ulimit -Hn")
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

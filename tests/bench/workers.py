@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 TASK_TIMEOUT = 90.0
 """Seconds for one task: stock 1.4.0b2 may notice its end 60 s late."""
-WARM_UP_TASKS = 5
-"""The first task imports what all later ones find in memory."""
 
 
 class Timing(TypedDict):
@@ -86,6 +84,4 @@ def start_worker(environment: Environment, settings: Mapping[str, str]) -> Itera
         )
         stack.enter_context(process)
         stack.callback(process.kill)
-        worker = Worker(process, log)
-        worker.run(WARM_UP_TASKS)
-        yield worker
+        yield Worker(process, log)

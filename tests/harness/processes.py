@@ -56,7 +56,9 @@ def wait_for_exit(processes: list[Process], timeout: float) -> None:
     deadline = time.monotonic() + timeout
     try:
         for pidfd in pidfds:
-            select.select([pidfd], [], [], max(0, deadline - time.monotonic()))
+            end = select.poll()  # select() takes no descriptor above 1023
+            end.register(pidfd, select.POLLIN)
+            end.poll(max(0, deadline - time.monotonic()) * 1000)
     finally:
         for pidfd in pidfds:
             os.close(pidfd)

@@ -1,0 +1,124 @@
+"""Ways to end a tree of processes, a third of them in sessions of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from tests.bench.trees import start_tree
+from tests.harness.shapes import Shape, actor
+from tests.harness.supervised import run_supervised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.bench.setup import Setup
+    from tests.bench.trees import Tree
+
+    Way = Callable[[int], "tuple[float, int]"]
+
+END_TIMEOUT = 10.0
+"""Seconds after the first signal after which what is not ended counts as left."""
+NOT_ENDED_TIMEOUT = 1.0
+"""The same for killpg, which is known to leave some."""
+
+
+def name_ways(setup: Setup) -> dict[str, Way]:
+    """Return, by name, what ends a tree of a size and says how many seconds that took and how many are left."""
+    ways: dict[str, Way] = {
+        "psutil's recipe": lambda size: end_tree(size, end_with_psutil),
+        "killpg": lambda size: end_tree(size, end_with_killpg, timeout=NOT_ENDED_TIMEOUT),
+        "patched": lambda size: end_task(setup, size),
+    }
+    parent = find_cgroup()
+    if parent is None:
+        return ways
+    return {"cgroup.kill": lambda size: end_cgroup(parent, size), **ways}
+
+
+def end_tree(size: int, end: Callable[[Tree], None], *, timeout: float = END_TIMEOUT) -> tuple[float, int]:
+    with start_tree(size) as tree:
+        return time_end(tree, end, timeout)
+
+
+def time_end(tree: Tree, end: Callable[[Tree], None], timeout: float = END_TIMEOUT) -> tuple[float, int]:
+    """Measure to the death of the last process, reaped or not, or to the return of `end` if some do not die."""
+    with ThreadPoolExecutor(1) as executor:
+        began = time.monotonic()
+        waiting = executor.submit(tree.wait, timeout)
+        end(tree)
+        returned = time.monotonic()
+        last_death, left = waiting.result()
+    return (returned if left else last_death) - began, left
+
+
+def end_with_psutil(tree: Tree) -> None:
+    """End a tree as the psutil documentation recommends: all descendants and itself.
+
+    Without the recipe's wait, which is for init to reap them, too.
+    """
+    root = psutil.Process(tree.root)
+    for process in [*root.children(recursive=True), root]:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+
+
+def end_with_killpg(tree: Tree) -> None:
+    """End the group alone."""
+    os.killpg(tree.root, signal.SIGTERM)
+
+
+def end_cgroup(parent: Path, size: int) -> tuple[float, int]:
+    """Have the kernel end a tree in a cgroup."""
+    with new_cgroup(parent) as group:
+        enter = ("sh", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs"))
+        with start_tree(size, enter) as tree:
+            return time_end(tree, lambda _tree: write_kill(group))
+
+
+def write_kill(group: Path) -> None:
+    (group / "cgroup.kill").write_text("1")
+
+
+@contextmanager
+def new_cgroup(parent: Path) -> Iterator[Path]:
+    group = parent / f"bench-{uuid.uuid4().hex}"
+    group.mkdir()
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def find_cgroup() -> Path | None:
+    """Return the cgroup that this process is in, if it is of version 2, knows cgroup.kill and takes children."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    memberships = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line.removeprefix("0::/") for line in memberships if line.startswith("0::")), None)
+    if own is None:
+        return None
+    groups = [Path(mount[1]) / own for mount in mounts if mount[2] == "cgroup2"]
+    return next((group for group in groups if takes_children(group)), None)
+
+
+def takes_children(group: Path) -> bool:
+    try:
+        with new_cgroup(group) as child:
+            return (child / "cgroup.kill").exists()
+    except OSError:
+        return False
+
+
+def end_task(setup: Setup, size: int) -> tuple[float, int]:
+    """Have a supervisor end the tree as its task, from the 409 to the return of wait()."""
+    shape = Shape("tree", "a large tree", actor("crowd", size - 1), processes=size)
+    outcome = run_supervised(setup.patched, shape, env=setup.settings)
+    return outcome.seconds, len(outcome.left)
