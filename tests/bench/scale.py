@@ -24,7 +24,7 @@ SIZE_AMONG_BYSTANDERS = 100
 def measure_scale(setup: Setup) -> list[Series]:
     """Measure until the last process has ended, beside other ways to end a tree."""
     sizes = QUICK_SIZES if setup.quick else SIZES
-    allow_pidfds(max(sizes))
+    allow_pidfds(2 * max(sizes))  # whoever ends what is left holds it once more
     rounds = count_rounds(setup)
     ways = name_ways(setup)
     results: dict[tuple[int, str], list[tuple[float, int]]] = {
@@ -45,6 +45,7 @@ def measure_scale(setup: Setup) -> list[Series]:
 def measure_bystanders(setup: Setup) -> list[Series]:
     """Measure the same for one size, while processes run that have nothing to do with it."""
     crowds = QUICK_BYSTANDERS if setup.quick else BYSTANDERS
+    allow_pidfds(max(crowds))
     figure = f"Ending {SIZE_AMONG_BYSTANDERS} processes among others"
     series = []
     for done, bystanders in enumerate(crowds, 1):

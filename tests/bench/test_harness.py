@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,11 +14,10 @@ from tests.bench import __main__ as bench
 from tests.bench.figures import FIGURES
 from tests.bench.load import busy_cores
 from tests.bench.series import Series
+from tests.bench.trees import start_processes
+from tests.bench.ways import NOT_ENDED_TIMEOUT, end_tree, end_with_killpg
 from tests.bench.workers import WorkerFailedError, start_worker
 from tests.harness.environments import Environment
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_quick_run_measures_all_figures(
@@ -54,6 +53,14 @@ def test_cores_are_left_idle() -> None:
     with busy_cores():
         assert len(psutil.Process().children()) == psutil.cpu_count()
     assert psutil.Process().children() == []
+
+
+def test_trees_are_counted_and_ended() -> None:
+    """What leaves every third process of a tree is told so, and none of them outlives the measurement."""
+    with start_processes(10) as pids:
+        assert len(pids) == 10
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in pids)
+    assert end_tree(10, end_with_killpg, timeout=NOT_ENDED_TIMEOUT)[1] == 3
 
 
 def test_failed_worker_says_why(tmp_path: Path) -> None:

@@ -36,27 +36,28 @@ class Tree:
     """A root and its children, every third of which is in a session of its own."""
 
     root: int
-    pidfds: Sequence[int]
+    size: int
+    ends: select.epoll
+    """Tells each death once."""
 
     def wait(self, timeout: float) -> tuple[float, int]:
         """Return when the last one of those that end within `timeout` seconds did, and how many are left."""
         last_death = time.monotonic()
         deadline = last_death + timeout
-        left = set(self.pidfds)
-        with select.epoll() as ends:
-            for pidfd in left:
-                ends.register(pidfd, select.EPOLLIN | select.EPOLLONESHOT)
-            while left and (ended := ends.poll(max(0, deadline - time.monotonic()), len(left))):
-                last_death = time.monotonic()
-                left -= {pidfd for pidfd, _ in ended}
-        return last_death, len(left)
+        left = self.size
+        while left and (ended := self.ends.poll(max(0, deadline - time.monotonic()), left)):
+            last_death = time.monotonic()
+            left -= len(ended)
+        return last_death, left
 
 
 @contextmanager
 def start_tree(size: int, wrapper: Sequence[str] = ()) -> Iterator[Tree]:
     """Start a tree of `size` processes, its root by way of the command `wrapper`; end what is left of it."""
-    with start_processes(size, wrapper) as (root, *others), ExitStack() as stack:
-        yield Tree(root, [hold(stack, pid) for pid in (root, *others)])
+    with start_processes(size, wrapper) as pids, select.epoll() as ends, ExitStack() as stack:
+        for pid in pids:
+            ends.register(hold(stack, pid), select.EPOLLIN | select.EPOLLONESHOT)
+        yield Tree(pids[0], size, ends)
 
 
 @contextmanager
@@ -93,9 +94,10 @@ def hold(stack: ExitStack, pid: int) -> int:
 
 
 def allow_pidfds(number: int) -> None:
-    """Raise this process's own limit on open files, as far as it may."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * number + OTHER_FILES  # whoever ends what is left holds it, too
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise TreeFailedError(f"{wanted} open files are needed, and only {hard} allowed: raise ulimit -Hn")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    """Have this process's own limit on open files be high enough for as many pidfds at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + OTHER_FILES
+    if resource.RLIM_INFINITY not in (soft, hard) and hard < wanted:
+        raise TreeFailedError(f"{wanted} open files are needed, and only {hard} allowed: raise `ulimit -Hn`.")
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))

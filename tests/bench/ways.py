@@ -6,7 +6,6 @@ import os
 import signal
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     Way = Callable[[int], "tuple[float, int]"]
 
 END_TIMEOUT = 10.0
-"""Seconds after the first signal after which what is not ended counts as left."""
+"""Seconds after the last signal after which what is not ended counts as left."""
 NOT_ENDED_TIMEOUT = 1.0
 """The same for killpg, which is known to leave some."""
 
@@ -50,14 +49,11 @@ def end_tree(size: int, end: Callable[[Tree], None], *, timeout: float = END_TIM
 
 
 def time_end(tree: Tree, end: Callable[[Tree], None], timeout: float = END_TIMEOUT) -> tuple[float, int]:
-    """Measure to the death of the last process, reaped or not, or to the return of `end` if some do not die."""
-    with ThreadPoolExecutor(1) as executor:
-        began = time.monotonic()
-        waiting = executor.submit(tree.wait, timeout)
-        end(tree)
-        returned = time.monotonic()
-        last_death, left = waiting.result()
-    return (returned if left else last_death) - began, left
+    """Measure to the last death, reaped or not."""
+    began = time.monotonic()
+    end(tree)
+    last_death, left = tree.wait(timeout)
+    return last_death - began, left
 
 
 def end_with_psutil(tree: Tree) -> None:
