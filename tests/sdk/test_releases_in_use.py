@@ -37,10 +37,7 @@ FORGOTTEN = {f"TestSockets::test_overdue_sockets_are_closed[{held}]" for held in
 # From 1.2.2 on the loop ends with the clean-up.
 NO_CRASH = FORGOTTEN | {f"TestSockets::test_overdue_sockets_are_closed[{held}]" for held in ("stdin", "logs")}
 # From 1.3.1 on the runner has a process group.
-GROUP = {
-    "TestGroup::test_kill_takes_the_group_along",
-    "TestGroup::test_heartbeat_conflict_takes_the_group_along",
-}
+GROUP = {"TestGroup::test_kill_takes_the_group_along"}
 PASS_ON_STOCK = {
     "1.0.6": UNCHANGED | FORGOTTEN,
     "1.1.8": UNCHANGED | FORGOTTEN,
@@ -48,6 +45,8 @@ PASS_ON_STOCK = {
     "1.3.2": UNCHANGED | NO_CRASH | GROUP,
     "1.4.0b2": UNCHANGED | NO_CRASH | GROUP,
 }
+# Passes from 1.3.1 on if stock notices the exit in time, which is a matter of chance.
+BY_CHANCE = {"TestGroup::test_heartbeat_conflict_takes_the_group_along"}
 # The oldest and the newest interpreters, where the preferred one is in between.
 FURTHER_PYTHONS = [
     ("1.0.6", "3.9"),
@@ -115,7 +114,7 @@ def test_scenarios_fail_on_stock(release: Release, stock_results: dict[str, dict
     """Exactly the scenarios fail on the stock wheel that the patches are for."""
     results = stock_results[release.version]
     passed = {name for name, result in results.items() if result.outcome == "passed"}
-    assert passed == PASS_ON_STOCK[release.version]
+    assert passed - BY_CHANCE == PASS_ON_STOCK[release.version]
     assert {result.outcome for result in results.values()} == {"passed", "failed"}
 
 
