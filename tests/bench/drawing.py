@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ FRAME_INCHES = 0.8
 SCALE_HEIGHT_INCHES = 4.5
 
 GREY, BLUE, RED, GREEN = "#6e7781", "#0969da", "#cf222e", "#1a7f37"
+COLOURS = {"cgroup.kill": GREY, "psutil's recipe": BLUE, "killpg": RED, "patched": GREEN}
 BAR_HEIGHT = 0.6
 SUPERVISOR, RUNNER = "supervisor", "task runner"
 
@@ -91,11 +93,15 @@ def draw_scale(measured: Sequence[Series], sizes: Sequence[int], file: Path) -> 
                 sizes,
                 medians,
                 marker="o",
+                color=COLOURS[contender],
                 linestyle=":" if incomplete else "-",
                 label=f"{contender} (does not end all)" if incomplete else contender,
             )
-        axes.set(xscale="log", yscale="log", xlabel="processes, a third in sessions of their own")
-        axes.set_ylabel("ms until all have ended")
+        axes.set(xscale="log", yscale="log", xlabel="processes, a third of them in sessions of their own")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.set_ylabel("milliseconds until all have ended")
         axes.grid(visible=True, alpha=0.3)
         axes.legend(frameon=False)
 
