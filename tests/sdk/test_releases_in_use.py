@@ -59,7 +59,8 @@ FURTHER_PYTHONS = [
 
 @pytest.fixture(scope="module", params=last_of_lines(), ids=lambda release: release.version)
 def release(request: pytest.FixtureRequest) -> Release:
-    return request.param
+    release: Release = request.param
+    return release
 
 
 @pytest.fixture(scope="module")
