@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.harness.shapes import Shape
     from tests.harness.supervised import Outcome
 
-ROUNDS = 5
+ROUNDS = 3
 QUICK_SHAPES = [BY_NAME["virtualenv"]]
 UPSTREAM_FIXED = "1.3.2"
 """The first release with upstream's own fix of issue 65505: whoever improves on stock improves on this one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from typing import TYPE_CHECKING
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.bench.series import Series
-
-SMALL = 10
 
 
 def make_table(title: str, measured: Sequence[Series]) -> Table:
@@ -51,11 +50,16 @@ def describe_series(series: Series, measured: Sequence[Series]) -> Iterator[str]
     yield series.contender
     yield str(len(series.samples))
     for number in (series.median, series.p99, series.maximum):
-        yield f"{number:,.{2 if number < SMALL else 0}f}"
+        yield f"{number:,.{count_decimals(number)}f}"
     yield series.unit
     baseline = find_baseline(series, measured)
     yield "" if baseline is series else f"{series.median / baseline.median:.2f}"
     yield series.note
+
+
+def count_decimals(number: float) -> int:
+    """Return how many decimals make three digits, but never more than two."""
+    return max(0, 2 - math.floor(math.log10(max(1, number))))
 
 
 def find_baseline(series: Series, measured: Sequence[Series]) -> Series:

@@ -16,6 +16,8 @@ from tests.harness.shapes import BY_NAME
 from tests.harness.supervised import start_supervisor, wait_for_tree
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tests.bench.setup import Setup
     from tests.harness.environments import Environment
 
@@ -30,11 +32,11 @@ KIB_PER_MIB = 1024
 
 
 def measure_running(setup: Setup) -> list[Series]:
-    """Measure the supervisor's wake-ups, and the memory of supervisor and runner that is nobody else's, of a silent task."""
+    """Measure the supervisor's wake-ups, and the anonymous memory of supervisor and runner, while a task is silent."""
     rounds, seconds = (1, QUICK_SILENT_SECONDS) if setup.quick else (ROUNDS, SILENT_SECONDS)
     samples: dict[tuple[str, str, str], list[float]] = {}
     for number in range(rounds):
-        for key, value in watch_silent_tasks(setup.sides, seconds).items():
+        for key, value in watch_silent_tasks(setup, seconds).items():
             samples.setdefault(key, []).append(value)
         setup.on_progress((number + 1) / rounds)
     return [
@@ -43,10 +45,11 @@ def measure_running(setup: Setup) -> list[Series]:
     ]
 
 
-def watch_silent_tasks(sides: dict[str, Environment], seconds: float) -> dict[tuple[str, str, str], float]:
+def watch_silent_tasks(setup: Setup, seconds: float) -> dict[tuple[str, str, str], float]:
     """Run a task on each side at the same time; return what was measured by case, unit and contender."""
     with ExitStack() as stack:
-        pids = {side: start_task(stack, environment) for side, environment in sides.items()}
+        settings = SETTINGS | setup.settings
+        pids = {side: start_task(stack, environment, settings) for side, environment in setup.sides.items()}
         time.sleep(SETTLE_SECONDS)
         before = {side: count_wake_ups(supervisor) for side, (supervisor, _) in pids.items()}
         began = time.monotonic()
@@ -61,13 +64,13 @@ def watch_silent_tasks(sides: dict[str, Environment], seconds: float) -> dict[tu
         return measured
 
 
-def start_task(stack: ExitStack, environment: Environment) -> tuple[int, int]:
+def start_task(stack: ExitStack, environment: Environment, settings: Mapping[str, str]) -> tuple[int, int]:
     """Return the PIDs of a supervisor and its runner, which the stack ends."""
     cookie = f"cookie-{uuid.uuid4().hex}"
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
     stack.callback(kill_marked, cookie)
     supervisor = stack.enter_context(
-        start_supervisor(environment, SHAPE, "success", cookie=cookie, folder=folder, env=SETTINGS)
+        start_supervisor(environment, SHAPE, "success", cookie=cookie, folder=folder, env=settings)
     )
     return supervisor.process.pid, wait_for_tree(supervisor, SHAPE.processes)
 
@@ -79,9 +82,8 @@ def count_wake_ups(pid: int) -> int:
 
 
 def read_memory(pid: int) -> float:
-    """Return the MiB that a process shares with nobody."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup")
-    return (read_number(rollup, "Private_Clean") + read_number(rollup, "Private_Dirty")) / KIB_PER_MIB
+    """Return the MiB of a process that are no files', and so don't depend on who else has mapped them."""
+    return read_number(Path(f"/proc/{pid}/smaps_rollup"), "Anonymous") / KIB_PER_MIB
 
 
 def read_number(file: Path, name: str) -> int:
