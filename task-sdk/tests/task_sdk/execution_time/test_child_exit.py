@@ -26,6 +26,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 
 from airflow.sdk.execution_time import child_exit
 from airflow.sdk.execution_time.child_exit import ExitWatch, close_sockets, release_sockets
@@ -101,11 +102,14 @@ class TestExitWatch:
             deny(monkeypatch, pidfd)
         watch = ExitWatch()
         watch.start(selector, child.pid)
-        child.finish()
+        timer = threading.Timer(0.1, child.finish)
+        timer.start()
         deadline = time.monotonic() + PATIENCE
+        assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
         while not child.exited():
-            assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
-            assert time.monotonic() < deadline
+            watch.select(selector, timeout=PATIENCE, exit_code=None)
+        assert time.monotonic() < deadline
+        timer.join()
         watch.close(selector)
         assert not selector.get_map()
 
@@ -179,55 +183,92 @@ class TestExitWatch:
         assert not watch.sockets_overdue(None), "a child that is there still is no socket's fault"
 
 
+def collect(received: list[bytes]) -> tuple[Any, None]:
+    """Return what the selector keeps for a socket: a reader, and what to do at the end."""
+
+    def read(sock: socket.socket) -> bytes:
+        received.append(sock.recv(4))
+        return received[-1]
+
+    return read, None
+
+
 class TestReleaseSockets:
-    def test_buffered_data_is_read(self, selector: selectors.BaseSelector) -> None:
-        """What is in the socket when it is taken out reaches its reader."""
+    @pytest.fixture
+    def pair(self) -> Iterator[tuple[socket.socket, socket.socket]]:
         ours, theirs = socket.socketpair()
-        received = []
         with ours, theirs:
-            selector.register(
-                ours, selectors.EVENT_READ, (lambda sock: received.append(sock.recv(4)) or received[-1], None)
-            )
-            theirs.sendall(b"last line")
-            release_sockets(selector, [ours])
-            assert b"".join(received) == b"last line"
-            assert not selector.get_map()
+            yield ours, theirs
 
-    def test_endless_writer(self, selector: selectors.BaseSelector) -> None:
+    def test_buffered_data_is_read(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        """What is in the socket reaches its reader, and then the end, though the writer is still there."""
+        ours, theirs = pair
+        received: list[bytes] = []
+        selector.register(ours, selectors.EVENT_READ, collect(received))
+        theirs.sendall(b"last line")
+        release_sockets(selector, {ours: "stdout"})
+        assert b"".join(received) == b"last line"
+        assert received[-1] == b""
+        assert not selector.get_map()
+
+    def test_requests_are_not_read(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        """Each would cost a call of the API, whose answer nobody waits for."""
+        ours, theirs = pair
+        received: list[bytes] = []
+        selector.register(ours, selectors.EVENT_READ, collect(received))
+        theirs.sendall(b"request")
+        release_sockets(selector, {ours: "requests"})
+        assert received == []
+        assert not selector.get_map()
+
+    def test_endless_writer(self, selector: selectors.BaseSelector, pair: Any) -> None:
         """A writer without an end cannot keep the supervisor from closing its socket."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            selector.register(
-                ours, selectors.EVENT_READ, (lambda sock: theirs.send(b".") and sock.recv(4), None)
-            )
+        ours, theirs = pair
+
+        def read(sock: socket.socket) -> bytes:
             theirs.send(b".")
-            release_sockets(selector, [ours])
-            assert not selector.get_map()
+            return sock.recv(4)
 
-    def test_reset_by_peer(self, selector: selectors.BaseSelector) -> None:
+        selector.register(ours, selectors.EVENT_READ, (read, None))
+        release_sockets(selector, {ours: "stdout"})
+        assert not selector.get_map()
+
+    def test_reset_by_peer(self, selector: selectors.BaseSelector, pair: Any) -> None:
         """A peer that died with unread data resets the connection, which ends the reading and nothing else."""
-        ours, theirs = socket.socketpair()
-        with ours:
-            selector.register(ours, selectors.EVENT_READ, (lambda sock: sock.recv(4), None))
-            ours.sendall(b"never read")
-            theirs.close()
-            release_sockets(selector, [ours])
-            assert not selector.get_map()
+        ours, theirs = pair
+        selector.register(ours, selectors.EVENT_READ, collect([]))
+        ours.sendall(b"never read")
+        theirs.close()
+        release_sockets(selector, {ours: "stdout"})
+        assert not selector.get_map()
 
-    def test_unknown_socket(self, selector: selectors.BaseSelector) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            release_sockets(selector, [ours])
-        release_sockets(selector, [ours])
+    def test_reader_that_fails(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        """A reader's exception costs the rest of that socket, not the supervisor."""
+        ours, theirs = pair
+
+        def read(sock: socket.socket) -> bytes:
+            raise RuntimeError("no disk left")
+
+        selector.register(ours, selectors.EVENT_READ, (read, None))
+        theirs.sendall(b"line")
+        with structlog.testing.capture_logs() as logs:
+            release_sockets(selector, {ours: "stdout"})
+        assert [entry["log_level"] for entry in logs] == ["error"]
+        assert not selector.get_map()
+
+    def test_unknown_socket(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        ours, _ = pair
+        release_sockets(selector, {ours: "stdout"})
+        ours.close()
+        release_sockets(selector, {ours: "stdout"})
 
     def test_closed_selector(self, selector: selectors.BaseSelector) -> None:
         selector.close()
-        release_sockets(selector, [])
+        release_sockets(selector, {})
 
-    def test_close_sockets_closes_all(self, selector: selectors.BaseSelector) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            selector.register(ours, selectors.EVENT_READ, (lambda sock: sock.recv(4), None))
-            close_sockets(selector)
-            assert ours.fileno() == -1
-            assert not selector.get_map()
+    def test_close_sockets_closes_all(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        ours, _ = pair
+        selector.register(ours, selectors.EVENT_READ, collect([]))
+        close_sockets(selector)
+        assert ours.fileno() == -1
+        assert not selector.get_map()

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from airflow.sdk.execution_time import child_session
+from airflow.sdk.execution_time.child_exit import ExitWatch
 from airflow.sdk.execution_time.child_session import (
     forward_signal,
     forward_signals,
@@ -73,7 +74,7 @@ def ended_by(pid: int) -> int:
 
 
 def supervise(pid: int, *, new_session: bool = True) -> Any:
-    return SimpleNamespace(pid=pid, _new_session=new_session, _exit_code=None)
+    return SimpleNamespace(pid=pid, _new_session=new_session, _exit_code=None, _exit_watch=ExitWatch())
 
 
 @pytest.fixture

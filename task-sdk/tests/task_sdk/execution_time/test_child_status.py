@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from typing import Any
 import pytest
 import structlog
 
-from airflow.sdk.execution_time.child_status import settle_exit_code, wait_for_popen
+from airflow.sdk.execution_time.child_status import settle_exit_code, signal_popen, wait_for_popen
 
 
 @pytest.fixture
@@ -38,13 +39,15 @@ def task(log: Any, reported: str | None) -> Any:
 
 
 class TestSettleExitCode:
-    @pytest.mark.parametrize(("reported", "code"), [(None, 1), ("success", 0), ("deferred", 0)])
+    @pytest.mark.parametrize(
+        ("reported", "code"), [(None, 1), ("success", 0), ("deferred", 0), ("SERVER_TERMINATED", 1)]
+    )
     def test_unknown(self, log: structlog.testing.CapturingLogger, reported: str | None, code: int) -> None:
         """A reported state stands, and unknown is not success; one warning says so."""
         assert settle_exit_code(task(log, reported), None) == code
         [call] = log.calls
         assert call.method_name == "warning"
-        assert call.kwargs == {"pid": 4711, "reported_state": reported}
+        assert call.kwargs == {"pid": 4711, "reported_state": reported if code == 0 else None}
 
     @pytest.mark.parametrize("code", [0, 1, -9])
     def test_known(self, log: structlog.testing.CapturingLogger, code: int) -> None:
@@ -69,8 +72,19 @@ class TestWaitForPopen:
         """Popen itself would say 0, which reads as success."""
         popen = self.start()
         os.waitpid(popen.pid, 0)
+        signal_popen(popen, signal.SIGTERM)
         assert wait_for_popen(popen, None) is None
         assert popen.wait() == 0
+
+    def test_signal(self) -> None:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as popen:
+            signal_popen(popen, signal.SIGKILL)
+            assert wait_for_popen(popen, None) == -signal.SIGKILL
+
+    def test_without_waitid(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a Python that has no waitid() a lost status stays what Popen makes of it."""
+        monkeypatch.delattr(os, "waitid")
+        assert wait_for_popen(self.start(), None) == 3
 
     def test_timeout(self) -> None:
         waiting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

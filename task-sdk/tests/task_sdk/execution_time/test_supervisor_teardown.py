@@ -29,6 +29,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import select
 import selectors
 import signal
@@ -123,22 +124,23 @@ def tree() -> Iterator[Tree]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def adopt_orphans() -> None:
+def adopt_orphans() -> Iterator[None]:
     """Become the parent of whatever a test leaves behind, so that :func:`leave_nothing` finds it (prctl(2))."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture(autouse=True)
 def leave_nothing(adopt_orphans: None) -> Iterator[None]:
     """End every process that a test has started, however the test ends."""
+    before = psutil.Process().children(recursive=True)
     yield
-    while left := psutil.Process().children(recursive=True):
+    while left := set(psutil.Process().children(recursive=True)).difference(before):
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, 0):
-                pass
+        psutil.wait_procs(left, timeout=1)
 
 
 @pytest.fixture(autouse=True)
@@ -253,13 +255,27 @@ HOLDERS = ["stdin", "stdout", "stderr", "logs"]
 
 def leave_holder(relay: Relay, held: str) -> None:
     """Start a process out of reach that holds one socket of the task; on stdin are its requests. Then wait."""
-    if os.fork():
-        pause_for_ever()
-    os.setsid()
-    sockets = {"stdin": [0], "stdout": [1], "stderr": [2], "logs": list_sockets()}[held]
-    keep_open(relay.writer, *sockets)
-    relay.tell(os.getpid())
+
+    def hold() -> None:
+        resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        sockets = {"stdin": [0], "stdout": [1], "stderr": [2], "logs": list_sockets()}[held]
+        keep_open(relay.writer, *sockets)
+        relay.tell(os.getpid())
+
+    detach(hold)
     pause_for_ever()
+
+
+def detach(prepare: Callable[[], Any]) -> None:
+    """Start a daemon that runs ``prepare`` and then waits for signals: in its own session, its parent gone."""
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        return
+    os.setsid()
+    if os.fork() == 0:
+        prepare()
+        pause_for_ever()
+    os._exit(0)
 
 
 def list_sockets() -> list[int]:
@@ -321,9 +337,10 @@ class TestGroup:
         self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, setsid: str
     ) -> None:
         """A task without a session, or before it has one, is killed alone: its supervisor's group lives on."""
+        asked = Relay()
 
         def refuse(*args: Any) -> None:
-            relay.tell(os.getpid())
+            asked.tell("setsid")
             if setsid == "pending":
                 pause_for_ever()
             raise PermissionError
@@ -334,16 +351,223 @@ class TestGroup:
             monkeypatch.setattr(os, "setsid", refuse)
             relay.tell(subprocess.Popen(SLEEPER).pid)
             process = start_task(pause_for_ever)
-            relay.hear()
+            assert asked.hear() == "setsid"
             runner = os.pidfd_open(process.pid)
             process.kill(signal.SIGKILL, escalation_delay=0.1)
-            relay.tell(bool(select.select([runner], [], [], PATIENCE)[0]))
+            relay.tell(["killed", bool(select.select([runner], [], [], PATIENCE)[0])])
             pause_for_ever()
 
         with forked(supervise):
             neighbour = tree.add(relay.hear())
-            assert relay.hear(), "the task was not killed"
+            assert relay.hear() == ["killed", True]
             assert tree.runs(neighbour)
+        asked.close()
+
+
+def list_left() -> list[int]:
+    """Return what is left of all trees; :func:`adopt_orphans` makes them all ours."""
+    children = psutil.Process().children(recursive=True)
+    return [process.pid for process in children if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_to_end(relay: Relay) -> None:
+    """Be a runner that can be told to fail."""
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
+    relay.tell("ready")
+    pause_for_ever()
+
+
+def hear_ready(relay: Relay, processes: int = 1) -> list[int]:
+    """Wait until a runner is ready, and as many of its processes have told their PID; return these."""
+    told = [relay.hear() for _ in range(processes + 1)]
+    told.remove("ready")
+    return told
+
+
+def end_task(way: str, process: ActivitySubprocess, api: Api) -> None:
+    if way == "conflict":
+        api.terminate = True
+    else:
+        os.kill(process.pid, {"killed": signal.SIGKILL, "failed": signal.SIGUSR1}[way])
+    process.wait()
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes that are deaf to SIGTERM be killed soon."""
+    set_grace(monkeypatch, 0.3)
+
+
+def set_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", str(seconds))
+    # From 1.4 on it is read at import.
+    monkeypatch.setattr(supervisor, "KILLED_TASK_CLEANUP_TIME", seconds, raising=False)
+
+
+def be_polite(relay: Relay) -> None:
+    relay.tell(os.getpid())
+
+
+def be_exec(relay: Relay) -> None:
+    """Drop the environment, as ``env -i`` does."""
+    tell = f"import os, time; os.write({relay.writer}, b'%d\\n' % os.getpid()); time.sleep(600)"
+    os.set_inheritable(relay.writer, True)
+    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", tell], {})  # noqa: S606
+
+
+def be_stopped(relay: Relay) -> None:
+    relay.tell(os.getpid())
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def be_deaf(relay: Relay) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    relay.tell(os.getpid())
+
+
+def be_phoenix(relay: Relay) -> None:
+    """Start a successor when told to end."""
+
+    def hand_over(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        detach(lambda: None)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, hand_over)
+    relay.tell(os.getpid())
+
+
+def be_forker(relay: Relay) -> None:
+    """Start a detached successor every 20 ms, and be deaf."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    relay.tell(os.getpid())
+    while True:
+        detach(lambda: None)
+        select.select([], [], [], 0.02)
+
+
+def be_pool(relay: Relay) -> None:
+    """Start 30 children, every third of them in a session of its own."""
+    for number in range(30):
+        if os.fork() == 0:
+            if number % 3 == 0:
+                os.setsid()
+            pause_for_ever()
+    relay.tell(os.getpid())
+
+
+DAEMONS = [be_polite, be_exec, be_stopped, be_deaf, be_phoenix, be_forker, be_pool]
+
+
+@pytest.mark.usefixtures("short_grace")
+class TestLeftovers:
+    """What has left the task's group, its session, or lost its parent, ends with the task."""
+
+    @pytest.mark.parametrize("way", ["conflict", "killed", "failed"])
+    @pytest.mark.parametrize("daemon", DAEMONS, ids=lambda daemon: daemon.__name__)
+    def test_nothing_is_left(self, relay: Relay, daemon: Callable[[Relay], None], way: str) -> None:
+        """Whatever the daemon does, and however the task ends but well."""
+        api = Api()
+        process = start_task(lambda: (detach(lambda: daemon(relay)), wait_to_end(relay)), api)
+        hear_ready(relay)
+        end_task(way, process, api)
+        assert list_left() == []
+
+    def test_child_in_the_group_of_a_failed_task_ends(self, relay: Relay) -> None:
+        """A runner that fails, or that the kernel kills, takes its group along."""
+        process = start_task(lambda: (relay.tell(subprocess.Popen(SLEEPER).pid), wait_to_end(relay)))
+        hear_ready(relay)
+        end_task("failed", process, Api())
+        assert list_left() == []
+
+    def test_task_that_does_not_start_leaves_nothing(self, relay: Relay) -> None:
+        """A task that the server refuses is killed with all that it has started already."""
+
+        class Refusing(Api):
+            def start(self, *args: Any, **kwargs: Any) -> TIRunContext:
+                relay.hear()
+                raise conflict()
+
+        with pytest.raises(ServerResponseError):
+            start_task(lambda: (detach(lambda: be_polite(relay)), wait_to_end(relay)), Refusing())
+        assert list_left() == []
+
+    def test_runner_goes_first(self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The runner has the grace for its on_kill, in which its daemons are left alone."""
+        set_grace(monkeypatch, PATIENCE)
+        api = Api()
+
+        def target() -> None:
+            def on_kill(*_: Any) -> None:
+                relay.tell("on_kill")
+                select.select([], [], [], 0.5)
+                relay.tell(tree.runs(daemon))
+                os._exit(1)
+
+            started = Relay()
+            detach(lambda: be_polite(started))
+            daemon = tree.add(started.hear())
+            signal.signal(signal.SIGTERM, on_kill)
+            relay.tell("ready")
+            pause_for_ever()
+
+        process = start_task(target, api)
+        assert relay.hear() == "ready"
+        end_task("conflict", process, api)
+        assert [relay.hear(), relay.hear()] == ["on_kill", True]
+        assert list_left() == []
+
+    def test_last_words_arrive(self, relay: Relay) -> None:
+        """What a leftover writes when it is told to end is in the task's log."""
+
+        def speak(*_: Any) -> None:
+            os.write(1, b"last words\n")
+            os._exit(0)
+
+        def be_talkative() -> None:
+            signal.signal(signal.SIGTERM, speak)
+            relay.tell(os.getpid())
+
+        log = Log()
+        process = start_task(lambda: (detach(be_talkative), wait_to_end(relay)), logger=log.logger)
+        hear_ready(relay)
+        end_task("killed", process, Api())
+        assert log.find("last words") == ["last words"]
+
+    def test_log_names_what_was_ended(self, relay: Relay) -> None:
+        """One event with number, PID, name and signal, and no command line, which may hold a secret."""
+        log = Log()
+        process = start_task(lambda: (detach(lambda: be_deaf(relay)), wait_to_end(relay)), logger=log.logger)
+        [pid] = hear_ready(relay)
+        name = psutil.Process(pid).name()
+        end_task("failed", process, Api())
+        [event] = [entry for entry in log.entries if "left running" in entry["event"]]
+        assert event["processes"] == [{"pid": pid, "name": name, "signal": "SIGKILL"}]
+        assert event["count"] == 1
+
+    def test_log_is_silent_when_nothing_was_left(self) -> None:
+        log = Log()
+        start_task(lambda: os._exit(1), logger=log.logger).wait()
+        assert log.find("exited abnormally")
+        assert not log.find("left running")
+
+    def test_bystanders_live(self, relay: Relay, tree: Tree) -> None:
+        """Another task with the same tree, and processes of the supervisor, are not the task's."""
+
+        def target() -> None:
+            relay.tell(subprocess.Popen(SLEEPER).pid)
+            detach(lambda: be_polite(relay))
+            wait_to_end(relay)
+
+        neighbours = [
+            tree.add(subprocess.Popen(SLEEPER, start_new_session=session).pid) for session in (False, True)
+        ]
+        other = start_task(target)
+        neighbours += [tree.add(pid) for pid in (other.pid, *hear_ready(relay, 2))]
+        process = start_task(target)
+        hear_ready(relay, 2)
+        end_task("killed", process, Api())
+        assert sorted(list_left()) == sorted(neighbours)
 
 
 class TestForwarding:
@@ -369,6 +593,25 @@ class TestForwarding:
             os.kill(supervising, signum)
             assert relay.hear() == [-signum, True]
             assert tree.gone(child)
+
+    def test_leftovers_end(self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They do so although the runner, told to stop, ends with 0."""
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            detach(lambda: be_polite(relay))
+            pause_for_ever()
+
+        def supervise() -> None:
+            tell_when_monitoring(relay, monkeypatch)
+            relay.tell(["ended", start_task(target).wait()])
+
+        with forked(supervise) as supervising:
+            told = [relay.hear(), relay.hear()]
+            daemon = tree.add(next(pid for pid in told if pid != "monitoring"))
+            os.kill(supervising, signal.SIGTERM)
+            assert relay.hear() == ["ended", 0]
+            assert tree.gone(daemon, timeout=0)
 
 
 class TestExit:
@@ -397,8 +640,8 @@ class TestExit:
     ) -> None:
         """A killed task ends with its grace period, although somebody out of reach holds one of its sockets."""
         monkeypatch.setattr(supervisor, "SOCKET_CLEANUP_TIMEOUT", NEVER)
-        # Before 1.4 the grace period is a default argument.
-        monkeypatch.setattr(supervisor, "KILLED_TASK_CLEANUP_TIME", 0.2, raising=False)
+        set_grace(monkeypatch, 0.2)
+        # Without the patches it is a default argument.
         kill = partialmethod(ActivitySubprocess.kill, escalation_delay=0.2)
         monkeypatch.setattr(ActivitySubprocess, "kill", kill)
         api = Api()
@@ -424,7 +667,8 @@ class TestSockets:
         lines = [f"line {number:4} {'.' * 40}" for number in range(1000)]
 
         def target() -> None:
-            os.write(1, "".join(f"{line}\n" for line in lines).encode())
+            # The last line is unfinished, as that of a task that dies in the middle of a traceback.
+            os.write(1, "\n".join(lines).encode())
             leave_holder(relay, "stdout")
 
         log = Log()
@@ -504,6 +748,19 @@ class TestStolenStatus:
 
 
 class TestUnchanged:
+    def test_opt_out(self, relay: Relay, tree: Tree) -> None:
+        """A daemon that has lifted its limit lives on when the task is killed."""
+
+        def lift() -> None:
+            resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            keep_open(relay.writer)
+            relay.tell(os.getpid())
+
+        process = start_task(lambda: (detach(lift), wait_to_end(relay)))
+        daemon = tree.add(hear_ready(relay)[0])
+        end_task("killed", process, Api())
+        assert tree.runs(daemon)
+
     def test_other_types_stay_in_the_group(self, relay: Relay) -> None:
         """A subprocess type that does not opt in shares the session and the group of its supervisor."""
 

@@ -31,14 +31,21 @@ import io
 import math
 import os
 import selectors
+import socket
 import time
 from typing import TYPE_CHECKING, Callable, cast
 
+import structlog
+
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
 __all__ = ["ExitWatch", "close_sockets", "release_sockets"]
+
+log = structlog.get_logger(logger_name="supervisor")
+
+REQUESTS = "requests"
+"""What upstream calls the socket on which the child asks the supervisor."""
 
 EXIT_POLL_INTERVAL = 1.0
 """Seconds between looks at a running child where there is no pidfd."""
@@ -68,9 +75,12 @@ class ExitWatch:
         self._polls = False
         self._sockets_at_start = 0
         self._kill_ends: float | None = None
+        self._started = False
+        self._follows = False
 
     def start(self, selector: selectors.BaseSelector, pid: int) -> None:
         """Make the exit of our child ``pid`` wake ``selector``, or have :meth:`select` poll for it."""
+        self._started = True
         self._sockets_at_start = len(selector.get_map())
         try:
             self._pidfd = io.FileIO(os.pidfd_open(pid))
@@ -81,6 +91,22 @@ class ExitWatch:
         else:
             selector.register(self._pidfd, selectors.EVENT_READ)
 
+    def follow(self, selector: selectors.BaseSelector, pid: int) -> bool:
+        """
+        Make the exit of ``pid``, which need not be our child, wake ``selector``; the watch before ends.
+
+        :returns: False if it cannot be watched; it may be gone.
+        """
+        self.close(selector)
+        self._follows = True
+        try:
+            self._pidfd = io.FileIO(os.pidfd_open(pid))
+        except (AttributeError, OSError):
+            return False
+        if selector.get_map() is not None:
+            selector.register(self._pidfd, selectors.EVENT_READ)
+        return True
+
     def close(self, selector: selectors.BaseSelector) -> None:
         """Forget the child. Harmless when repeated, or when nothing was started."""
         if self._pidfd is None:
@@ -90,10 +116,23 @@ class ExitWatch:
         self._pidfd.close()
         self._pidfd = None
 
+    @property
+    def exit_expected(self) -> bool:
+        """Whether somebody has asked the child to end."""
+        return self._kill_ends is not None
+
+    def grace_ends(self, default: float) -> float:
+        """Return when the grace period ends, by time.monotonic(); where there is none, ``default`` s from now."""
+        return time.monotonic() + default if self._kill_ends in (None, math.inf) else self._kill_ends
+
     def expect_exit(self, grace: float) -> None:
-        """Note that the child is being killed, and has ``grace`` seconds to end."""
-        if self._kill_ends is None:
-            self._kill_ends = time.monotonic() + grace
+        """
+        Note that the child has been asked to end, and has ``grace`` seconds for it.
+
+        :param grace: infinite if it is not going to be killed. Of several graces the earliest end counts.
+        """
+        ends = time.monotonic() + grace
+        self._kill_ends = ends if self._kill_ends is None else min(self._kill_ends, ends)
 
     def select(self, selector: selectors.BaseSelector, *, timeout: float, exit_code: int | None) -> _Events:
         """
@@ -127,6 +166,8 @@ class ExitWatch:
         return self._kill_ends + SOCKET_GRACE - time.monotonic()
 
     def _limit(self, timeout: float, selector: selectors.BaseSelector, exit_code: int | None) -> float:
+        if self._follows or not self._started:
+            return timeout
         if exit_code is not None:
             return max(0, min(timeout, self._release_due_in()))
         if not self._polls:
@@ -141,32 +182,39 @@ class ExitWatch:
             return
         with selectors.DefaultSelector() as own:
             own.register(self._pidfd, selectors.EVENT_READ)
-            own.select(timeout)
+            if not own.select(timeout):
+                return
+        self._polls = True  # see select()
+        self._pidfd.close()
+        self._pidfd = None
 
 
-def release_sockets(selector: selectors.BaseSelector, sockets: Iterable[socket.socket]) -> None:
+def release_sockets(selector: selectors.BaseSelector, sockets: Mapping[socket.socket, str]) -> None:
     """
-    Read what the child wrote before it died, then take its sockets out of ``selector``; closing is the caller's.
+    Log what the child wrote before it died, then take its sockets out of ``selector``; closing is the caller's.
 
     Out before close: epoll forgets a closed descriptor only when its last duplicate is closed (epoll(7), Q6),
     and a registration that outlives its socket collides with the next one of the same number.
+
+    :param sockets: with what they are for. Requests are not read any more: nobody waits for the answers.
     """
     if selector.get_map() is None:
         return
-    for sock in list(sockets):
+    for sock, purpose in list(sockets.items()):
         try:
             key = selector.get_key(sock)
         except (KeyError, ValueError):  # never registered, or closed by now
             continue
-        _drain(sock, key.data[0] if isinstance(key.data, tuple) else key.data)
+        if purpose != REQUESTS:
+            _drain(sock, key.data[0] if isinstance(key.data, tuple) else key.data)
         _unregister(selector, sock)
 
 
 def close_sockets(selector: selectors.BaseSelector) -> None:
-    """Release and close every socket of ``selector``, which must be nobody else's."""
-    sockets = [cast("socket.socket", key.fileobj) for key in selector.get_map().values()]
-    release_sockets(selector, sockets)
-    for sock in sockets:
+    """Close every socket of ``selector``, which must be nobody else's."""
+    for key in list(selector.get_map().values()):
+        sock = cast("socket.socket", key.fileobj)
+        _unregister(selector, sock)
         sock.close()
 
 
@@ -177,11 +225,23 @@ def _unregister(selector: selectors.BaseSelector, file: socket.socket | io.FileI
 
 
 def _drain(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> None:
-    """Feed ``handle`` from ``sock`` until nothing is left, the stream ends, or its writer proves endless."""
+    """Feed ``handle`` with what is in ``sock``, and with its end, on which it logs an unfinished last line."""
     sock.setblocking(False)
-    for _ in range(MAX_DRAIN_READS):
-        try:
+    try:
+        _read(sock, handle)
+        # From here on a writer that is still there gets EPIPE, and reading comes to an end. Not before, for other
+        # systems than Linux discard with it what has not been read.
+        sock.shutdown(socket.SHUT_RD)
+        _read(sock, handle)
+    except OSError:  # reset by a peer that died with unread data, or not connected any more
+        return
+    except Exception:
+        log.exception("The rest of what a task has written could not be logged.")
+
+
+def _read(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> None:
+    """Feed ``handle`` from ``sock`` until nothing is left, the stream ends, or its writer proves endless."""
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(MAX_DRAIN_READS):
             if not handle(sock):
                 return
-        except OSError:  # would block, or reset by a peer that died with unread data
-            return

@@ -27,17 +27,24 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
+
+from airflow.sdk.execution_time.child_status import is_unreaped_child
+from airflow.sdk.execution_time.child_tree import mark_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["forward_signal", "forward_signals", "lead_session", "signal_session"]
+    from airflow.sdk.execution_time.child_exit import ExitWatch
+    from airflow.sdk.execution_time.child_tree import ProcessTree
+
+__all__ = ["forward_signal", "forward_signals", "lead_session", "signal_session", "signal_task"]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -45,26 +52,29 @@ FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What stops a supervisor politely: dumb-init, Kubernetes and Celery send SIGTERM, a terminal SIGINT."""
 
 
-class _Trackable(Protocol):
-    def send_signal(self, sig: Any, /) -> None: ...
-
-
 class _SupervisedProcess(Protocol):
     """The part of ``WatchedSubprocess`` that this module relies on, in every release."""
 
     pid: int
-    _process: _Trackable
     _exit_code: int | None
     _new_session: bool
+    _exit_watch: ExitWatch
+    _tree: ProcessTree
 
 
 def lead_session() -> bool:
     """
-    Become the leader of a new session and process group; to be called by the child, first thing.
+    Become the marked leader of a new session and process group; to be called by the child, first thing.
 
     :returns: False if the kernel refused. The child then shares its parent's group, and
         :func:`signal_session` leaves it to the caller to signal the PID alone.
     """
+    leads = _open_session()
+    mark_process()
+    return leads
+
+
+def _open_session() -> bool:
     try:
         os.setsid()
     except PermissionError:
@@ -86,7 +96,7 @@ def signal_session(leader: int, sig: int) -> bool:
         that has not reached ``setsid()``, for it has started nothing.
     """
     # kill(2): 0 is our own group, 1 is init, and -1 everybody.
-    if leader <= 1 or not _is_unreaped_child(leader):
+    if leader <= 1 or not is_unreaped_child(leader):
         return False
     try:
         if os.getpgid(leader) != leader or leader == os.getpgrp():
@@ -97,15 +107,18 @@ def signal_session(leader: int, sig: int) -> bool:
     return True
 
 
-def _is_unreaped_child(pid: int) -> bool:
-    """Whether ``pid`` still is our child, dead or alive; only then can its number not have been recycled."""
-    if not hasattr(os, "waitid"):  # macOS before Python 3.13
-        return True
-    try:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
+def signal_task(process: _SupervisedProcess, sig: int) -> bool:
+    """
+    Send a signal of ``kill()`` to the session of a task, if it has one; see :func:`signal_session`.
+
+    Before SIGKILL all that belongs to the task is stopped and looked for once more: what a process has started
+    since the last look, and moved out of reach, could not be told for the task's when that process is dead.
+    """
+    if not process._new_session:
         return False
-    return True
+    if sig == signal.SIGKILL and signal_session(process.pid, signal.SIGSTOP):
+        process._tree.stop()
+    return signal_session(process.pid, sig)
 
 
 def forward_signal(process: _SupervisedProcess, signum: int) -> None:
@@ -114,10 +127,12 @@ def forward_signal(process: _SupervisedProcess, signum: int) -> None:
 
     :raises ProcessLookupError: if the child is gone.
     """
-    if process._exit_code is not None or not _is_unreaped_child(process.pid):
+    if process._exit_code is not None or not is_unreaped_child(process.pid):
         raise ProcessLookupError(process.pid)
     if not (process._new_session and signal_session(process.pid, signum)):
         os.kill(process.pid, signum)
+    # Nobody kills it should it stay, and it may well end with 0; but it does not end of its own accord.
+    process._exit_watch.expect_exit(math.inf)
 
 
 @contextlib.contextmanager
@@ -133,14 +148,13 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
         yield
         return
 
+    received: list[str] = []
+
     def forward(signum: int, _frame: object) -> None:
-        log.info(
-            "Received signal, forwarding to task subprocess",
-            signal=signal.Signals(signum).name,
-            pid=process.pid,
-        )
-        with contextlib.suppress(ProcessLookupError):
+        # Not the place to log: the code that this interrupts may hold the logger's lock.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             forward_signal(process, signum)
+        received.append(signal.Signals(signum).name)
 
     former = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
     try:
@@ -149,3 +163,5 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
         for signum, handler in former.items():
             # None stands for a handler that C code had installed; Python cannot put it back.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        if received:
+            log.info("Passed on to the task what the supervisor was sent.", signals=received, pid=process.pid)

@@ -32,7 +32,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import subprocess
 
-__all__ = ["settle_exit_code", "wait_for_popen"]
+__all__ = ["is_unreaped_child", "settle_exit_code", "signal_popen", "wait_for_popen"]
+
+NOT_REPORTED = "server_terminated"
+"""What the supervisor itself notes as the state of a task that the server does not want any more."""
 
 UNKNOWN_BUT_REPORTED = 0
 """The task had told its terminal state, which stands; the status would have added nothing."""
@@ -52,6 +55,8 @@ def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
     if exit_code is not None or not hasattr(process, "_terminal_state"):
         return exit_code
     state = process._terminal_state
+    if str(state).lower() == NOT_REPORTED:
+        state = None
     process.process_log.warning(
         "The exit status of the task process was taken by somebody else in the supervisor's process; "
         "relying on the state that the task had reported, or assuming failure.",
@@ -61,15 +66,29 @@ def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
     return UNKNOWN_BUT_REPORTED if state else UNKNOWN
 
 
+def is_unreaped_child(pid: int) -> bool:
+    """Whether ``pid`` still is our child, dead or alive; only then can its number not have been recycled."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return True
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int | None:
     """
     ``popen.wait(timeout)``, but None where ``Popen`` would make up a 0 for a status that somebody else took.
 
     :raises subprocess.TimeoutExpired: as ``popen.wait`` does.
     """
-    if popen.returncode is None:
-        try:
-            os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return None
+    if popen.returncode is None and not is_unreaped_child(popen.pid):
+        return None
     return popen.wait(timeout)
+
+
+def signal_popen(popen: subprocess.Popen[Any], sig: int) -> None:
+    """``popen.send_signal(sig)``, but nothing for a child that somebody else has collected."""
+    if popen.returncode is not None or is_unreaped_child(popen.pid):
+        popen.send_signal(sig)

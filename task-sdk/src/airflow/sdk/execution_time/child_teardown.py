@@ -1,0 +1,175 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+End what a task has left running, once its own process has ended by force or in failure.
+
+The runner goes first: it and its ``on_kill`` have the whole grace period of the kill. What is there after it
+gets SIGTERM, and SIGCONT so that a stopped process can act on it. What is left when the grace ends is stopped,
+looked for again until nothing new appears, for a process that forks while it dies is missed otherwise, and
+killed. A task that succeeds keeps what it has left running.
+
+The sockets are served throughout, so that the last lines of the task and its children arrive in its log.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from configparser import RawConfigParser
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk.execution_time.child_tree import Process, is_alive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from configparser import ConfigParser
+
+__all__ = ["end_leftovers", "prepare_kill"]
+
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL unless the deployment sets them; what kill() has as its default."""
+
+GRACE_OPTION = ("core", "killed_task_cleanup_time")
+
+GRACE_VARIABLE = "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"
+"""With _CMD and _SECRET after it, too."""
+
+KILL_TIME = 0.8
+"""Seconds after the grace in which everything has to be dead."""
+
+KILL_WAIT = 0.2
+"""Seconds that killed processes have to disappear before the next look."""
+
+POLL_INTERVAL = 0.02
+"""Seconds between looks at a process that cannot be watched."""
+
+NAMED_IN_LOG = 100
+"""Processes that the task's log names; their number it tells always."""
+
+
+def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
+    """
+    Note that the task is being killed, and what belongs to it while its runner can still be asked.
+
+    :param process: a ``WatchedSubprocess``.
+    :param grace: seconds between the signals, as the caller of ``kill()`` wants it.
+    :param conf: Airflow's configuration.
+    :returns: the seconds that hold.
+    """
+    if process._new_session:
+        grace = find_grace(conf) if grace == GRACE else grace
+        process._tree.remember()
+    process._exit_watch.expect_exit(grace)
+    return grace
+
+
+def find_grace(conf: ConfigParser) -> float:
+    """
+    Return the seconds between SIGTERM and SIGKILL: GRACE, or ``[core] killed_task_cleanup_time`` where it is set.
+
+    Its documented default is 60, which no release before 3.4 heeds, so that only a value of the deployment counts.
+    """
+    # Not conf.has_option(), which knows the defaults, too.
+    in_file = RawConfigParser.has_option(conf, *GRACE_OPTION)
+    if in_file or any(name.startswith(GRACE_VARIABLE) for name in os.environ):
+        return float(conf.get(*GRACE_OPTION))
+    return GRACE
+
+
+def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> int | None:
+    """
+    End what a task has left behind, if it did not end well; to be called with the exit code just collected.
+
+    Returns the exit code, within a second after the grace period has ended at the latest.
+
+    :param process: a ``WatchedSubprocess``. One that leads no session of its own has nothing ended.
+    :param exit_code: None if the runner's status is not known, in which case nothing is ended.
+    :param conf: Airflow's configuration.
+    """
+    if exit_code is None or not process._new_session:
+        return exit_code
+    if exit_code == 0 and not process._exit_watch.exit_expected:
+        return exit_code
+    # Serving the sockets below asks for the exit code again, which can be collected only once.
+    process._exit_code = exit_code
+    deadline = process._exit_watch.grace_ends(default=find_grace(conf))
+    ended: dict[Process, str] = {}
+    terminate(process, deadline, ended)
+    survivors = kill(process, max(deadline, time.monotonic()) + KILL_TIME, ended)
+    report(process, ended, survivors)
+    # Sockets that are open still are held by somebody beyond reach.
+    process._exit_watch.expect_exit(0)
+    return exit_code
+
+
+def terminate(process: Any, deadline: float, ended: dict[Process, str]) -> None:
+    """Ask leftovers, and what they start meanwhile, to end, until nothing is left or the grace is over."""
+    while time.monotonic() < deadline and (members := process._tree.find()):
+        fresh = [member for member in members if member not in ended]
+        for sig in (signal.SIGTERM, signal.SIGCONT):
+            process._tree.signal(fresh, sig)
+        ended.update(dict.fromkeys(fresh, signal.SIGTERM.name))
+        wait_for(process, members, deadline)
+
+
+def kill(process: Any, deadline: float, ended: dict[Process, str]) -> list[Process]:
+    """Kill leftovers until nothing is left; return those that are there at the deadline all the same."""
+    while members := process._tree.stop():
+        process._tree.signal(members, signal.SIGKILL)
+        ended.update(dict.fromkeys(members, signal.SIGKILL.name))
+        wait_for(process, members, min(deadline, time.monotonic() + KILL_WAIT))
+        if time.monotonic() >= deadline:
+            break
+    return [member for member in members if is_alive(member)]
+
+
+def wait_for(process: Any, members: Iterable[Process], deadline: float) -> None:
+    """Serve the task's sockets until all members have ended, or the deadline has come."""
+    for member in members:
+        watched = process._exit_watch.follow(process.selector, member.pid)
+        while is_alive(member) and (left := deadline - time.monotonic()) > 0:
+            process._service_subprocess(max_wait_time=left if watched else min(left, POLL_INTERVAL))
+
+
+def report(process: Any, ended: dict[Process, str], survivors: list[Process]) -> None:
+    """Say in the task's log what was ended, and what could not be."""
+    gone = {member: sig for member, sig in ended.items() if member not in survivors}
+    if gone:
+        process.process_log.warning(
+            "Ended processes that the task had left running",
+            count=len(gone),
+            processes=[
+                {"pid": member.pid, "name": member.name, "signal": sig}
+                for member, sig in list(gone.items())[:NAMED_IN_LOG]
+            ],
+        )
+    if survivors:
+        process.process_log.error(
+            "Processes of the task could not be ended",
+            count=len(survivors),
+            processes=[{"pid": member.pid, "name": member.name} for member in survivors[:NAMED_IN_LOG]],
+            reason=explain_survival(process._tree.sudo_failure),
+        )
+
+
+def explain_survival(sudo_failure: str | None) -> str:
+    if sudo_failure is None:
+        return "they did not end after SIGKILL"
+    return (
+        f"they belong to another user, and the sudoers must permit `sudo -n kill`, which said: {sudo_failure}"
+    )

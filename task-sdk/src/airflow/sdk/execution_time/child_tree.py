@@ -1,0 +1,339 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Find and signal every process that a session leader has started, whatever became of it since.
+
+A process belongs to the tree if it is in the leader's session, or descends from one that belongs, or carries
+the leader's *mark*: a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time scheduling
+alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)), which an
+environment variable does not. It is computed from the leader's PID and start time, so that parent and child
+agree on it without talking. Nothing is done or kept while the tree runs.
+
+A process leaves its tree by detaching (setsid, and a parent that exits) with the limit lifted, for which
+``prlimit --rttime=unlimited`` serves.
+
+Nothing here imports Airflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import psutil
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Process", "ProcessTree"]
+
+PROC = "/proc"
+
+MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
+"""Carries the mark where the limit cannot be set."""
+
+STOP_TIME = 0.2
+"""Seconds that processes have to stop; one in an uninterruptible sleep does not."""
+
+SUDO_TIMEOUT = 1.0
+"""Seconds; ``sudo -n`` asks nobody, but may look for its rules in the network."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that is neither dead nor a zombie. Its PID and its start tell it from every other."""
+
+    pid: int
+    start: float
+    """Clock ticks since boot (proc_pid_stat(5)), elsewhere what psutil calls the creation time."""
+    name: str = field(compare=False)
+    parent: int = field(compare=False)
+    session: int = field(compare=False)
+    stopped: bool = field(compare=False)
+
+
+class ProcessTree:
+    """The processes that one child of ours, the leader of a session, has started."""
+
+    def __init__(self) -> None:
+        self._leader: Process | None = None
+        self._mark = 0
+        self._has_mark = has_limit
+        self._remembered: dict[int, float] = {}
+        self.sudo_failure: str | None = None
+        """Why processes of another user could not be signalled, if so."""
+
+    def adopt(self, pid: int) -> None:
+        """Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it."""
+        self._leader = read_process(pid)
+        if self._leader is None:
+            return
+        self._mark = compute_mark(self._leader)
+        with contextlib.suppress(AttributeError, OSError):
+            # The child does the same (mark_process); one that was spawned cannot.
+            _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
+            resource.prlimit(pid, resource.RLIMIT_RTTIME, (self._mark, hard))
+        self._has_mark = has_limit if has_limit(pid, self._mark) else has_variable
+
+    def remember(self) -> None:
+        """Note who belongs now: a descendant without a mark is lost once its ancestors are dead."""
+        self.find()
+
+    def find(self) -> list[Process]:
+        """Return the processes of the tree, without the leader. One pass; entries may vanish meanwhile."""
+        if self._leader is None:
+            return []
+        processes = {process.pid: process for process in list_processes()}
+        members = add_descendants(processes, self._find_seeds(processes, self._leader))
+        for nobodys in (0, 1, os.getpid()):
+            members.pop(nobodys, None)
+        self._remembered = {pid: process.start for pid, process in members.items()}
+        members.pop(self._leader.pid, None)
+        return list(members.values())
+
+    def _find_seeds(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
+        now = processes.get(leader.pid)
+        # A session has its leader's number, which is free again when the session is empty.
+        recycled = now is not None and now != leader
+
+        def belongs(process: Process) -> bool:
+            if process == leader or self._remembered.get(process.pid) == process.start:
+                return True
+            if process.start < leader.start:
+                return False
+            return (process.session == leader.pid and not recycled) or self._has_mark(process.pid, self._mark)
+
+        return {process.pid: process for process in processes.values() if belongs(process)}
+
+    def stop(self) -> list[Process]:
+        """Stop all processes of the tree, so that none can start another, and return them."""
+        sent: set[Process] = set()
+        all_stopped = False
+        deadline = time.monotonic() + STOP_TIME
+        while True:
+            members = self.find()
+            fresh = [member for member in members if member not in sent]
+            # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
+            # child appears. So the last look is one that began when all had been seen stopped.
+            if not fresh and (all_stopped or time.monotonic() > deadline):
+                return members
+            all_stopped = not fresh and all(member.stopped for member in members)
+            self.signal(fresh, signal.SIGSTOP)
+            sent.update(fresh)
+
+    def signal(self, processes: Iterable[Process], sig: int) -> None:
+        """Send ``sig`` to each process that still is the same; to those of another user through sudo."""
+        denied = [process for process in processes if not send_signal(process, sig)]
+        if denied and self.sudo_failure is None:
+            self.sudo_failure = send_by_sudo(denied, sig)
+
+
+def add_descendants(processes: dict[int, Process], seeds: dict[int, Process]) -> dict[int, Process]:
+    """Return the seeds and all that descends from them, by PID."""
+    children: dict[int, list[Process]] = {}
+    for process in processes.values():
+        children.setdefault(process.parent, []).append(process)
+    found = dict(seeds)
+    unvisited = list(seeds)
+    while unvisited:
+        for child in children.get(unvisited.pop(), []):
+            if child.pid not in found:
+                found[child.pid] = child
+                unvisited.append(child.pid)
+    return found
+
+
+def mark_process() -> None:
+    """Mark the calling process, a leader, and with it all that it starts from now on."""
+    own = read_process(os.getpid())
+    if own is None:
+        return
+    mark = compute_mark(own)
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+        resource.setrlimit(resource.RLIMIT_RTTIME, (mark, hard))
+    except (AttributeError, OSError, ValueError):
+        # No such limit (macOS), or a sandbox that refuses the call.
+        os.environ[MARK_VARIABLE] = str(mark)
+
+
+def compute_mark(leader: Process) -> int:
+    """Return a number of microseconds, some 10^5 years, that no other leader since boot has."""
+    # A PID has 22 bits at most (proc_sys_kernel(5)); the ticks of a year take 32.
+    return 1 << 62 | (int(leader.start) << 22 | leader.pid) & (1 << 62) - 1
+
+
+def has_limit(pid: int, mark: int) -> bool:
+    """Whether the process carries the mark as its limit; False if it is gone, or hidden from us."""
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] == mark
+    except ProcessLookupError:
+        return False
+    except (AttributeError, OSError):
+        pass
+    try:
+        # Everybody may read a limit here, another user's process among them.
+        with open(f"{PROC}/{pid}/limits") as limits:
+            return f" {mark} " in limits.read()
+    except OSError:
+        return False
+
+
+def has_variable(pid: int, mark: int) -> bool:
+    """Whether the process carries the mark in its environment; False if it is gone, or not ours to read."""
+    try:
+        return bool(psutil.Process(pid).environ().get(MARK_VARIABLE) == str(mark))
+    except (psutil.Error, OSError):
+        return False
+
+
+def list_processes() -> Iterator[Process]:
+    """Yield all processes that we may see."""
+    try:
+        entries = os.listdir(PROC)
+    except OSError:
+        entries = [str(pid) for pid in psutil.pids()]
+    for entry in entries:
+        if entry.isdigit() and (process := read_process(int(entry))):
+            yield process
+
+
+def read_process(pid: int) -> Process | None:
+    """Return the process, None if it is dead, a zombie, or hidden from us."""
+    try:
+        with open(f"{PROC}/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid)
+    except OSError:  # gone between open and read, or hidden
+        return None
+    # The name may hold anything, parentheses and spaces among it.
+    name, _, rest = stat.partition(b"(")[2].rpartition(b")")
+    state, parent, _, session, *others = rest.split()
+    # A process whose first thread has ended looks like a zombie as long as the others run.
+    if state in b"ZXx" and int(others[13]) <= 1:
+        return None
+    return Process(
+        pid,
+        start=int(others[15]),
+        name=name.decode(errors="replace"),
+        parent=int(parent),
+        session=int(session),
+        stopped=state in b"Tt",
+    )
+
+
+def _ask_psutil(pid: int) -> Process | None:
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            status = process.status()
+            if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return None
+            return Process(
+                pid,
+                start=process.create_time(),
+                name=process.name(),
+                parent=process.ppid(),
+                session=os.getsid(pid),
+                stopped=status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP),
+            )
+    except (psutil.Error, OSError):
+        return None
+
+
+def is_alive(process: Process) -> bool:
+    """Whether this very process still runs."""
+    now = read_process(process.pid)
+    return now is not None and now.start == process.start
+
+
+def send_signal(process: Process, sig: int) -> bool:
+    """Signal a process, and never one that has got its number since; False if that is not allowed."""
+    pidfd = None
+    with contextlib.suppress(AttributeError, OSError):  # no pidfd, none left, or the process is gone
+        pidfd = os.pidfd_open(process.pid)
+    try:
+        # From here on the pidfd stands for one process; without it the number may still change hands, just not likely.
+        if not is_alive(process):
+            return True
+        if pidfd is None:
+            os.kill(process.pid, sig)
+        else:
+            signal.pidfd_send_signal(pidfd, sig)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+    return True
+
+
+def send_by_sudo(processes: Iterable[Process], sig: int) -> str | None:
+    """
+    Signal processes of other users, as those users or as root, whichever the sudoers permit.
+
+    :returns: why that failed, None if it did not.
+    """
+    sudo = shutil.which("sudo")
+    if sudo is None:
+        return "there is no sudo"
+    failure = None
+    for uid, pids in group_by_owner(processes).items():
+        kill = ["kill", f"-{int(sig)}", *map(str, pids)]
+        if run_sudo([sudo, "-n", "-u", f"#{uid}", *kill]) is not None:
+            failure = run_sudo([sudo, "-n", *kill]) or failure
+    return failure
+
+
+def group_by_owner(processes: Iterable[Process]) -> dict[int, list[int]]:
+    """Return the PIDs of those that still run, by the user that they run as."""
+    groups: dict[int, list[int]] = {}
+    for process in filter(is_alive, processes):
+        with contextlib.suppress(psutil.Error):
+            groups.setdefault(psutil.Process(process.pid).uids().effective, []).append(process.pid)
+    return groups
+
+
+def run_sudo(command: list[str]) -> str | None:
+    """Run sudo; return why that failed, None if it did not."""
+    try:
+        result = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SUDO_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (result.stderr.strip() or f"sudo ended with {result.returncode}") if result.returncode else None

@@ -1,0 +1,140 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+from configparser import RawConfigParser
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+
+from airflow.sdk.execution_time import child_teardown
+from airflow.sdk.execution_time.child_exit import ExitWatch
+from airflow.sdk.execution_time.child_teardown import (
+    GRACE,
+    end_leftovers,
+    find_grace,
+    prepare_kill,
+)
+from airflow.sdk.execution_time.child_tree import Process, ProcessTree
+
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
+
+STUBBORN = Process(pid=2**22 + 1, start=1, name="stubborn", parent=1, session=1, stopped=False)
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in ("", "_CMD", "_SECRET"):
+        monkeypatch.delenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", raising=False)
+
+
+class Conf(RawConfigParser):
+    """Airflow's, as far as the grace goes: what is set in the file, and a default that nobody has set."""
+
+    def get(self, section: str, option: str, **kwargs: Any) -> str:
+        return dict(self.items(section)).get(option, "60") if self.has_section(section) else "60"
+
+
+@pytest.fixture
+def conf() -> Conf:
+    return Conf()
+
+
+@pytest.fixture
+def process(mocker: MockerFixture) -> Any:
+    """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
+    tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failure=None)
+    tree.find.return_value = tree.stop.return_value = [STUBBORN]
+    mocker.patch.object(child_teardown, "is_alive", autospec=True, return_value=True)
+    return SimpleNamespace(
+        selector=mocker.MagicMock(),
+        process_log=structlog.testing.CapturingLogger(),
+        _exit_code=None,
+        _exit_watch=ExitWatch(),
+        _new_session=True,
+        _service_subprocess=lambda max_wait_time: None,
+        _tree=tree,
+    )
+
+
+class TestGrace:
+    def test_default(self, conf: Conf) -> None:
+        """The documented default of 60 s, which no release before 3.4 heeds, changes nothing."""
+        assert find_grace(conf) == GRACE
+
+    def test_in_file(self, conf: Conf) -> None:
+        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
+        assert find_grace(conf) == 17
+
+    @pytest.mark.parametrize("suffix", ["", "_CMD", "_SECRET"])
+    def test_in_environment(self, conf: Conf, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+        """How the value is found then is the configuration's business."""
+        monkeypatch.setenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", "x")
+        assert find_grace(conf) == 60
+
+    def test_argument_wins(self, conf: Conf, process: Any) -> None:
+        """A caller of kill() that names a grace gets it."""
+        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
+        assert prepare_kill(process, 3.0, conf) == 3.0
+        assert prepare_kill(process, GRACE, conf) == 17
+
+    def test_other_types(self, conf: Conf, process: Any) -> None:
+        """Without a session of its own a process is killed as ever."""
+        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
+        process._new_session = False
+        assert prepare_kill(process, GRACE, conf) == GRACE
+        process._tree.remember.assert_not_called()
+
+
+class TestSurvivors:
+    @pytest.fixture(autouse=True)
+    def no_time(self, conf: Conf, process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(child_teardown, "KILL_TIME", 0.05)
+        process._exit_watch.expect_exit(0)
+
+    @pytest.mark.parametrize(
+        ("sudo_failure", "reason"), [(None, "SIGKILL"), ("a password is required", "a password is required")]
+    )
+    def test_survivor_is_named(self, conf: Conf, process: Any, sudo_failure: str | None, reason: str) -> None:
+        """What cannot be ended is named once, with the reason, and the supervisor goes on."""
+        process._tree.sudo_failure = sudo_failure
+        assert end_leftovers(process, -9, conf) == -9
+        [call] = process.process_log.calls
+        assert call.method_name == "error"
+        assert call.kwargs["processes"] == [{"pid": STUBBORN.pid, "name": "stubborn"}]
+        assert reason in call.kwargs["reason"]
+
+    def test_sockets_are_given_up(self, conf: Conf, process: Any) -> None:
+        """Whoever is left may hold them for as long as it likes."""
+        end_leftovers(process, -9, conf)
+        assert process._exit_watch.exit_expected
+        assert process._exit_watch.grace_ends(default=60) <= process._exit_watch.grace_ends(default=0) + 0.1
+
+
+class TestNothingToEnd:
+    @pytest.mark.parametrize("exit_code", [None, 0])
+    def test_exit_that_is_unknown_or_good(self, conf: Conf, process: Any, exit_code: int | None) -> None:
+        assert end_leftovers(process, exit_code, conf) is exit_code
+        assert not process._tree.mock_calls
+
+    def test_other_types(self, conf: Conf, process: Any) -> None:
+        process._new_session = False
+        assert end_leftovers(process, 1, conf) == 1
+        assert not process._tree.mock_calls

@@ -1,0 +1,414 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from airflow.sdk.execution_time import child_tree
+from airflow.sdk.execution_time.child_tree import (
+    MARK_VARIABLE,
+    ProcessTree,
+    compute_mark,
+    has_limit,
+    is_alive,
+    list_processes,
+    mark_process,
+    read_process,
+    send_signal,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from pytest_mock import MockerFixture
+
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+
+SLEEPER = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"]
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing() -> Iterator[None]:
+    """Adopt what a test orphans (prctl(2)), and end every process that it has started, however it ends."""
+    before = psutil.Process().children(recursive=True)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    while left := set(psutil.Process().children(recursive=True)).difference(before):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def fork(main: Callable[[], Any]) -> tuple[int, list[int]]:
+    """Fork a child that runs ``main`` and then waits for signals; return its PID, and those that ``main`` returned."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            pids = main() or []
+            os.write(writer, b"".join(b"%d\n" % pid for pid in pids) + b"0\n")
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    told = []
+    with os.fdopen(reader) as lines:
+        while pid_told := int(next(lines)):
+            told.append(pid_told)
+    return pid, told
+
+
+def lead(*starts: Callable[[], int]) -> tuple[ProcessTree, int, list[int]]:
+    """Fork a marked session leader that starts what it is told to; return its tree, its PID and theirs."""
+
+    def main() -> list[int]:
+        os.setsid()
+        mark_process()
+        return [start() for start in starts]
+
+    pid, started = fork(main)
+    tree = ProcessTree()
+    tree.adopt(pid)
+    return tree, pid, started
+
+
+def find(tree: ProcessTree) -> list[int]:
+    return sorted(process.pid for process in tree.find())
+
+
+def end(pid: int) -> None:
+    """Kill a child alone, and collect it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def start_child() -> int:
+    return subprocess.Popen(SLEEPER).pid
+
+
+def start_session() -> int:
+    return subprocess.Popen(SLEEPER, start_new_session=True).pid
+
+
+def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
+    """Start a process in a session of its own whose parent is gone."""
+
+    def main() -> list[int]:
+        os.setsid()
+        prepare()
+        return [subprocess.Popen(SLEEPER, **kwargs).pid]
+
+    parent, [pid] = fork(main)
+    end(parent)
+    return pid
+
+
+def start_daemon_without_environment() -> int:
+    return start_daemon(env={})
+
+
+def lift_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def start_daemon_without_mark() -> int:
+    return start_daemon(lift_limit)
+
+
+STARTS = [start_child, start_session, start_daemon, start_daemon_without_environment]
+
+
+class TestFind:
+    def test_everything_is_found(self) -> None:
+        """A child, a session, a daemon, and one with an emptied environment; the leader itself is not among them."""
+        tree, _, started = lead(*STARTS)
+        assert find(tree) == sorted(started)
+
+    def test_everything_is_found_when_the_leader_is_gone(self) -> None:
+        tree, leader, started = lead(*STARTS)
+        end(leader)
+        assert find(tree) == sorted(started)
+
+    def test_opt_out(self) -> None:
+        """A process that has detached with its limit lifted is not found; one that has detached alone is."""
+        tree, _, [_, kept] = lead(start_daemon_without_mark, start_daemon)
+        assert find(tree) == [kept]
+
+    def test_descendants_are_remembered(self) -> None:
+        """A child that has lost the mark, as through PAM, is the task's still when its parent is dead."""
+
+        def start_session_without_mark() -> int:
+            return subprocess.Popen(SLEEPER, start_new_session=True, preexec_fn=lift_limit).pid  # noqa: PLW1509
+
+        tree, leader, started = lead(start_session_without_mark)
+        tree.remember()
+        end(leader)
+        assert find(tree) == started
+
+    def test_strangers_are_not_found(self) -> None:
+        """Another leader's tree, a session of ours, and we ourselves are not in it."""
+        tree, _, _ = lead()
+        lead(*STARTS)
+        start_session()
+        assert find(tree) == []
+
+    def test_older_process_is_not_found(self) -> None:
+        """Whoever ran before the leader was not started by it, whatever its limits are."""
+        older = start_session()
+        time.sleep(2 / os.sysconf("SC_CLK_TCK"))
+        tree, leader, _ = lead()
+        mark = compute_mark(read_process(leader))
+        resource.prlimit(older, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
+        assert has_limit(older, mark)
+        assert find(tree) == []
+
+    def test_recycled_leader(self) -> None:
+        """The session of a process that has got the leader's number since is not the leader's."""
+        tree, _, _ = lead(start_child)
+        tree._leader = replace(tree._leader, start=tree._leader.start - 1)
+        tree._mark += 1
+        assert find(tree) == []
+
+    def test_leader_that_is_gone_before(self) -> None:
+        """A leader that could not be adopted has no tree."""
+        pid, _ = fork(os.setsid)
+        end(pid)
+        tree = ProcessTree()
+        tree.adopt(pid)
+        assert find(tree) == []
+
+    def test_leader_that_did_not_mark_itself(self) -> None:
+        """A leader that was spawned is marked by its parent."""
+        pid, _ = fork(os.setsid)
+        tree = ProcessTree()
+        tree.adopt(pid)
+        assert has_limit(pid, compute_mark(read_process(pid)))
+
+
+class TestFallbacks:
+    def test_without_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the limit cannot be set a variable marks whatever keeps its environment."""
+
+        def refuse(*args: Any) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(resource, "setrlimit", refuse)
+        monkeypatch.setattr(resource, "prlimit", refuse)
+        monkeypatch.delenv(MARK_VARIABLE, raising=False)
+        tree, leader, [daemon, _] = lead(start_daemon, start_daemon_without_environment)
+        end(leader)
+        assert find(tree) == [daemon]
+
+    def test_without_prlimit(self, mocker: MockerFixture) -> None:
+        """The limits of another user's process, which prlimit() denies, are read from /proc."""
+        tree, leader, started = lead(*STARTS)
+        end(leader)
+        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
+        assert find(tree) == sorted(started)
+
+    def test_without_proc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Elsewhere than on Linux psutil knows the processes."""
+        monkeypatch.setattr(child_tree, "PROC", str(tmp_path / "missing"))
+        own = read_process(os.getpid())
+        assert own is not None
+        assert (own.pid, own.parent, own.session) == (os.getpid(), os.getppid(), os.getsid(0))
+        tree, leader, started = lead(start_child, start_session, start_daemon)
+        assert find(tree) == sorted(started)
+        assert read_process(leader) is not None
+        end(leader)
+        assert read_process(leader) is None
+
+    @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError, PermissionError])
+    def test_entries_that_vanish_or_are_hidden(self, mocker: MockerFixture, error: type[OSError]) -> None:
+        """A process that ends between the listing and the look, or that hidepid hides, is left out."""
+        tree, _, [hidden, seen] = lead(start_child, start_child)
+
+        def refuse(path: str, *args: Any, **kwargs: Any) -> Any:
+            if str(path).startswith(f"/proc/{hidden}/"):
+                raise error
+            return original(path, *args, **kwargs)
+
+        original = open
+        mocker.patch("builtins.open", autospec=True, side_effect=refuse)
+        assert find(tree) == [seen]
+
+
+class TestReadProcess:
+    def test_any_name(self) -> None:
+        """A name may hold parentheses, blanks and newlines."""
+        name = b"a) Z 1\n(b"
+        pid, _ = fork(lambda: ctypes.CDLL(None).prctl(PR_SET_NAME, name) and [])
+        process = read_process(pid)
+        assert process is not None
+        assert (process.name, process.parent, process.session) == (name.decode(), os.getpid(), os.getsid(0))
+
+    def test_zombie(self) -> None:
+        """A zombie is dead, whether or not somebody collects it."""
+        pid, _ = fork(lambda: None)
+        assert read_process(pid) is not None
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert read_process(pid) is None
+        assert pid not in [process.pid for process in list_processes()]
+
+    def test_process_without_its_first_thread(self) -> None:
+        """A process lives on in its other threads, although its state says zombie."""
+
+        def main() -> None:
+            reader, _ = os.pipe()
+            threading.Thread(target=lambda: (os.read(reader, 1), time.sleep(600))).start()
+            os.write(announcing, b".")
+            ctypes.CDLL(None).pthread_exit(None)
+
+        heard, announcing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            main()
+        os.read(heard, 1)
+        deadline = time.monotonic() + 5
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+        assert read_process(pid) is not None
+
+
+class TestSendSignal:
+    @pytest.mark.parametrize("pidfd", ["works", errno.ENOSYS, errno.EMFILE, None])
+    def test_process_gets_it(self, monkeypatch: pytest.MonkeyPatch, pidfd: Any) -> None:
+        """It does so with and without a pidfd."""
+
+        def refuse(pid: int, flags: int = 0) -> int:
+            raise OSError(pidfd, "refused")
+
+        if pidfd is None:
+            monkeypatch.delattr(os, "pidfd_open")
+        elif pidfd != "works":
+            monkeypatch.setattr(os, "pidfd_open", refuse)
+        pid, _ = fork(lambda: None)
+        process = read_process(pid)
+        assert send_signal(process, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
+        assert send_signal(process, signal.SIGTERM), "it is gone, which nobody needs to hear of"
+        assert not is_alive(process)
+
+    def test_recycled_number(self) -> None:
+        """Whoever has got the number since is not signalled."""
+        pid, _ = fork(lambda: None)
+        former = read_process(pid)
+        assert send_signal(replace(former, start=former.start - 1), signal.SIGKILL)
+        assert is_alive(former)
+
+    def test_descriptors_are_closed(self) -> None:
+        pid, _ = fork(lambda: None)
+        before = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
+        send_signal(read_process(pid), signal.SIGCONT)
+        after = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
+        assert len(before) == len(after)
+
+
+class TestSudo:
+    """Processes of another user, for which the kernel answers EPERM."""
+
+    @pytest.fixture(autouse=True)
+    def deny(self, mocker: MockerFixture) -> None:
+        mocker.patch.object(child_tree, "send_signal", autospec=True, return_value=False)
+
+    def install_sudo(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+        sudo = folder / "sudo"
+        sudo.write_text(f"#!/bin/sh\n{script}\n")
+        sudo.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def test_numbers_only(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """One call for all of a user, as that user, which asks for no password and gets numbers only."""
+        self.install_sudo(
+            monkeypatch, tmp_path, f'printf "%s\\n" "$*" >>{tmp_path}/calls; shift 3; exec "$@"'
+        )
+        tree, _, started = lead(start_child, start_child)
+        processes = sorted(tree.find(), key=lambda process: process.pid)
+        tree.signal(processes, signal.SIGKILL)
+        pids = " ".join(map(str, sorted(started)))
+        assert (tmp_path / "calls").read_text() == f"-n -u #{os.geteuid()} kill -9 {pids}\n"
+        assert tree.sudo_failure is None
+        deadline = time.monotonic() + 5
+        while any(map(is_alive, processes)):
+            assert time.monotonic() < deadline
+
+    def test_as_root_where_not_as_the_user(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.install_sudo(monkeypatch, tmp_path, '[ "$2" = kill ] || exit 1')
+        tree, _, _ = lead(start_child)
+        tree.signal(tree.find(), signal.SIGTERM)
+        assert tree.sudo_failure is None
+
+    def test_failure_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.install_sudo(monkeypatch, tmp_path, "echo a password is required >&2; exit 1")
+        tree, _, _ = lead(start_child)
+        tree.signal(tree.find(), signal.SIGTERM)
+        assert tree.sudo_failure == "a password is required"
+
+    def test_one_failure_is_enough(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A sudo that may not is not asked again, which every time would be logged and take its time."""
+        self.install_sudo(monkeypatch, tmp_path, f"echo call >>{tmp_path}/calls; exit 1")
+        tree, _, _ = lead(start_child)
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            tree.signal(tree.find(), sig)
+        assert (tmp_path / "calls").read_text() == "call\n" * 2, "as the user, and as root"
+        assert tree.sudo_failure == "sudo ended with 1"
+
+    def test_sudo_that_hangs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
+        self.install_sudo(monkeypatch, tmp_path, "exec sleep 600")
+        tree, _, _ = lead(start_child)
+        tree.signal(tree.find(), signal.SIGTERM)
+        assert "timed out" in tree.sudo_failure
+
+    def test_no_sudo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        tree, _, _ = lead(start_child)
+        tree.signal(tree.find(), signal.SIGTERM)
+        assert tree.sudo_failure == "there is no sudo"
+
+
+class TestMark:
+    def test_no_two_are_alike(self) -> None:
+        """It is a limit that is never reached, and differs with the PID and with the start."""
+        process = read_process(os.getpid())
+        marks = {
+            compute_mark(replace(process, pid=pid, start=start))
+            for pid in (2, 3, 1 << 21)
+            for start in (0, 1, 1 << 36)
+        }
+        assert len(marks) == 9
+        assert all(1 << 62 <= mark < 1 << 63 for mark in marks)
