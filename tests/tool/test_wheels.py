@@ -86,6 +86,13 @@ def count_violations(folder: Path) -> collections.Counter[str]:
     )
 
 
+def list_unformatted(folder: Path) -> set[str]:
+    """Return the files below a folder that ruff would format otherwise."""
+    command = [find_tool("ruff"), "format", "--diff", "--isolated", "--line-length", "110", str(folder)]
+    diff = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return {line.split(str(folder))[-1] for line in diff.splitlines() if line.startswith("+++ ")}
+
+
 @EACH_RELEASE
 def test_every_release_builds(build: Build, release: Release) -> None:
     """Every rule matches as often as it says in every supported release, and the name says what it is."""
@@ -166,6 +173,14 @@ def test_style_is_as_good_as_before(build: Build, release: Release, tmp_path: Pa
     """The patched code breaks no rule of upstream's style that the stock code keeps."""
     stock = count_violations(unpack_code(fetch_wheel(release), tmp_path / "stock"))
     patched = count_violations(unpack_code(build(release), tmp_path / "patched"))
+    assert not patched - stock
+
+
+@EACH_RELEASE
+def test_format_is_as_good_as_before(build: Build, release: Release, tmp_path: Path) -> None:
+    """Upstream's formatter wants no other changes than it wants in upstream's own files."""
+    stock = list_unformatted(unpack_code(fetch_wheel(release), tmp_path / "stock"))
+    patched = list_unformatted(unpack_code(build(release), tmp_path / "patched"))
     assert not patched - stock
 
 
