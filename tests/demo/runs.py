@@ -1,4 +1,4 @@
-"""What the demo runs: every shape that the process group covers, in every way a task is ended, stock and patched."""
+"""What the demo runs: every shape of what a task starts, ended in two ways, stock and patched."""
 
 from __future__ import annotations
 
@@ -73,7 +73,6 @@ def plan_runs(sides: dict[bool, Environment]) -> list[Run]:
         Run(shape, ending, environment, patched)
         for ending in endings
         for shape in SHAPES
-        if shape.in_group
         for patched, environment in sides.items()
     ]
 
