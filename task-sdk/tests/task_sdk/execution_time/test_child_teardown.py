@@ -83,6 +83,12 @@ class TestGrace:
         conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
         assert find_grace(conf) == 17
 
+    @pytest.mark.parametrize(("value", "grace"), [("soon", GRACE), ("", GRACE), ("-1", 0)])
+    def test_bad_value(self, conf: Conf, value: str, grace: float) -> None:
+        """A task must end also where somebody has mistyped how."""
+        conf.read_dict({"core": {"killed_task_cleanup_time": value}})
+        assert find_grace(conf) == grace
+
     @pytest.mark.parametrize("suffix", ["", "_CMD", "_SECRET"])
     def test_in_environment(self, conf: Conf, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
         """How the value is found then is the configuration's business."""

@@ -33,6 +33,8 @@ import time
 from configparser import RawConfigParser
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from airflow.sdk.execution_time.child_tree import Process, is_alive
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from configparser import ConfigParser
 
 __all__ = ["end_leftovers", "prepare_kill"]
+
+log = structlog.get_logger(logger_name="supervisor")
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL unless the deployment sets them; what kill() has as its default."""
@@ -86,9 +90,15 @@ def find_grace(conf: ConfigParser) -> float:
     """
     # Not conf.has_option(), which knows the defaults, too.
     in_file = RawConfigParser.has_option(conf, *GRACE_OPTION)
-    if in_file or any(name.startswith(GRACE_VARIABLE) for name in os.environ):
-        return float(conf.get(*GRACE_OPTION))
-    return GRACE
+    if not in_file and not any(name.startswith(GRACE_VARIABLE) for name in os.environ):
+        return GRACE
+    value = conf.get(*GRACE_OPTION)
+    try:
+        return max(0.0, float(value))
+    except (TypeError, ValueError):
+        # A task must end also where somebody has mistyped how.
+        log.warning("[core] killed_task_cleanup_time is not a number of seconds.", value=value, used=GRACE)
+        return GRACE
 
 
 def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> int | None:
