@@ -218,6 +218,23 @@ class TestFind:
         assert has_limit(pid, compute_mark(read_process(pid)))
 
 
+class TestStop:
+    def test_all_are_stopped(self) -> None:
+        """When it returns, none of them can start another process; the leader runs unless told otherwise."""
+        tree, leader, started = lead(*STARTS)
+        assert sorted(process.pid for process in tree.stop()) == sorted(started)
+        assert all(read_process(pid).stopped for pid in started)
+        assert not read_process(leader).stopped
+        tree.stop(with_leader=True)
+        assert read_process(leader).stopped
+
+    def test_what_cannot_be_stopped_is_not_waited_for(self, mocker: MockerFixture) -> None:
+        """It does not wait for ever, as for a process in an uninterruptible sleep."""
+        tree, _, [pid] = lead(start_child)
+        mocker.patch.object(child_tree, "send_signal", autospec=True, return_value=True)
+        assert [process.pid for process in tree.stop()] == [pid]
+
+
 class TestFallbacks:
     def test_without_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the limit cannot be set a variable marks whatever keeps its environment."""

@@ -116,8 +116,8 @@ def signal_task(process: _SupervisedProcess, sig: int) -> bool:
     """
     if not process._new_session:
         return False
-    if sig == signal.SIGKILL and signal_session(process.pid, signal.SIGSTOP):
-        process._tree.stop()
+    if sig == signal.SIGKILL and is_unreaped_child(process.pid):
+        process._tree.stop(with_leader=True)
     return signal_session(process.pid, sig)
 
 

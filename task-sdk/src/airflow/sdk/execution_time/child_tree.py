@@ -104,8 +104,8 @@ class ProcessTree:
         """Note who belongs now: a descendant without a mark is lost once its ancestors are dead."""
         self.find()
 
-    def find(self) -> list[Process]:
-        """Return the processes of the tree, without the leader. One pass; entries may vanish meanwhile."""
+    def find(self, *, with_leader: bool = False) -> list[Process]:
+        """Return the processes of the tree. One pass; entries may vanish meanwhile."""
         if self._leader is None:
             return []
         processes = {process.pid: process for process in list_processes()}
@@ -113,7 +113,8 @@ class ProcessTree:
         for nobodys in (0, 1, os.getpid()):
             members.pop(nobodys, None)
         self._remembered = {pid: process.start for pid, process in members.items()}
-        members.pop(self._leader.pid, None)
+        if not with_leader:
+            members.pop(self._leader.pid, None)
         return list(members.values())
 
     def _find_seeds(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
@@ -130,13 +131,13 @@ class ProcessTree:
 
         return {process.pid: process for process in processes.values() if belongs(process)}
 
-    def stop(self) -> list[Process]:
-        """Stop all processes of the tree, so that none can start another, and return them."""
+    def stop(self, *, with_leader: bool = False) -> list[Process]:
+        """Stop the processes of the tree, so that none can start another, and return them."""
         sent: set[Process] = set()
         all_stopped = False
         deadline = time.monotonic() + STOP_TIME
         while True:
-            members = self.find()
+            members = self.find(with_leader=with_leader)
             fresh = [member for member in members if member not in sent]
             # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
             # child appears. So the last look is one that began when all had been seen stopped.
