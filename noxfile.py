@@ -35,6 +35,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def random(session: nox.Session) -> None:
+    """End 5,000 random process trees, and compare what is left with a model; --seed N repeats a run."""
+    install_groups(session, "tool", "tests")
+    session.run("python", "-m", "tests.random_trees", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def upstream(session: nox.Session) -> None:
     """Run upstream's own tests on the stock and the patched SDK of versions, or of the last of every line."""
     install_groups(session, "tool", "tests")

@@ -1,0 +1,79 @@
+"""Bugs to plant in the SDK of a driver, which must be found.
+
+Runs in the driver's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any, Callable
+
+from airflow.sdk.execution_time import process_tree, task_teardown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+send = process_tree.ProcessTree.signal
+find = process_tree.ProcessTree.find
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute that is there already: one that nobody looks up is no bug."""
+    getattr(owner, name)
+    setattr(owner, name, value)
+
+
+def ignore_mark() -> None:
+    for name in ("has_limit", "has_variable"):
+        replace(process_tree, name, lambda _pid, _mark: False)
+
+
+def ignore_descent() -> None:
+    replace(process_tree, "add_descendants", lambda _processes, seeds: dict(seeds))
+
+
+def forget() -> None:
+    replace(process_tree.ProcessTree, "remember", lambda _tree: None)
+
+
+def leave_stopped() -> None:
+    def signal_but_continue(tree: Any, processes: Iterable[Any], sig: int) -> None:
+        if sig != signal.SIGCONT:
+            send(tree, processes, sig)
+
+    replace(process_tree.ProcessTree, "signal", signal_but_continue)
+
+
+def look_once() -> None:
+    def stop_without_looking_again(tree: Any) -> list[Any]:
+        members = tree.find()
+        tree.signal(members, signal.SIGSTOP)
+        return members
+
+    replace(process_tree.ProcessTree, "stop", stop_without_looking_again)
+
+
+def never_kill() -> None:
+    replace(task_teardown, "kill", lambda *_arguments: [])
+
+
+def take_siblings() -> None:
+    """Take other children of the supervisor for members."""
+
+    def find_with_siblings(tree: Any) -> list[Any]:
+        siblings = [process for process in process_tree.list_processes() if process.parent == os.getpid()]
+        return [*find(tree), *(process for process in siblings if process != tree._leader)]
+
+    replace(process_tree.ProcessTree, "find", find_with_siblings)
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    "ignore-mark": ignore_mark,
+    "ignore-descent": ignore_descent,
+    "forget": forget,
+    "look-once": look_once,
+    "leave-stopped": leave_stopped,
+    "never-kill": never_kill,
+    "take-siblings": take_siblings,
+}

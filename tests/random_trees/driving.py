@@ -1,0 +1,88 @@
+"""Run examples by a driver that lives in the environment of a release."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import tempfile
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patches.releases import ROOT, find_release
+from patches.rules import load_changes
+from patches.upstream import fetch_wheel
+from patches.wheels import build_wheel
+from tests.harness.environments import clean_env, create_environment
+from tests.harness.processes import kill_marked
+from tests.random_trees.examples import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.harness.environments import Environment
+    from tests.random_trees.examples import Example
+
+VERSION = "1.1.8"
+ANSWER_TIMEOUT = 120.0
+"""Seconds; the driver gives up earlier by itself."""
+
+
+class DriverFailedError(Exception):
+    """Nothing can be said about the example."""
+
+
+class Driver:
+    """A process that runs one example after the other."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    def run(self, example: Example) -> Outcome:
+        """Let the tree of an example grow, and end it."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(example.dump().encode() + b"\n")
+        self._process.stdin.flush()
+        readable, _, _ = select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)
+        answer = json.loads(self._process.stdout.readline() or "{}") if readable else {}
+        if "alive" not in answer:
+            reason = answer.get("failed", "the driver gave no answer")
+            raise DriverFailedError(f"{reason}; its output:\n{self._log.read_text()[-3000:]}")
+        return Outcome(**answer)
+
+
+@contextmanager
+def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterator[Driver]:
+    """Build the patched wheel of a version, install it, and run a driver with it; nothing of it outlives the context.
+
+    `bugs` are names of BUGS, to be planted.
+    """
+    cookie = f"cookie-{uuid.uuid4().hex}"
+    with tempfile.TemporaryDirectory(prefix="random-trees-") as name:
+        folder = Path(name)
+        environment = install_patched(version, folder)
+        log = folder / "driver.log"
+        process = subprocess.Popen(
+            [environment.python, "-m", "tests.random_trees.driver", cookie, *bugs],
+            env={**clean_env(folder, python=environment.python), "PYTHONPATH": str(ROOT)},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("wb"),
+            start_new_session=True,
+        )
+        try:
+            yield Driver(process, log)
+        finally:
+            kill_marked(cookie)
+            process.communicate()
+
+
+def install_patched(version: str, folder: Path) -> Environment:
+    release = find_release(version)
+    wheel = build_wheel(release, fetch_wheel(release), load_changes(), folder)
+    return create_environment(release, wheel=wheel)

@@ -1,0 +1,135 @@
+"""What is tried: random scripts of trees, moments and ways to end them; and what the driver tells of each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, Union, get_args
+
+from hypothesis import strategies as st
+
+from tests.random_trees.member import ENDS, STEPS
+
+Ending = Literal["409", "killed", "exit-1", "success"]
+Step = Union[str, dict[str, "Script"]]
+
+# Polite trees are gone long before the grace ends, deaf ones at its end.
+POLITE_GRACE = 3.0
+DEAF_GRACE = 0.2
+
+IMPOLITE = {"deaf", "breed"}
+
+MAX_STEPS = 4
+MAX_LEAVES = 5
+MAX_EARLY = 4
+
+
+class Script(TypedDict):
+    """What a process does, for member.py; that of the runner has the id 0."""
+
+    id: int
+    steps: list[Step]
+    then: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tree and how it ends. `early`: how many of its members need not have grown up by then."""
+
+    script: Script
+    ending: Ending
+    early: int = 0
+
+    @property
+    def polite(self) -> bool:
+        """Whether SIGTERM ends every member."""
+        return not IMPOLITE & set(list_words(self.script))
+
+    @property
+    def grace(self) -> float:
+        """Return the seconds between SIGTERM and SIGKILL."""
+        return POLITE_GRACE if self.polite else DEAF_GRACE
+
+    def dump(self) -> str:
+        """Return what the driver takes, and `load_example`."""
+        fields = {"script": self.script, "ending": self.ending, "early": self.early, "grace": self.grace}
+        return json.dumps(fields)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the driver saw when the supervisor returned, or was found to hang."""
+
+    hung: bool
+    alive: list[int]
+    """Members of the task's tree."""
+    harmed: list[str]
+    """Bystanders that are dead or stopped."""
+    seconds: float
+    """From the 409, the order to exit or SIGKILL to the return."""
+    exception: str | None = None
+
+
+def load_example(text: str) -> Example:
+    """Return an example that was dumped."""
+    fields: dict[str, Any] = json.loads(text)
+    return Example(fields["script"], fields["ending"], fields["early"])
+
+
+def list_words(script: Script) -> list[str]:
+    """Return the steps and ends of a script and of all that it forks."""
+    words = [script["then"]]
+    for step in script["steps"]:
+        words += list_words(step["fork"]) if isinstance(step, dict) else [step]
+    return words
+
+
+def count_members(script: Script) -> int:
+    """Return the number of members, the runner included."""
+    return 1 + sum(count_members(step["fork"]) for step in script["steps"] if isinstance(step, dict))
+
+
+def number_members(script: Script, first: int = 0) -> Script:
+    """Return the script with an id for each member."""
+    steps: list[Step] = []
+    following = first + 1
+    for step in script["steps"]:
+        if isinstance(step, dict):
+            steps.append({"fork": number_members(step["fork"], following)})
+            following += count_members(step["fork"])
+        else:
+            steps.append(step)
+    return {"id": first, "steps": steps, "then": script["then"]}
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    """Draw an example. A runner stays in its session, waits for its end, and forks at least once."""
+    # Deafness anywhere makes the whole tree wait for the end of the grace: half of them go without.
+    avoided = draw(st.sampled_from([set(), IMPOLITE]))
+    words = st.sampled_from([word for word in [*STEPS, "empty"] if word not in avoided])
+    ends = st.sampled_from([end for end in ENDS if end not in avoided])
+    leaves = build_script(st.lists(words, max_size=MAX_STEPS), ends)
+
+    def nest(children: st.SearchStrategy[Script]) -> st.SearchStrategy[Script]:
+        return build_script(st.lists(words | fork(children), min_size=1, max_size=MAX_STEPS), ends)
+
+    forks = fork(st.recursive(leaves, nest, max_leaves=MAX_LEAVES))
+    own = st.sampled_from(["reset", "deaf"]).filter(lambda word: word not in avoided)
+    steps = draw(st.lists(forks | own, min_size=1, max_size=MAX_STEPS))
+    script = number_members({"id": 0, "steps": steps, "then": "stay"})
+    ending = draw(st.sampled_from(get_args(Ending)))
+    early = 0 if ending == "success" else draw(st.integers(0, min(MAX_EARLY, count_members(script) - 1)))
+    return Example(script, ending, early)
+
+
+def build_script(
+    steps: st.SearchStrategy[list[Step]], ends: st.SearchStrategy[str]
+) -> st.SearchStrategy[Script]:
+    """Draw the script of a member, not numbered yet."""
+    return st.builds(lambda steps, then: {"id": 0, "steps": steps, "then": then}, steps, ends)
+
+
+def fork(scripts: st.SearchStrategy[Script]) -> st.SearchStrategy[Step]:
+    """Draw the step that starts a member."""
+    return scripts.map(lambda script: {"fork": script})
