@@ -10,26 +10,42 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from patches.errors import PatchError
-from tests.random_trees.driving import VERSION, start_driver
+from tests.random_trees.driving import VERSION, DriverFailedError, start_driver
 from tests.random_trees.examples import load_example
 from tests.random_trees.exploring import WrongEndError, check, explore
 
 if TYPE_CHECKING:
     from tests.random_trees.driving import Driver
+    from tests.random_trees.examples import Example
 
 EXAMPLES = 5000
 REPETITIONS = 20
 PROGRESS_EVERY = 100
 
 
+def take_example(text: str) -> Example:
+    try:
+        return load_example(text)
+    except (ValueError, KeyError, TypeError):
+        raise argparse.ArgumentTypeError(
+            "take it, in quotes, from the message of a run that failed"
+        ) from None
+
+
+def take_number(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"give a number from 1 on, not {text!r}")
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s random --", description=__doc__)
     parser.add_argument("version", nargs="?", default=VERSION, help="an Airflow or SDK version")
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="how many (%(default)s)")
+    parser.add_argument("--examples", type=take_number, default=EXAMPLES, help="how many (%(default)s)")
     parser.add_argument(
         "--seed", type=int, default=secrets.randbelow(10**9), help="of an earlier run, to repeat it"
     )
-    parser.add_argument("--example", type=load_example, help=f"try this one {REPETITIONS} times instead")
+    parser.add_argument("--example", type=take_example, help=f"try this one {REPETITIONS} times instead")
     return parser.parse_args()
 
 
@@ -44,10 +60,7 @@ def main() -> int:
                 console.print(f"{REPETITIONS} times it ended as it should.")
             else:
                 look(driver, arguments, console)
-    except WrongEndError as error:
-        console.print(str(error), markup=False)
-        return 1
-    except PatchError as error:
+    except (WrongEndError, DriverFailedError, PatchError) as error:
         console.print(str(error), markup=False)
         return 1
     return 0

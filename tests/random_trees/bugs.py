@@ -47,7 +47,7 @@ def leave_stopped() -> None:
 
 def look_once() -> None:
     def stop_without_looking_again(tree: Any) -> list[Any]:
-        members = tree.find()
+        members: list[Any] = tree.find()
         tree.signal(members, signal.SIGSTOP)
         return members
 
