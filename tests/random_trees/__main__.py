@@ -46,6 +46,9 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=int, default=secrets.randbelow(10**9), help="of an earlier run, to repeat it"
     )
     parser.add_argument("--example", type=take_example, help=f"try this one {REPETITIONS} times instead")
+    parser.add_argument(
+        "--bug", action="append", default=[], help="plant this one of bugs.py, to see it found"
+    )
     return parser.parse_args()
 
 
@@ -53,7 +56,7 @@ def main() -> int:
     arguments = parse_arguments()
     console = Console(highlight=False, soft_wrap=True)
     try:
-        with start_driver(arguments.version) as driver:
+        with start_driver(arguments.version, bugs=arguments.bug) as driver:
             if arguments.example:
                 for _ in range(REPETITIONS):
                     check(driver, arguments.example)

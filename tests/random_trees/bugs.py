@@ -9,13 +9,13 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Callable
 
-from airflow.sdk.execution_time import process_tree, task_teardown
+from airflow.sdk.execution_time import child_teardown, child_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-send = process_tree.ProcessTree.signal
-find = process_tree.ProcessTree.find
+send = child_tree.ProcessTree.signal
+find = child_tree.ProcessTree.find
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
@@ -26,15 +26,15 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 def ignore_mark() -> None:
     for name in ("has_limit", "has_variable"):
-        replace(process_tree, name, lambda _pid, _mark: False)
+        replace(child_tree, name, lambda _pid, _mark: False)
 
 
 def ignore_descent() -> None:
-    replace(process_tree, "add_descendants", lambda _processes, seeds: dict(seeds))
+    replace(child_tree, "add_descendants", lambda _processes, seeds: dict(seeds))
 
 
 def forget() -> None:
-    replace(process_tree.ProcessTree, "remember", lambda _tree: None)
+    replace(child_tree.ProcessTree, "remember", lambda _tree: None)
 
 
 def leave_stopped() -> None:
@@ -42,7 +42,7 @@ def leave_stopped() -> None:
         if sig != signal.SIGCONT:
             send(tree, processes, sig)
 
-    replace(process_tree.ProcessTree, "signal", signal_but_continue)
+    replace(child_tree.ProcessTree, "signal", signal_but_continue)
 
 
 def look_once() -> None:
@@ -51,21 +51,21 @@ def look_once() -> None:
         tree.signal(members, signal.SIGSTOP)
         return members
 
-    replace(process_tree.ProcessTree, "stop", stop_without_looking_again)
+    replace(child_tree.ProcessTree, "stop", stop_without_looking_again)
 
 
 def never_kill() -> None:
-    replace(task_teardown, "kill", lambda *_arguments: [])
+    replace(child_teardown, "kill", lambda *_arguments: [])
 
 
 def take_siblings() -> None:
     """Take other children of the supervisor for members."""
 
     def find_with_siblings(tree: Any) -> list[Any]:
-        siblings = [process for process in process_tree.list_processes() if process.parent == os.getpid()]
+        siblings = [process for process in child_tree.list_processes() if process.parent == os.getpid()]
         return [*find(tree), *(process for process in siblings if process != tree._leader)]
 
-    replace(process_tree.ProcessTree, "find", find_with_siblings)
+    replace(child_tree.ProcessTree, "find", find_with_siblings)
 
 
 BUGS: dict[str, Callable[[], None]] = {

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patches.releases import ROOT, find_release
 from patches.rules import load_changes
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 VERSION = "1.1.8"
 ANSWER_TIMEOUT = 120.0
 """Seconds; the driver gives up earlier by itself."""
+OUTPUT_CHARACTERS = 3000
 
 
 class DriverFailedError(Exception):
@@ -44,15 +45,25 @@ class Driver:
     def run(self, example: Example) -> Outcome:
         """Let the tree of an example grow, and end it."""
         assert self._process.stdin
-        assert self._process.stdout
         self._process.stdin.write(example.dump().encode() + b"\n")
         self._process.stdin.flush()
-        readable, _, _ = select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)
-        answer = json.loads(self._process.stdout.readline() or "{}") if readable else {}
-        if "alive" not in answer:
-            reason = answer.get("failed", "the driver gave no answer")
-            raise DriverFailedError(f"{reason}; its output:\n{self._log.read_text()[-3000:]}")
+        answer = self.hear()
+        if "failed" in answer:
+            raise self._fail(answer["failed"])
         return Outcome(**answer)
+
+    def hear(self) -> dict[str, Any]:
+        """Take in one line."""
+        assert self._process.stdout
+        readable, _, _ = select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)
+        line = self._process.stdout.readline() if readable else b""
+        if not line:
+            raise self._fail("the driver gave no answer")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _fail(self, reason: str) -> DriverFailedError:
+        return DriverFailedError(f"{reason}; its output:\n{self._log.read_text()[-OUTPUT_CHARACTERS:]}")
 
 
 @contextmanager
@@ -75,8 +86,10 @@ def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterato
             stderr=log.open("wb"),
             start_new_session=True,
         )
+        driver = Driver(process, log)
         try:
-            yield Driver(process, log)
+            driver.hear()  # it has imported the SDK
+            yield driver
         finally:
             kill_marked(cookie)
             process.communicate()

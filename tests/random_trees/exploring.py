@@ -55,6 +55,8 @@ def explore(
     try:
         end_as_told()
     except (WrongEndError, Flaky):
+        if not errors:  # the driver failed
+            raise
         # A fault that needs luck as well need not come again when hypothesis looks at it closely.
         simplest = min(errors, key=lambda error: len(str(error)))
         raise WrongEndError(f"{simplest} (seed {first}, {number} examples)") from None
