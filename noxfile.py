@@ -62,6 +62,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy", "patches", "tests")
+    session.run("mypy", "--explicit-package-bases", "task-sdk/src")
     session.run("python", "-m", "patches", "lint")
 
 
