@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.harness.environments import Environment
 
 ROUNDS = 3
-SILENT_SECONDS, QUICK_SILENT_SECONDS = 60.0, 2.0
+SILENT_SECONDS, QUICK_SILENT_SECONDS = 60.0, 3.0
 SETTLE_SECONDS = 1.0
 """What the start has set going is over then."""
 SHAPE = BY_NAME["plain"]

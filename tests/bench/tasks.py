@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from tests.bench.setup import Setup
     from tests.bench.workers import Timing
 
-ENDS, STARTS, QUICK_TASKS = 1000, 300, 20
+ENDS, STARTS, QUICK_TASKS = 1000, 300, 10
 """Ends that are noticed late are rare on idle cores; start() is the same every time."""
 BUDGET, QUICK_BUDGET = 150.0, 5.0
 """Seconds for one side, which has its say with fewer tasks then: an end that stock notices late takes 5 s or more."""
-WARM_UP_TASKS = 5
+WARM_UP_TASKS = 2
 """The first task imports what all later ones find in memory."""
 # Changes of the machine's pace, which last longer than that, hit both sides.
 TASKS_AT_A_TIME = 5

@@ -42,7 +42,7 @@ TASK = Shape(
 RETURN_TIMEOUT = 20.0
 """Seconds from the order to end until the supervisor must be gone."""
 STAT_PARENT, STAT_START_TIME = 1, 19
-ENCORE_SECONDS = 2.0
+ENCORE_SECONDS = 1.0
 """Seconds that are watched when the supervisor is gone: what is left then goes on."""
 
 
