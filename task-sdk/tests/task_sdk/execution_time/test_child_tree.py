@@ -210,6 +210,15 @@ class TestFind:
         tree.adopt(pid)
         assert find(tree) == []
 
+    def test_stranger_is_not_adopted(self) -> None:
+        """A process that is not our child is neither marked nor looked at, whoever got its number wrong."""
+        _, _, [stranger] = lead(start_child)
+        before = resource.prlimit(stranger, resource.RLIMIT_RTTIME)
+        tree = ProcessTree()
+        tree.adopt(stranger)
+        assert resource.prlimit(stranger, resource.RLIMIT_RTTIME) == before
+        assert find(tree) == []
+
     def test_leader_that_did_not_mark_itself(self) -> None:
         """A leader that was spawned is marked by its parent."""
         pid, _ = fork(os.setsid)

@@ -42,6 +42,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from airflow.sdk.execution_time.child_status import is_unreaped_child
+
 try:
     import resource
 except ImportError:  # Windows
@@ -90,6 +92,8 @@ class ProcessTree:
 
     def adopt(self, pid: int) -> None:
         """Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it."""
+        if not is_unreaped_child(pid):
+            return
         self._leader = read_process(pid)
         if self._leader is None:
             return
