@@ -5,9 +5,10 @@ Runs in the driver's interpreter.
 
 from __future__ import annotations
 
-import os
 import signal
 from typing import TYPE_CHECKING, Any, Callable
+
+import psutil
 
 from airflow.sdk.execution_time import child_teardown, child_tree
 
@@ -62,8 +63,8 @@ def take_siblings() -> None:
     """Take other children of the supervisor for members."""
 
     def find_with_siblings(tree: Any) -> list[Any]:
-        siblings = [process for process in child_tree.list_processes() if process.parent == os.getpid()]
-        return [*find(tree), *(process for process in siblings if process != tree._leader)]
+        children = map(child_tree.read_process, [child.pid for child in psutil.Process().children()])
+        return [*find(tree), *(child for child in children if child not in (None, tree._leader))]
 
     replace(child_tree.ProcessTree, "find", find_with_siblings)
 

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -39,17 +40,24 @@ from airflow.sdk.execution_time.child_tree import (
     compute_mark,
     has_limit,
     is_alive,
-    list_processes,
+    list_pids,
+    look_at,
     mark_process,
     read_process,
-    send_signal,
+    send_signals,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from pytest_mock import MockerFixture
+
+PATIENCE = 5
+"""Seconds after which an event that should come has not come."""
+
+ATTEMPTS = 100
+
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -89,6 +97,17 @@ def fork(main: Callable[[], Any]) -> tuple[int, list[int]]:
         while pid_told := int(next(lines)):
             told.append(pid_told)
     return pid, told
+
+
+def fork_as(pid: int) -> int:
+    """Fork a child that gets a certain number, unless somebody else gets it first."""
+    for _ in range(ATTEMPTS):
+        LAST_PID.write_text(str(pid - 1))
+        child, _ = fork(lambda: None)
+        if child == pid:
+            break
+        end(child)
+    return child
 
 
 def lead(*starts: Callable[[], int]) -> tuple[ProcessTree, int, list[int]]:
@@ -138,6 +157,12 @@ def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> in
 
 def start_daemon_without_environment() -> int:
     return start_daemon(env={})
+
+
+def start_vfork() -> int:
+    """Start a process that waits, uninterruptibly, for a child that neither execs nor exits: vfork(2)."""
+    _, [pid] = fork(lambda: ctypes.PyDLL(None).vfork() or [os.getppid()])
+    return pid
 
 
 def lift_limit() -> None:
@@ -199,7 +224,7 @@ class TestFind:
         """The session of a process that has got the leader's number since is not the leader's."""
         tree, _, _ = lead(start_child)
         tree._leader = replace(tree._leader, start=tree._leader.start - 1)
-        tree._mark += 1
+        tree._mark = 1
         assert find(tree) == []
 
     def test_leader_that_is_gone_before(self) -> None:
@@ -227,21 +252,58 @@ class TestFind:
         assert has_limit(pid, compute_mark(read_process(pid)))
 
 
+class TestLook:
+    """What is looked at again, and what is known for good."""
+
+    def test_only_the_young_are_read_again(self, mocker: MockerFixture) -> None:
+        """What ran before the leader, or is dead, is read once; what is the tree's, every time."""
+        zombie, _ = fork(lambda: None)
+        os.kill(zombie, signal.SIGKILL)
+        os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+        tree, leader, [child] = lead(start_child)
+        assert find(tree) == [child]
+        look = mocker.spy(child_tree, "look_at")
+        assert find(tree) == [child]
+        again = {call.args[0] for call in look.call_args_list}
+        assert {leader, child} <= again
+        assert not {zombie, os.getpid(), 1} & again
+
+    @pytest.mark.skipif(not os.access(LAST_PID, os.W_OK), reason="it takes root to choose a PID")
+    def test_number_of_a_reaped_process_is_read_again(self) -> None:
+        """The number that tells a process from its namesakes changes with the process."""
+        pid, _ = fork(lambda: None)
+        identity = dict(list_pids())[pid]
+        assert identity is not None
+        assert dict(list_pids())[pid] == identity
+        end(pid)
+        assert fork_as(pid) == pid
+        assert dict(list_pids())[pid] not in (None, identity)
+
+
 class TestStop:
     def test_all_are_stopped(self) -> None:
         """When it returns, none of them can start another process; the leader runs unless told otherwise."""
         tree, leader, started = lead(*STARTS)
-        assert sorted(process.pid for process in tree.stop()) == sorted(started)
-        assert all(read_process(pid).stopped for pid in started)
-        assert not read_process(leader).stopped
-        tree.stop(with_leader=True)
-        assert read_process(leader).stopped
+        assert sorted(process.pid for process in tree.stop(PATIENCE)) == sorted(started)
+        assert all(read_process(pid).halted for pid in started)
+        assert not read_process(leader).halted
+        tree.stop(PATIENCE, with_leader=True)
+        assert read_process(leader).halted
 
-    def test_what_cannot_be_stopped_is_not_waited_for(self, mocker: MockerFixture) -> None:
-        """It does not wait for ever, as for a process in an uninterruptible sleep."""
+    def test_what_does_not_stop_is_not_waited_for(self, mocker: MockerFixture) -> None:
+        """It does not wait for ever, as for a process that does not get to run."""
         tree, _, [pid] = lead(start_child)
-        mocker.patch.object(child_tree, "send_signal", autospec=True, return_value=True)
-        assert [process.pid for process in tree.stop()] == [pid]
+        mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
+        assert [process.pid for process in tree.stop(0.1)] == [pid]
+
+    def test_uninterruptible_sleep_is_not_waited_for(self) -> None:
+        """A process that waits for what it has vforked cannot stop, but cannot fork either."""
+        tree, _, [parent] = lead(start_vfork)
+        began = time.monotonic()
+        stopped = tree.stop(PATIENCE)
+        assert time.monotonic() - began < PATIENCE
+        assert len(stopped) == 2
+        assert parent in [process.pid for process in stopped]
 
 
 class TestFallbacks:
@@ -287,8 +349,8 @@ class TestFallbacks:
                 raise error
             return original(path, *args, **kwargs)
 
-        original = open
-        mocker.patch("builtins.open", autospec=True, side_effect=refuse)
+        original = os.open
+        mocker.patch.object(os, "open", autospec=True, side_effect=refuse)
         assert find(tree) == [seen]
 
 
@@ -308,7 +370,7 @@ class TestReadProcess:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert read_process(pid) is None
-        assert pid not in [process.pid for process in list_processes()]
+        assert look_at(pid).dead
 
     def test_process_without_its_first_thread(self) -> None:
         """A process lives on in its other threads, although its state says zombie."""
@@ -344,22 +406,22 @@ class TestSendSignal:
             monkeypatch.setattr(os, "pidfd_open", refuse)
         pid, _ = fork(lambda: None)
         process = read_process(pid)
-        assert send_signal(process, signal.SIGTERM)
+        assert send_signals(process, [signal.SIGTERM])
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
-        assert send_signal(process, signal.SIGTERM), "it is gone, which nobody needs to hear of"
+        assert send_signals(process, [signal.SIGTERM]), "it is gone, which nobody needs to hear of"
         assert not is_alive(process)
 
     def test_recycled_number(self) -> None:
         """Whoever has got the number since is not signalled."""
         pid, _ = fork(lambda: None)
         former = read_process(pid)
-        assert send_signal(replace(former, start=former.start - 1), signal.SIGKILL)
+        assert send_signals(replace(former, start=former.start - 1), [signal.SIGKILL])
         assert is_alive(former)
 
     def test_descriptors_are_closed(self) -> None:
         pid, _ = fork(lambda: None)
         before = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
-        send_signal(read_process(pid), signal.SIGCONT)
+        send_signals(read_process(pid), [signal.SIGCONT])
         after = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
         assert len(before) == len(after)
 
@@ -369,7 +431,7 @@ class TestSudo:
 
     @pytest.fixture(autouse=True)
     def deny(self, mocker: MockerFixture) -> None:
-        mocker.patch.object(child_tree, "send_signal", autospec=True, return_value=False)
+        mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=False)
 
     def install_sudo(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
         sudo = folder / "sudo"

@@ -51,6 +51,9 @@ log = structlog.get_logger(logger_name="supervisor")
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What stops a supervisor politely: dumb-init, Kubernetes and Celery send SIGTERM, a terminal SIGINT."""
 
+STOP_TIME = 0.2
+"""Seconds that the processes of a task have to stop before they are killed."""
+
 
 class _SupervisedProcess(Protocol):
     """The part of ``WatchedSubprocess`` that this module relies on, in every release."""
@@ -117,7 +120,7 @@ def signal_task(process: _SupervisedProcess, sig: int) -> bool:
     if not process._new_session:
         return False
     if sig == signal.SIGKILL and is_unreaped_child(process.pid):
-        process._tree.stop(with_leader=True)
+        process._tree.stop(STOP_TIME, with_leader=True)
     return signal_session(process.pid, sig)
 
 

@@ -38,7 +38,7 @@ import structlog
 from airflow.sdk.execution_time.child_tree import Process, is_alive
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from configparser import ConfigParser
 
 __all__ = ["end_leftovers", "prepare_kill"]
@@ -131,15 +131,14 @@ def terminate(process: Any, deadline: float, ended: dict[Process, str]) -> None:
     """Ask leftovers, and what they start meanwhile, to end, until nothing is left or the grace is over."""
     while time.monotonic() < deadline and (members := process._tree.find()):
         fresh = [member for member in members if member not in ended]
-        for sig in (signal.SIGTERM, signal.SIGCONT):
-            process._tree.signal(fresh, sig)
+        process._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT)
         ended.update(dict.fromkeys(fresh, signal.SIGTERM.name))
         wait_for(process, members, deadline)
 
 
 def kill(process: Any, deadline: float, ended: dict[Process, str]) -> list[Process]:
     """Kill leftovers until nothing is left; return those that are there at the deadline all the same."""
-    while members := process._tree.stop():
+    while members := process._tree.stop(max(0, deadline - KILL_WAIT - time.monotonic())):
         process._tree.signal(members, signal.SIGKILL)
         ended.update(dict.fromkeys(members, signal.SIGKILL.name))
         wait_for(process, members, min(deadline, time.monotonic() + KILL_WAIT))
@@ -148,9 +147,10 @@ def kill(process: Any, deadline: float, ended: dict[Process, str]) -> list[Proce
     return [member for member in members if is_alive(member)]
 
 
-def wait_for(process: Any, members: Iterable[Process], deadline: float) -> None:
+def wait_for(process: Any, members: Sequence[Process], deadline: float) -> None:
     """Serve the task's sockets until all members have ended, or the deadline has come."""
-    for member in members:
+    # Whoever was signalled last ends last, and all others are gone by then.
+    for member in reversed(members):
         watched = process._exit_watch.follow(process.selector, member.pid)
         while is_alive(member) and (left := deadline - time.monotonic()) > 0:
             process._service_subprocess(max_wait_time=left if watched else min(left, POLL_INTERVAL))

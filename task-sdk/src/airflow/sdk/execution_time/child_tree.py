@@ -59,8 +59,10 @@ PROC = "/proc"
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
 
-STOP_TIME = 0.2
-"""Seconds that processes have to stop; one in an uninterruptible sleep does not."""
+DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+HALTED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)
+
+STAT_MAX_BYTES = 4096
 
 SUDO_TIMEOUT = 1.0
 """Seconds; ``sudo -n`` asks nobody, but may look for its rules in the network."""
@@ -68,7 +70,7 @@ SUDO_TIMEOUT = 1.0
 
 @dataclass(frozen=True)
 class Process:
-    """A process that is neither dead nor a zombie. Its PID and its start tell it from every other."""
+    """A process. Its PID and its start tell it from every other."""
 
     pid: int
     start: float
@@ -76,7 +78,10 @@ class Process:
     name: str = field(compare=False)
     parent: int = field(compare=False)
     session: int = field(compare=False)
-    stopped: bool = field(compare=False)
+    halted: bool = field(compare=False)
+    """It is stopped, or in an uninterruptible sleep, after which a pending SIGSTOP comes before its next step."""
+    dead: bool = field(compare=False)
+    """It is a zombie, whether or not somebody is going to reap it."""
 
 
 class ProcessTree:
@@ -87,6 +92,7 @@ class ProcessTree:
         self._mark = 0
         self._has_mark = has_limit
         self._remembered: dict[int, float] = {}
+        self._settled: dict[int, int] = {}
         self.sudo_failure: str | None = None
         """Why processes of another user could not be signalled, if so."""
 
@@ -112,14 +118,32 @@ class ProcessTree:
         """Return the processes of the tree. One pass; entries may vanish meanwhile."""
         if self._leader is None:
             return []
-        processes = {process.pid: process for process in list_processes()}
+        processes = self._read_candidates(self._leader)
         members = add_descendants(processes, self._find_seeds(processes, self._leader))
         for nobodys in (0, 1, os.getpid()):
             members.pop(nobodys, None)
-        self._remembered = {pid: process.start for pid, process in members.items()}
+        self._remembered.update((pid, process.start) for pid, process in members.items())
         if not with_leader:
             members.pop(self._leader.pid, None)
         return list(members.values())
+
+    def _read_candidates(self, leader: Process) -> dict[int, Process]:
+        """
+        Return the processes alive that are not older than the leader.
+
+        The others are read once, which is what makes a look cheap on a machine with many processes.
+        """
+        candidates, settled = {}, {}
+        for pid, identity in list_pids():
+            if identity is not None and self._settled.get(pid) == identity:
+                settled[pid] = identity
+            elif process := look_at(pid):
+                if not process.dead and process.start >= leader.start:
+                    candidates[pid] = process
+                elif identity is not None:
+                    settled[pid] = identity
+        self._settled = settled
+        return candidates
 
     def _find_seeds(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
         now = processes.get(leader.pid)
@@ -129,33 +153,36 @@ class ProcessTree:
         def belongs(process: Process) -> bool:
             if process == leader or self._remembered.get(process.pid) == process.start:
                 return True
-            if process.start < leader.start:
-                return False
             return (process.session == leader.pid and not recycled) or self._has_mark(process.pid, self._mark)
 
         return {process.pid: process for process in processes.values() if belongs(process)}
 
-    def stop(self, *, with_leader: bool = False) -> list[Process]:
-        """Stop the processes of the tree, so that none can start another, and return them."""
+    def stop(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
+        """
+        Stop the processes of the tree, so that none can start another, and return them.
+
+        :param time_limit: seconds to wait for those that do not get to run, on a machine that is busy.
+        """
         sent: set[Process] = set()
-        all_stopped = False
-        deadline = time.monotonic() + STOP_TIME
-        while True:
-            members = self.find(with_leader=with_leader)
+        all_halted = False
+        deadline = time.monotonic() + time_limit
+        while members := self.find(with_leader=with_leader):
             fresh = [member for member in members if member not in sent]
             # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
-            # child appears. So the last look is one that began when all had been seen stopped.
-            if not fresh and (all_stopped or time.monotonic() > deadline):
+            # child appears. So the last look is one that began when all had been seen halted.
+            if not fresh and (all_halted or time.monotonic() > deadline):
                 return members
-            all_stopped = not fresh and all(member.stopped for member in members)
+            all_halted = not fresh and all(member.halted for member in members)
             self.signal(fresh, signal.SIGSTOP)
             sent.update(fresh)
+        return []
 
-    def signal(self, processes: Iterable[Process], sig: int) -> None:
-        """Send ``sig`` to each process that still is the same; to those of another user through sudo."""
-        denied = [process for process in processes if not send_signal(process, sig)]
-        if denied and self.sudo_failure is None:
-            self.sudo_failure = send_by_sudo(denied, sig)
+    def signal(self, processes: Iterable[Process], *signals: int) -> None:
+        """Send the signals to each process that still is the same; to those of another user through sudo."""
+        denied = [process for process in processes if not send_signals(process, signals)]
+        for sig in signals:
+            if denied and self.sudo_failure is None:
+                self.sudo_failure = send_by_sudo(denied, sig)
 
 
 def add_descendants(processes: dict[int, Process], seeds: dict[int, Process]) -> dict[int, Process]:
@@ -217,40 +244,59 @@ def has_variable(pid: int, mark: int) -> bool:
         return False
 
 
-def list_processes() -> Iterator[Process]:
-    """Yield all processes that we may see."""
+def list_pids() -> Iterator[tuple[int, int | None]]:
+    """
+    Yield the PIDs that we may see, each with what tells its process from the next one of the same number, if known.
+
+    That is the number of its inode: the kernel makes one for a process when it is first looked up, and drops it when
+    the process is reaped (proc_flush_pid(), Linux 5.6), so that listing alone recognises those that were read before.
+    """
     try:
-        entries = os.listdir(PROC)
+        with os.scandir(PROC) as entries:
+            for entry in entries:
+                if entry.name.isdigit():
+                    yield int(entry.name), entry.inode()
     except OSError:
-        entries = [str(pid) for pid in psutil.pids()]
-    for entry in entries:
-        if entry.isdigit() and (process := read_process(int(entry))):
-            yield process
+        for pid in psutil.pids():
+            yield pid, None
 
 
 def read_process(pid: int) -> Process | None:
     """Return the process, None if it is dead, a zombie, or hidden from us."""
+    process = look_at(pid)
+    return None if process is None or process.dead else process
+
+
+def look_at(pid: int) -> Process | None:
+    """Return the process, be it a zombie; None if there is none, or if it is hidden from us."""
     try:
-        with open(f"{PROC}/{pid}/stat", "rb") as file:
-            stat = file.read()
+        stat = _read_file(f"{PROC}/{pid}/stat")
     except (FileNotFoundError, NotADirectoryError):
         return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid)
     except OSError:  # gone between open and read, or hidden
         return None
     # The name may hold anything, parentheses and spaces among it.
     name, _, rest = stat.partition(b"(")[2].rpartition(b")")
-    state, parent, _, session, *others = rest.split()
-    # A process whose first thread has ended looks like a zombie as long as the others run.
-    if state in b"ZXx" and int(others[13]) <= 1:
-        return None
+    state, parent, _, session, *others = rest.split(None, 21)
     return Process(
         pid,
         start=int(others[15]),
         name=name.decode(errors="replace"),
         parent=int(parent),
         session=int(session),
-        stopped=state in b"Tt",
+        halted=state in b"TtD",
+        # A process whose first thread has ended looks like a zombie as long as the others run.
+        dead=state in b"ZXx" and int(others[13]) <= 1,
     )
+
+
+def _read_file(path: str) -> bytes:
+    """Return a small file at a third of what open() costs: a look reads one for each process of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, STAT_MAX_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _ask_psutil(pid: int) -> Process | None:
@@ -258,15 +304,14 @@ def _ask_psutil(pid: int) -> Process | None:
         process = psutil.Process(pid)
         with process.oneshot():
             status = process.status()
-            if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                return None
             return Process(
                 pid,
                 start=process.create_time(),
                 name=process.name(),
                 parent=process.ppid(),
                 session=os.getsid(pid),
-                stopped=status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP),
+                halted=status in HALTED,
+                dead=status in DEAD,
             )
     except (psutil.Error, OSError):
         return None
@@ -278,7 +323,7 @@ def is_alive(process: Process) -> bool:
     return now is not None and now.start == process.start
 
 
-def send_signal(process: Process, sig: int) -> bool:
+def send_signals(process: Process, signals: Iterable[int]) -> bool:
     """Signal a process, and never one that has got its number since; False if that is not allowed."""
     pidfd = None
     with contextlib.suppress(AttributeError, OSError):  # no pidfd, none left, or the process is gone
@@ -287,10 +332,11 @@ def send_signal(process: Process, sig: int) -> bool:
         # From here on the pidfd stands for one process; without it the number may still change hands, just not likely.
         if not is_alive(process):
             return True
-        if pidfd is None:
-            os.kill(process.pid, sig)
-        else:
-            signal.pidfd_send_signal(pidfd, sig)
+        for sig in signals:
+            if pidfd is None:
+                os.kill(process.pid, sig)
+            else:
+                signal.pidfd_send_signal(pidfd, sig)
     except ProcessLookupError:
         return True
     except PermissionError:
