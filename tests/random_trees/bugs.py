@@ -39,16 +39,15 @@ def forget() -> None:
 
 
 def leave_stopped() -> None:
-    def signal_but_continue(tree: Any, processes: Iterable[Any], sig: int) -> None:
-        if sig != signal.SIGCONT:
-            send(tree, processes, sig)
+    def signal_but_continue(tree: Any, processes: Iterable[Any], *signals: int) -> None:
+        send(tree, processes, *(sig for sig in signals if sig != signal.SIGCONT))
 
     replace(child_tree.ProcessTree, "signal", signal_but_continue)
 
 
 def look_once() -> None:
-    def stop_without_looking_again(tree: Any) -> list[Any]:
-        members: list[Any] = tree.find()
+    def stop_without_looking_again(tree: Any, _time_limit: float, **options: bool) -> list[Any]:
+        members: list[Any] = tree.find(**options)
         tree.signal(members, signal.SIGSTOP)
         return members
 
@@ -62,9 +61,9 @@ def never_kill() -> None:
 def take_siblings() -> None:
     """Take other children of the supervisor for members."""
 
-    def find_with_siblings(tree: Any) -> list[Any]:
+    def find_with_siblings(tree: Any, **options: bool) -> list[Any]:
         children = map(child_tree.read_process, [child.pid for child in psutil.Process().children()])
-        return [*find(tree), *(child for child in children if child not in (None, tree._leader))]
+        return [*find(tree, **options), *(child for child in children if child not in (None, tree._leader))]
 
     replace(child_tree.ProcessTree, "find", find_with_siblings)
 

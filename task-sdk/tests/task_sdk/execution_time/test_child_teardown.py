@@ -36,7 +36,7 @@ from airflow.sdk.execution_time.child_tree import Process, ProcessTree
 if TYPE_CHECKING:
     from pytest_mock import MockerFixture
 
-STUBBORN = Process(pid=2**22 + 1, start=1, name="stubborn", parent=1, session=1, halted=False, dead=False)
+STUBBORN = Process(pid=2**22 + 1, start=1, name="stubborn", parent=1, session=1, stopped=False, dead=False)
 
 
 @pytest.fixture(autouse=True)

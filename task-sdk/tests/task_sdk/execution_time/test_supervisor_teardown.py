@@ -473,6 +473,42 @@ class TestLeftovers:
         end_task(way, process, api)
         assert list_left() == []
 
+    def test_stopped_group_gets_no_turn(self, relay: Relay) -> None:
+        """A stopped group whose last tie to its session dies, which continues it, starts nobody before it dies."""
+
+        def start_session(*_: Any) -> None:
+            if os.fork() == 0:
+                os.setsid()
+                pause_for_ever()
+
+        def be_deaf_and_unmarked() -> None:
+            resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, signal.SIG_IGN)
+
+        def start_group() -> None:
+            """Start a process of its own group that starts another whenever it is continued."""
+            if os.fork() == 0:
+                os.setpgid(0, 0)
+                signal.signal(signal.SIGCONT, start_session)
+                relay.tell(os.getpid())
+                pause_for_ever()
+
+        def target() -> None:
+            if os.fork() == 0:
+                be_deaf_and_unmarked()
+                for _ in range(200):
+                    if os.fork() == 0:
+                        pause_for_ever()
+                start_group()
+                pause_for_ever()
+            wait_to_end(relay)
+
+        process = start_task(target)
+        hear_ready(relay)
+        end_task("killed", process, Api())
+        assert list_left() == []
+
     def test_child_in_the_group_of_a_failed_task_ends(self, relay: Relay) -> None:
         """A runner that fails, or that the kernel kills, takes its group along."""
         process = start_task(lambda: (relay.tell(subprocess.Popen(SLEEPER).pid), wait_to_end(relay)))

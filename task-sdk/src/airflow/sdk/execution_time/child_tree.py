@@ -60,7 +60,7 @@ MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
 
 DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-HALTED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)
+STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 STAT_MAX_BYTES = 4096
 
@@ -78,8 +78,7 @@ class Process:
     name: str = field(compare=False)
     parent: int = field(compare=False)
     session: int = field(compare=False)
-    halted: bool = field(compare=False)
-    """It is stopped, or in an uninterruptible sleep, after which a pending SIGSTOP comes before its next step."""
+    stopped: bool = field(compare=False)
     dead: bool = field(compare=False)
     """It is a zombie, whether or not somebody is going to reap it."""
 
@@ -161,18 +160,19 @@ class ProcessTree:
         """
         Stop the processes of the tree, so that none can start another, and return them.
 
-        :param time_limit: seconds to wait for those that do not get to run, on a machine that is busy.
+        :param time_limit: seconds to wait for those that do not get to run, on a machine that is busy, or do not
+            stop, in an uninterruptible sleep.
         """
         sent: set[Process] = set()
-        all_halted = False
+        all_stopped = False
         deadline = time.monotonic() + time_limit
         while members := self.find(with_leader=with_leader):
             fresh = [member for member in members if member not in sent]
             # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
-            # child appears. So the last look is one that began when all had been seen halted.
-            if not fresh and (all_halted or time.monotonic() > deadline):
+            # child appears. So the last look is one that began when all had been seen stopped.
+            if not fresh and (all_stopped or time.monotonic() > deadline):
                 return members
-            all_halted = not fresh and all(member.halted for member in members)
+            all_stopped = not fresh and all(member.stopped for member in members)
             self.signal(fresh, signal.SIGSTOP)
             sent.update(fresh)
         return []
@@ -284,7 +284,7 @@ def look_at(pid: int) -> Process | None:
         name=name.decode(errors="replace"),
         parent=int(parent),
         session=int(session),
-        halted=state in b"TtD",
+        stopped=state in b"Tt",
         # A process whose first thread has ended looks like a zombie as long as the others run.
         dead=state in b"ZXx" and int(others[13]) <= 1,
     )
@@ -310,7 +310,7 @@ def _ask_psutil(pid: int) -> Process | None:
                 name=process.name(),
                 parent=process.ppid(),
                 session=os.getsid(pid),
-                halted=status in HALTED,
+                stopped=status in STOPPED,
                 dead=status in DEAD,
             )
     except (psutil.Error, OSError):
