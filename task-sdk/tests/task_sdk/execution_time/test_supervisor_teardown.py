@@ -456,6 +456,29 @@ def be_pool(relay: Relay) -> None:
     relay.tell(os.getpid())
 
 
+def start_tied_group(relay: Relay) -> None:
+    """Start a deaf parent without a mark, and by it a group that starts somebody whenever it is continued."""
+    if os.fork():
+        return
+    resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    start_sleepers(200)  # it takes time to kill them all
+    if os.fork() == 0:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGCONT, lambda *_: start_sleepers(1, new_session=True))
+        relay.tell(os.getpid())
+    pause_for_ever()
+
+
+def start_sleepers(number: int, *, new_session: bool = False) -> None:
+    for _ in range(number):
+        if os.fork() == 0:
+            if new_session:
+                os.setsid()
+            pause_for_ever()
+
+
 DAEMONS = [be_polite, be_exec, be_stopped, be_deaf, be_phoenix, be_forker, be_pool]
 
 
@@ -475,36 +498,7 @@ class TestLeftovers:
 
     def test_stopped_group_gets_no_turn(self, relay: Relay) -> None:
         """A stopped group whose last tie to its session dies, which continues it, starts nobody before it dies."""
-
-        def start_session(*_: Any) -> None:
-            if os.fork() == 0:
-                os.setsid()
-                pause_for_ever()
-
-        def be_deaf_and_unmarked() -> None:
-            resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            for signum in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(signum, signal.SIG_IGN)
-
-        def start_group() -> None:
-            """Start a process of its own group that starts another whenever it is continued."""
-            if os.fork() == 0:
-                os.setpgid(0, 0)
-                signal.signal(signal.SIGCONT, start_session)
-                relay.tell(os.getpid())
-                pause_for_ever()
-
-        def target() -> None:
-            if os.fork() == 0:
-                be_deaf_and_unmarked()
-                for _ in range(200):
-                    if os.fork() == 0:
-                        pause_for_ever()
-                start_group()
-                pause_for_ever()
-            wait_to_end(relay)
-
-        process = start_task(target)
+        process = start_task(lambda: (start_tied_group(relay), wait_to_end(relay)))
         hear_ready(relay)
         end_task("killed", process, Api())
         assert list_left() == []
