@@ -456,29 +456,6 @@ def be_pool(relay: Relay) -> None:
     relay.tell(os.getpid())
 
 
-def start_tied_group(relay: Relay) -> None:
-    """Start a deaf parent without a mark, and by it a group that starts somebody whenever it is continued."""
-    if os.fork():
-        return
-    resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    start_sleepers(200)  # it takes time to kill them all
-    if os.fork() == 0:
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGCONT, lambda *_: start_sleepers(1, new_session=True))
-        relay.tell(os.getpid())
-    pause_for_ever()
-
-
-def start_sleepers(number: int, *, new_session: bool = False) -> None:
-    for _ in range(number):
-        if os.fork() == 0:
-            if new_session:
-                os.setsid()
-            pause_for_ever()
-
-
 DAEMONS = [be_polite, be_exec, be_stopped, be_deaf, be_phoenix, be_forker, be_pool]
 
 
@@ -494,13 +471,6 @@ class TestLeftovers:
         process = start_task(lambda: (detach(lambda: daemon(relay)), wait_to_end(relay)), api)
         hear_ready(relay)
         end_task(way, process, api)
-        assert list_left() == []
-
-    def test_stopped_group_gets_no_turn(self, relay: Relay) -> None:
-        """A stopped group whose last tie to its session dies, which continues it, starts nobody before it dies."""
-        process = start_task(lambda: (start_tied_group(relay), wait_to_end(relay)))
-        hear_ready(relay)
-        end_task("killed", process, Api())
         assert list_left() == []
 
     def test_child_in_the_group_of_a_failed_task_ends(self, relay: Relay) -> None:
