@@ -10,10 +10,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from typing import Callable, NoReturn
 
 SESSION_EVERY_LINKS = 10
 SESSION_EVERY_CHILDREN = 3
+BREEDING_INTERVAL = 0.05
+BREEDING_BEFORE_READY = 3
+FORK_INTERVAL = 0.005
+"""Seconds that a forked child of a thread lives: with some threads one of them forks at any moment."""
 
 COOKIE, READY = sys.argv[-2:]
 
@@ -25,6 +31,10 @@ def announce() -> None:
 
 def stay() -> NoReturn:
     announce()
+    pause_for_ever()
+
+
+def pause_for_ever() -> NoReturn:
     while True:
         signal.pause()
 
@@ -50,18 +60,70 @@ def be_deaf() -> NoReturn:
 
 
 def be_stopped() -> NoReturn:
+    # The kernel's own, for a group with stopped members whose last relative outside exits: setpgid(2).
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     announce()
     os.kill(os.getpid(), signal.SIGSTOP)
-    while True:
-        signal.pause()
+    pause_for_ever()
 
 
 def be_daemon() -> NoReturn:
+    detach()
+    stay()
+
+
+def detach() -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
     if os.fork():
         os._exit(0)
+
+
+def be_bare_daemon() -> NoReturn:
+    detach()
+    command = [sys.executable, "-I", "-S", __file__, "sleeper", COOKIE, READY]
+    os.execve(sys.executable, command, {})  # noqa: S606  # no shell is needed
+
+
+def be_breeder() -> NoReturn:
+    """Be deaf, and start a detached child again and again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    children = 0
+    while True:
+        intermediate = os.fork()
+        if intermediate == 0:
+            detach()
+            pause_for_ever()
+        os.waitpid(intermediate, 0)
+        children += 1
+        if children == BREEDING_BEFORE_READY:
+            announce()
+        time.sleep(BREEDING_INTERVAL)
+
+
+def be_forking_threads(threads: int) -> NoReturn:
+    """Be deaf, and have every thread replace its child, in a session of its own, again and again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    all_forked = threading.Barrier(threads + 1)
+
+    def fork_children() -> None:
+        waited = False
+        while True:
+            child = os.fork()
+            if child == 0:
+                os.setsid()
+                pause_for_ever()
+            if not waited:
+                all_forked.wait()
+                waited = True
+            time.sleep(FORK_INTERVAL)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    for _ in range(threads):
+        threading.Thread(target=fork_children).start()
+    all_forked.wait()
     stay()
 
 
@@ -100,6 +162,9 @@ ROLES: dict[str, Callable[..., NoReturn]] = {
     "deaf": be_deaf,
     "stopped": be_stopped,
     "daemon": be_daemon,
+    "bare-daemon": be_bare_daemon,
+    "breeder": be_breeder,
+    "forking-threads": be_forking_threads,
     "phoenix": be_phoenix,
     "chain": be_chain,
     "crowd": be_crowd,

@@ -1,4 +1,4 @@
-"""Find and end processes that carry a cookie on their command line."""
+"""Find and end processes that carry a cookie on their command line, or in their environment."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+COOKIE_VARIABLE = "SUPERVISED_BY_A_TEST"
+"""Carries the cookie where the command line is not ours to choose: multiprocessing spawns its processes."""
 
 KILL_TIMEOUT = 5.0
 """Seconds that a killed process gets to disappear."""
@@ -22,17 +25,30 @@ class Process(NamedTuple):
 
 
 def find_marked(cookie: str) -> list[Process]:
-    """Return the processes alive that have `cookie` among their arguments; a zombie has no arguments any more."""
+    """Return the processes alive that carry `cookie`; a zombie has neither arguments nor variables any more."""
     pids = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return [Process(pid, read_name(pid)) for pid in pids if is_marked(pid, cookie)]
 
 
 def is_marked(pid: int, cookie: str) -> bool:
+    variable = f"{COOKIE_VARIABLE}={cookie}".encode()
+    return cookie.encode() in read_strings(pid, "cmdline") or variable in read_strings(pid, "environ")
+
+
+def read_strings(pid: int, name: str) -> list[bytes]:
+    """Return a list of strings in /proc, which is empty for a process that is gone, and for an environment not ours to read."""
     try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []
+
+
+def read_state(pid: int) -> str:
+    """Return the letter of proc_pid_stat(5) for what a process does, or "gone"."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return cookie.encode() in arguments
+        return "gone"
 
 
 def read_name(pid: int) -> str:
@@ -65,7 +81,7 @@ def wait_for_exit(processes: list[Process], timeout: float) -> None:
 
 
 def kill_marked(cookie: str) -> None:
-    """Kill every process that has `cookie` among its arguments, and those that they start meanwhile.
+    """Kill every process that carries `cookie`, and those that they start meanwhile.
 
     Raises TimeoutError when some are still there after KILL_TIMEOUT seconds.
     """

@@ -1,9 +1,9 @@
-"""Supervise one task in this process, as a worker does: `scenario.py COOKIE FOLDER`.
+"""Supervise one task in this process, as a worker does: `python -m tests.harness.scenario COOKIE FOLDER`.
 
-Run by the interpreter of an environment that has the SDK; everything else comes from FOLDER/plan.json. The task starts the
-planned command and announces itself as `runner PID` in the planned FIFO. When the planned pipe reaches its end, the task
-ends as planned: its heartbeats are answered 409, or it exits. What came of it is written to FOLDER/result.json.
-Python 3.9 and the packages of the environment.
+Run by the interpreter of an environment that has the SDK, with the repository on PYTHONPATH; everything else comes from FOLDER/plan.json. The task starts the
+planned command, becomes the runner that is planned, and announces itself as `runner PID` in the planned FIFO. When the planned
+pipe reaches its end, the task ends as planned: its heartbeats are answered 409, or it exits. What came of it is written to
+FOLDER/result.json. Python 3.9 and the packages of the environment.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ import traceback
 import uuid
 from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 import structlog
 
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.api.datamodels._generated import BundleInfo, DagRun, TaskInstance, TIRunContext
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+from tests.harness.pools import start_pool
+from tests.harness.shapes import ON_KILL_COMPLETED
 
 try:
     # From 1.4 on, whoever starts a supervisor catches the signals for it.
@@ -37,6 +40,9 @@ except ImportError:
 
 STARTUP_MESSAGE_MAX_BYTES = 1 << 16
 EXITS = {"success": 0, "exit-1": 1}
+ON_KILL_TIME = 2.0
+"""Seconds."""
+BYSTANDER = [sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"]
 
 
 def build(model: Any, **values: Any) -> Any:
@@ -117,21 +123,67 @@ def is_ordered_to_end(plan: dict[str, Any]) -> bool:
 
 def start_tree(plan: dict[str, Any]) -> None:
     if plan["holds_sockets"]:
-        for entry in Path("/proc/self/fd").iterdir():
+        for number in list_descriptors("self"):
             with suppress(OSError):  # the listing's own descriptor is gone
-                os.set_inheritable(int(entry.name), True)
+                os.set_inheritable(number, True)
     tree = subprocess.Popen(
-        plan["argv"], start_new_session=plan["new_session"], close_fds=not plan["holds_sockets"]
+        plan["argv"],
+        stdout=subprocess.PIPE if plan["piped"] else None,
+        start_new_session=plan["new_session"],
+        close_fds=not plan["holds_sockets"],
     )
+    if plan["holds_sockets"] and (missing := list_sockets("self") - list_sockets(tree.pid)):
+        raise RuntimeError(f"{plan['argv']} does not hold {missing}")
     if plan["stops"]:
         os.waitid(os.P_PID, tree.pid, os.WSTOPPED)
+
+
+def list_descriptors(pid: int | str) -> list[int]:
+    return [int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def list_sockets(pid: int | str) -> set[str]:
+    targets = set()
+    for number in list_descriptors(pid):
+        with suppress(FileNotFoundError):  # see start_tree()
+            targets.add(str(Path(f"/proc/{pid}/fd/{number}").readlink()))
+    return {target for target in targets if target.startswith("socket:")}
+
+
+def be_deaf(_plan: dict[str, Any]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def be_slow(_plan: dict[str, Any]) -> None:
+    def on_kill(_signum: int, _frame: object) -> NoReturn:
+        time.sleep(ON_KILL_TIME)
+        os.write(1, f"{ON_KILL_COMPLETED}\n".encode())
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, on_kill)
+
+
+def have_pool(method: str, plan: dict[str, Any]) -> None:
+    start_pool(method, plan["ready"])
+
+
+RUNNERS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "deaf": be_deaf,
+    "slow": be_slow,
+    "pool-fork": partial(have_pool, "fork"),
+    "pool-spawn": partial(have_pool, "spawn"),
+    "pool-forkserver": partial(have_pool, "forkserver"),
+}
 
 
 def run_task(plan: dict[str, Any]) -> NoReturn:
     """Be the task: start the tree, announce it, and end as planned."""
     # Closing a socket with unread bytes would show the supervisor a reset instead of an end of file.
     os.read(0, STARTUP_MESSAGE_MAX_BYTES)
-    start_tree(plan)
+    if plan["argv"]:
+        start_tree(plan)
+    if plan["runner"]:
+        RUNNERS[plan["runner"]](plan)
     with Path(plan["ready"]).open("a") as ready:
         ready.write(f"runner {os.getpid()}\n")
     if plan["ending"] in EXITS:
@@ -149,7 +201,15 @@ def make_recorder(events: list[dict[str, Any]]) -> Any:
     return structlog.wrap_logger(structlog.PrintLogger(), processors=[record]).bind()
 
 
+def start_bystanders(cookie: str) -> None:
+    """Start processes of the supervisor's, in its group and in a session of their own."""
+    for new_session in (False, True):
+        subprocess.Popen([*BYSTANDER, cookie], env={}, start_new_session=new_session)
+
+
 def supervise(plan: dict[str, Any]) -> dict[str, Any]:
+    if plan["bystanders"]:
+        start_bystanders(plan["bystanders"])
     api = TaskInstances(plan)
     log: list[dict[str, Any]] = []
     process = ActivitySubprocess.start(
@@ -176,9 +236,9 @@ def supervise(plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> NoReturn:
-    folder = Path(sys.argv[2])
-    plan = json.loads((folder / "plan.json").read_text())
+def run(folder: Path, **changes: Any) -> NoReturn:
+    """Do what is planned, but for the changes, and exit."""
+    plan = {**json.loads((folder / "plan.json").read_text()), **changes}
     with catch_signals():
         result = supervise(plan)
     (folder / "result.json").write_text(json.dumps(result, default=str))
@@ -187,4 +247,4 @@ def main() -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    run(Path(sys.argv[2]))

@@ -13,20 +13,19 @@ import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from patches.releases import ROOT
 from tests.harness.environments import clean_env
-from tests.harness.processes import Process, find_marked, kill_marked, wait_for_exit
+from tests.harness.processes import COOKIE_VARIABLE, Process, find_marked, kill_marked, wait_for_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from tests.harness.environments import Environment
     from tests.harness.shapes import Shape
 
 Ending = Literal["409", "sigterm", "runner-killed", "exit-1", "success"]
-
-SCENARIO = Path(__file__).with_name("scenario.py")
 
 READY_TIMEOUT = 60.0
 """Seconds for importing the SDK and starting the tree; a cold disk and two busy cores take most of it."""
@@ -85,22 +84,63 @@ class Outcome:
         return self.returned and not self.left
 
 
+class SupervisorProcess(Protocol):
+    """A child of this process, or of somebody who collects it for us."""
+
+    pid: int
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a supervised task does."""
+
+    shape: Shape
+    ending: Ending
+    bystanders: str | None = None
+    """The cookie of two processes that the supervisor starts before the task, none without."""
+
+    def dump(self, cookie: str, ready: Path, order: int) -> str:
+        """Return what scenario.py takes."""
+        return json.dumps(
+            {
+                "argv": self.shape.argv(cookie, ready),
+                "bystanders": self.bystanders,
+                "ending": self.ending,
+                "holds_sockets": self.shape.holds_sockets,
+                "new_session": self.shape.new_session,
+                "order": order,
+                "piped": self.shape.piped,
+                "ready": str(ready),
+                "runner": self.shape.runner,
+                "stops": self.shape.stops,
+            }
+        )
+
+
 @dataclass
 class Supervisor:
     """A running supervisor."""
 
-    process: subprocess.Popen[bytes]
+    process: SupervisorProcess
     pidfd: int
     order: IO[bytes]
     """Its end is the task's order to end."""
     announcements: IO[bytes]
     folder: Path
+    announced: list[int] = field(default_factory=list)
+    """The PIDs of the tree, once `wait_for_tree` has seen it."""
 
     def read_output(self) -> str:
         return (self.folder / "supervisor.log").read_text(errors="replace")
 
 
-_running: set[subprocess.Popen[bytes]] = set()
+_running: set[SupervisorProcess] = set()
 
 
 class SupervisorFailedError(Exception):
@@ -152,6 +192,36 @@ def start_supervisor(
     env: Mapping[str, str],
 ) -> Iterator[Supervisor]:
     """Run a supervisor in a session of its own, and kill it in the end if it still runs."""
+    variables = {
+        **clean_env(folder, python=environment.python),
+        **SETTINGS,
+        **env,
+        "PYTHONPATH": str(ROOT),
+        COOKIE_VARIABLE: cookie,
+    }
+
+    def launch(order: int) -> subprocess.Popen[bytes]:
+        with (folder / "supervisor.log").open("wb") as output:
+            return subprocess.Popen(
+                [environment.python, "-m", "tests.harness.scenario", cookie, folder],
+                env=variables,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[order],
+                start_new_session=True,
+            )
+
+    with watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder) as supervisor:
+        yield supervisor
+
+
+@contextmanager
+def watch_supervisor(
+    launch: Callable[[int], SupervisorProcess], plan: Plan, *, cookie: str, folder: Path
+) -> Iterator[Supervisor]:
+    """Have a supervisor launched that gets the descriptor of its order; kill it in the end if it still runs."""
     ready = folder / "ready"
     os.mkfifo(ready)
     order_read, order_write = os.pipe()
@@ -160,27 +230,8 @@ def start_supervisor(
         order = stack.enter_context(open(order_write, "wb"))  # noqa: PTH123
         # Held open at both ends: no writer waits for a reader, and the first to close is not the end of the file.
         announcements = stack.enter_context(ready.open("rb+", buffering=0))
-        plan = {
-            "argv": shape.argv(cookie, ready),
-            "ending": ending,
-            "holds_sockets": shape.holds_sockets,
-            "new_session": shape.new_session,
-            "order": order_read,
-            "ready": str(ready),
-            "stops": shape.stops,
-        }
-        (folder / "plan.json").write_text(json.dumps(plan))
-        output = stack.enter_context((folder / "supervisor.log").open("wb"))
-        process = subprocess.Popen(
-            [environment.python, SCENARIO, cookie, folder],
-            env={**clean_env(folder, python=environment.python), **SETTINGS, **env},
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[order_read],
-            start_new_session=True,
-        )
+        (folder / "plan.json").write_text(plan.dump(cookie, ready, order_read))
+        process = launch(order_read)
         stack.callback(end_process, process)
         _running.add(process)
         far_end.close()
@@ -189,7 +240,7 @@ def start_supervisor(
         yield Supervisor(process, pidfd, order, announcements, folder)
 
 
-def end_process(process: subprocess.Popen[bytes]) -> None:
+def end_process(process: SupervisorProcess) -> None:
     _running.discard(process)
     process.kill()
     process.wait()
@@ -206,7 +257,9 @@ def wait_for_tree(supervisor: Supervisor, processes: int) -> int:
             reason = "the supervisor ended early" if readable else f"no task after {READY_TIMEOUT:.0f} s"
             raise SupervisorFailedError(f"{reason}; its output:\n{supervisor.read_output()}")
         text += supervisor.announcements.read(ANNOUNCEMENTS_MAX_BYTES)
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(b"runner "))
+    runner = next(int(line.split()[1]) for line in text.splitlines() if line.startswith(b"runner "))
+    supervisor.announced = [int(line.split()[-1]) for line in text.splitlines()]
+    return runner
 
 
 def end_task(supervisor: Supervisor, runner: int, ending: Ending) -> float:

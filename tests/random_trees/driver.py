@@ -25,6 +25,7 @@ import psutil
 from airflow.sdk.api.datamodels._generated import BundleInfo
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+from tests.harness.processes import read_state
 from tests.harness.scenario import (
     EXITS,
     STARTUP_MESSAGE_MAX_BYTES,
@@ -240,13 +241,6 @@ def read_id(pid: int) -> int | None:
         return int(number)
     # After exec, a process is called as its file until it has got to renaming itself.
     return json.loads(arguments[-2])["id"] if arguments[-4:-3] == [TASK] else None
-
-
-def read_state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "gone"
 
 
 def list_harmed(scene: Scene) -> list[str]:

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 TESTS = ROOT / "task-sdk" / "tests"
 PACKAGES = ("pytest", "pytest-mock")
 TIMEOUT = 600
+# The oldest and the newest interpreters, where the preferred one is in between.
+FURTHER_PYTHONS = [
+    ("1.0.6", "3.9"),
+    ("1.1.8", "3.10"),
+    ("1.2.2", "3.12"),
+    ("1.3.2", "3.13"),
+    ("1.4.0b2", "3.13"),
+]
 # pytest's: every test passed, or some did not; anything else means that the run itself failed.
 FINISHED = {0, 1}
 

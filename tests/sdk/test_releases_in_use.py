@@ -13,7 +13,7 @@ from patches.rules import load_changes
 from patches.upstream import fetch_wheel
 from patches.wheels import build_wheel
 from tests.harness.environments import NoInterpreterError
-from tests.sdk.running import install_release, run_our_tests
+from tests.sdk.running import FURTHER_PYTHONS, install_release, run_our_tests
 from tests.upstream.judging import judge_release
 
 if TYPE_CHECKING:
@@ -49,14 +49,6 @@ PASS_ON_STOCK = {
 }
 # Passes from 1.3.1 on if stock notices the exit in time, which is a matter of chance.
 BY_CHANCE = {"TestGroup::test_heartbeat_conflict_takes_the_group_along"}
-# The oldest and the newest interpreters, where the preferred one is in between.
-FURTHER_PYTHONS = [
-    ("1.0.6", "3.9"),
-    ("1.1.8", "3.10"),
-    ("1.2.2", "3.12"),
-    ("1.3.2", "3.13"),
-    ("1.4.0b2", "3.13"),
-]
 
 
 @pytest.fixture(scope="module", params=last_of_lines(), ids=lambda release: release.version)
