@@ -115,7 +115,7 @@ class TestSurvivors:
     @pytest.fixture(autouse=True)
     def no_time(self, conf: Conf, process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(child_teardown, "KILL_TIME", 0.05)
-        process._exit_watch.expect_exit(0)
+        conf.read_dict({"core": {"killed_task_cleanup_time": "0"}})
 
     @pytest.mark.parametrize(
         ("sudo_failure", "reason"), [(None, "SIGKILL"), ("a password is required", "a password is required")]
@@ -137,8 +137,9 @@ class TestSurvivors:
         process._tree.signal.assert_called_with([grandchild, child, STUBBORN], signal.SIGKILL)
 
     def test_sockets_are_given_up(self, conf: Conf, process: Any) -> None:
-        """Whoever is left may hold them for as long as it likes."""
+        """Whoever is left may hold them for as long as it likes, but the time is up."""
         end_leftovers(process, -9, conf)
+        assert process._exit_watch.sockets_overdue(-9)
         assert process._exit_watch.exit_expected
         assert process._exit_watch.grace_ends(default=60) <= process._exit_watch.grace_ends(default=0) + 0.1
 

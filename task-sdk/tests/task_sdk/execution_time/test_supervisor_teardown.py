@@ -534,6 +534,17 @@ class TestLeftovers:
         end_task("killed", process, Api())
         assert log.find("last words") == ["last words"]
 
+    def test_held_socket_does_not_outlast_leftovers(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once they have ended, nobody waits for a heartbeat to find that somebody out of reach holds a socket."""
+        for interval in ("SOCKET_CLEANUP_TIMEOUT", "MIN_HEARTBEAT_INTERVAL", "HEARTBEAT_TIMEOUT"):
+            monkeypatch.setattr(supervisor, interval, NEVER)
+        process = start_task(lambda: (detach(lambda: be_polite(relay)), leave_holder(relay, "stdout")))
+        relay.hear(), relay.hear()
+        end_task("killed", process, Api())
+        assert len(list_left()) == 1
+
     def test_log_names_what_was_ended(self, relay: Relay) -> None:
         """One event with number, PID, name and signal, and no command line, which may hold a secret."""
         log = Log()

@@ -107,6 +107,11 @@ class ExitWatch:
             selector.register(self._pidfd, selectors.EVENT_READ)
         return True
 
+    def unfollow(self, selector: selectors.BaseSelector) -> None:
+        """End what :meth:`follow` began: from here on :meth:`select` ends in time for :meth:`sockets_overdue`."""
+        self.close(selector)
+        self._follows = False
+
     def close(self, selector: selectors.BaseSelector) -> None:
         """Forget the child. Harmless when repeated, or when nothing was started."""
         if self._pidfd is None:

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from airflow.sdk.execution_time.child_exit import SOCKET_GRACE
 from airflow.sdk.execution_time.child_tree import Process, is_alive
 
 if TYPE_CHECKING:
@@ -122,8 +123,9 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     terminate(process, deadline, ended)
     survivors = kill(process, max(deadline, time.monotonic()) + KILL_TIME, ended)
     report(process, ended, survivors)
-    # Sockets that are open still are held by somebody beyond reach.
-    process._exit_watch.expect_exit(0)
+    process._exit_watch.unfollow(process.selector)
+    # Sockets that are open still are held by somebody beyond reach. With survivors that is certain, and time is up.
+    process._exit_watch.expect_exit(-SOCKET_GRACE if survivors else 0)
     return exit_code
 
 
