@@ -1,0 +1,221 @@
+"""Processes that a task has started as another user, with a real sudo; under the patched supervisor of one release."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from patches.releases import ROOT, find_release
+from patches.rules import load_changes
+from patches.upstream import fetch_wheel
+from patches.wheels import build_wheel
+from tests.harness import environments
+from tests.harness.environments import NoInterpreterError, clean_env, create_environment
+from tests.harness.processes import COOKIE_VARIABLE, find_marked, kill_marked, wait_for_exit
+from tests.harness.shapes import Shape
+from tests.harness.supervised import (
+    RETURN_TIMEOUT,
+    SETTINGS,
+    Plan,
+    end_task,
+    observe,
+    wait_for_tree,
+    watch_supervisor,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.harness.environments import Environment
+    from tests.harness.supervised import Ending, Outcome
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="not run: only root may become other users"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not run: the system is not Linux"),
+]
+
+VERSION = "1.1.8"
+# The system's own interpreter, for others may not see one in root's home.
+PYTHON = "/usr/bin/python3"
+# Every system has these, and nobody else runs as them.
+WORKER, OTHER = "daemon", "nobody"
+SUDOERS = Path("/etc/sudoers.d/task-sdk-teardown-test")
+SUDOERS_MODE = 0o440
+ADMIN_PATH = os.pathsep.join(["/usr/sbin", "/sbin", os.defpath])
+
+GRACE = 1
+# The contract says one second more than the grace period; the rest is for a busy machine.
+MARGIN = 1.5
+PATIENCE = 5
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """Return a folder that everybody may read, with as much of the repository as a supervisor needs."""
+    with tempfile.TemporaryDirectory(prefix="another-user-") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        for package in ("tests", "tests/harness"):
+            (place / package).mkdir()
+            for module in (ROOT / package).glob("*.py"):
+                shutil.copy(module, place / package)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def environment(place: Path) -> Iterator[Environment]:
+    """Return an environment that others may use, wherever the repository is."""
+    release = find_release(VERSION)
+    wheel = build_wheel(release, fetch_wheel(release), load_changes(), place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environments, "CACHE", place)
+        try:
+            yield create_environment(release, wheel=wheel, python=PYTHON)
+        except NoInterpreterError as error:
+            pytest.skip(f"not run: {error}")
+
+
+@contextmanager
+def permit(commands: str) -> Iterator[None]:
+    """Let the worker run commands as the other user, and nothing else."""
+    visudo = find_admin_tool("visudo")
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(f"{WORKER} ALL=({OTHER}) NOPASSWD: {commands}\n")
+        file.flush()
+        subprocess.run([visudo, "--check", "--quiet", f"--file={file.name}"], check=True)
+        shutil.copyfile(file.name, SUDOERS)
+    try:
+        SUDOERS.chmod(SUDOERS_MODE)
+        yield
+    finally:
+        SUDOERS.unlink()
+
+
+def find_admin_tool(name: str) -> str:
+    tool = shutil.which(name, path=ADMIN_PATH)
+    if tool is None:
+        pytest.fail(f"There is no {name}: install sudo, on Debian by `apt-get install sudo`.")
+    return tool
+
+
+def make_shape(environment: Environment, place: Path, role: str, *, processes: int = 1) -> Shape:
+    """Return a shape that the task starts as the other user."""
+    sudo = (find_admin_tool("sudo"), "-n", "-u", OTHER)
+    actor = (str(environment.python), "-I", "-S", str(place / "tests" / "harness" / "actor.py"), role)
+    return Shape(f"sudo-{role}", "a process of another user", (*sudo, *actor), processes)
+
+
+def run_as(
+    user: str,
+    environment: Environment,
+    place: Path,
+    shape: Shape,
+    ending: Ending,
+    *,
+    orphaned: bool = False,
+) -> Outcome:
+    """Do what `run_supervised` does, with the supervisor as a user; `orphaned`: when nobody but the announced is left."""
+    cookie = f"cookie-{uuid.uuid4().hex}"
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="supervised-")))
+        stack.callback(kill_marked, cookie)
+        launch = make_launch(user, environment, place, cookie, folder)
+        supervisor = stack.enter_context(
+            watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder)
+        )
+        runner = wait_for_tree(supervisor, shape.processes)
+        if orphaned:
+            staying = {supervisor.process.pid, *supervisor.announced}
+            ancestors = [process for process in find_marked(cookie) if process.pid not in staying]
+            wait_for_exit(ancestors, PATIENCE)
+        began = end_task(supervisor, runner, ending)
+        return observe(supervisor, cookie, began, RETURN_TIMEOUT)
+
+
+def make_launch(
+    user: str, environment: Environment, place: Path, cookie: str, folder: Path
+) -> Callable[[int], subprocess.Popen[bytes]]:
+    account = pwd.getpwnam(user)
+    variables = {
+        **clean_env(folder, python=environment.python),
+        **SETTINGS,
+        "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": str(GRACE),
+        "PYTHONPATH": str(place),
+        COOKIE_VARIABLE: cookie,
+    }
+
+    def launch(order: int) -> subprocess.Popen[bytes]:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, account.pw_uid, account.pw_gid)
+        folder.chmod(0o755)
+        (folder / "ready").chmod(0o666)
+        with (folder / "supervisor.log").open("wb") as output:
+            return subprocess.Popen(
+                [environment.python, "-m", "tests.harness.scenario", cookie, folder],
+                user=account.pw_uid,
+                group=account.pw_gid,
+                extra_groups=[],
+                env=variables,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[order],
+                start_new_session=True,
+            )
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("role", "ending"),
+    [("sleeper", "409"), ("deaf", "409"), ("deaf", "sigterm"), ("deaf", "runner-killed"), ("deaf", "exit-1")],
+)
+def test_permitted_by_sudoers(environment: Environment, place: Path, role: str, ending: Ending) -> None:
+    """An unprivileged supervisor ends what its task has started through sudo, if the sudoers let it."""
+    with permit("ALL"):
+        outcome = run_as(WORKER, environment, place, make_shape(environment, place, role), ending)
+    assert outcome.traceback is None
+    assert outcome.left_at_return == []
+    assert outcome.seconds < GRACE + MARGIN
+
+
+def test_root_needs_no_sudo(environment: Environment, place: Path) -> None:
+    """A supervisor that runs as root signals everybody itself."""
+    outcome = run_as("root", environment, place, make_shape(environment, place, "deaf"), "409")
+    assert outcome.traceback is None
+    assert outcome.left_at_return == []
+
+
+@pytest.mark.parametrize("ending", ["409", "runner-killed"])
+def test_forbidden_by_sudoers(environment: Environment, place: Path, ending: Ending) -> None:
+    """What it may not end is named in one error of the task's log, with what sudo said, and it returns in time."""
+    with permit(str(environment.python)):
+        outcome = run_as(WORKER, environment, place, make_shape(environment, place, "deaf"), ending)
+    assert outcome.traceback is None
+    assert outcome.seconds < GRACE + MARGIN
+    left = {process.pid for process in outcome.left}
+    [error] = [event for event in outcome.log if "could not be ended" in event["event"]]
+    assert error["level"] == "error"
+    assert {process["pid"] for process in error["processes"]} == left != set()
+    assert "sudoers must permit `sudo -n kill`" in error["reason"]
+
+
+@pytest.mark.parametrize("ending", ["409", "runner-killed"])
+def test_daemon_with_fresh_limits_is_not_found(environment: Environment, place: Path, ending: Ending) -> None:
+    """The README's limit: what PAM gave fresh limits, and has left both session and parent, is nobody's any more."""
+    with permit("ALL"):
+        shape = make_shape(environment, place, "daemon")
+        outcome = run_as(WORKER, environment, place, shape, ending, orphaned=True)
+    assert outcome.returned
+    assert len(outcome.left) == 1
