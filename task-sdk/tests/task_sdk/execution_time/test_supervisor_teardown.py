@@ -19,7 +19,8 @@ A task ends with its process group, at once, and without a traceback: real forks
 
 Nothing here needs what the fix added, so that each test shows on an unfixed supervisor what goes wrong there.
 The tests of :class:`TestUnchanged` pass on both. :class:`TestForwarding` is for releases before 1.4; from there on a
-supervisor that is told to stop sends nothing, and lets the task finish.
+supervisor that is told to stop sends nothing, and lets the task finish. :class:`TestRuntimes` is for releases from
+1.4 on, which run tasks in other languages, too.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
+
+try:
+    from airflow.sdk.coordinators._subprocess import _PopenActivitySubprocess
+except ImportError:  # before 1.4
+    _PopenActivitySubprocess = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -207,6 +213,11 @@ def conflict() -> ServerResponseError:
 
 def start_task(target: Callable[[], None], client: Any = None, **kwargs: Any) -> ActivitySubprocess:
     """Start a supervised task that runs ``target`` instead of a Dag."""
+    return ActivitySubprocess.start(target=target, **describe_task(client, **kwargs))
+
+
+def describe_task(client: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments that every way to start a task takes."""
     fields = {
         "id": uuid4(),
         "task_id": "t",
@@ -220,15 +231,14 @@ def start_task(target: Callable[[], None], client: Any = None, **kwargs: Any) ->
         "priority_weight": 1,
     }
     what = TaskInstance.model_construct(**{k: v for k, v in fields.items() if k in TaskInstance.model_fields})
-    kwargs.setdefault("logger", Log().logger)
-    return ActivitySubprocess.start(
-        what=what,
-        dag_rel_path="d.py",
-        bundle_info=SimpleNamespace(name="b", version=None),
-        client=client or Api(),
-        target=target,
+    return {
+        "what": what,
+        "dag_rel_path": "d.py",
+        "bundle_info": SimpleNamespace(name="b", version=None),
+        "client": client or Api(),
+        "logger": Log().logger,
         **kwargs,
-    )
+    }
 
 
 @contextlib.contextmanager
@@ -623,6 +633,75 @@ class TestForwarding:
             os.kill(supervising, signal.SIGTERM)
             assert relay.hear() == ["ended", 0]
             assert tree.gone(daemon, timeout=0)
+
+
+# Does step by step what its arguments say, tells its PID, and stays.
+RUNTIME = """
+import os, signal, socket, sys
+
+told, steps, *addresses = sys.argv[1:]
+connections = []
+
+def tell():
+    with open(told, "a") as relay:
+        relay.write(f"{os.getpid()}\\n")
+
+def start_daemon():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            tell()
+            signal.pause()
+        os._exit(0)
+    os.wait()
+
+def connect():
+    for address in addresses:
+        host, port = address.partition("=")[2].split(":")
+        connections.append(socket.create_connection((host, int(port))))
+
+for step in steps.split():
+    {"daemon": start_daemon, "connect": connect}[step]()
+tell()
+signal.pause()
+"""
+
+
+def start_runtime(relay: Relay, steps: str, client: Any = None, **kwargs: Any) -> ActivitySubprocess:
+    """Start a task in a runtime of another language, as far as its supervisor can tell."""
+    told = f"/proc/{os.getpid()}/fd/{relay.writer}"
+    command = [sys.executable, "-I", "-S", "-c", RUNTIME, told, steps]
+    return _PopenActivitySubprocess.start(command=command, **describe_task(client, **kwargs))
+
+
+@pytest.mark.usefixtures("short_grace")
+class TestRuntimes:
+    """From 1.4 on: a runtime is spawned, connects to its supervisor, and is ended like any other task."""
+
+    def test_session(self, relay: Relay) -> None:
+        """It leads a session, and it and what it starts carry the mark of the task."""
+        with ending(start_runtime(relay, "connect daemon")) as process:
+            pids = [relay.hear(), relay.hear()]
+            assert process.pid in pids
+            assert os.getsid(process.pid) == process.pid
+            [mark] = {resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] for pid in pids}
+            assert mark != resource.getrlimit(resource.RLIMIT_RTTIME)[0]
+
+    @pytest.mark.parametrize("steps", ["connect daemon", "daemon connect"])
+    @pytest.mark.parametrize("way", ["conflict", "killed"])
+    def test_nothing_is_left(self, relay: Relay, steps: str, way: str) -> None:
+        """What it has started is ended with it, also what it had started before it connected."""
+        api = Api()
+        process = start_runtime(relay, steps, api)
+        relay.hear(), relay.hear()
+        end_task(way, process, api)
+        assert list_left() == []
+
+    def test_runtime_that_does_not_connect_leaves_nothing(self, relay: Relay) -> None:
+        """It is ended with all that it has started."""
+        with pytest.raises(TimeoutError):
+            start_runtime(relay, "daemon", startup_timeout=0.5)
+        assert list_left() == []
 
 
 class TestExit:

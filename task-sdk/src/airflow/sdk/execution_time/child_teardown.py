@@ -27,6 +27,7 @@ The sockets are served throughout, so that the last lines of the task and its ch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -36,13 +37,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from airflow.sdk.execution_time.child_exit import SOCKET_GRACE
-from airflow.sdk.execution_time.child_tree import Process, is_alive
+from airflow.sdk.execution_time.child_tree import Process, ProcessTree, is_alive
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from configparser import ConfigParser
 
-__all__ = ["end_leftovers", "prepare_kill"]
+__all__ = ["end_leftovers", "end_unless_started", "prepare_kill"]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -127,6 +128,24 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     # Sockets that are open still are held by somebody beyond reach. With survivors that is certain, and time is up.
     process._exit_watch.expect_exit(-SOCKET_GRACE if survivors else 0)
     return exit_code
+
+
+@contextlib.contextmanager
+def end_unless_started() -> Iterator[ProcessTree]:
+    """
+    Yield an empty tree for a process that is going to be a task; if it does not become one, kill its tree.
+
+    The process itself is for the caller to end. It has no ``on_kill`` yet that its children could be waiting for.
+    """
+    tree = ProcessTree()
+    try:
+        yield tree
+    except BaseException:
+        deadline = time.monotonic() + KILL_TIME
+        while (left := deadline - time.monotonic()) > 0 and (members := tree.stop(left)):
+            tree.signal(members, signal.SIGKILL)
+            time.sleep(POLL_INTERVAL)
+        raise
 
 
 def terminate(process: Any, deadline: float, ended: dict[Process, str]) -> None:
