@@ -90,9 +90,7 @@ def find_grace(conf: ConfigParser) -> float:
 
     Its documented default is 60, which no release before 3.4 heeds, so that only a value of the deployment counts.
     """
-    # Not conf.has_option(), which knows the defaults, too.
-    in_file = RawConfigParser.has_option(conf, *GRACE_OPTION)
-    if not in_file and not any(name.startswith(GRACE_VARIABLE) for name in os.environ):
+    if not is_grace_set(conf):
         return GRACE
     value = conf.get(*GRACE_OPTION)
     try:
@@ -101,6 +99,13 @@ def find_grace(conf: ConfigParser) -> float:
         # A task must end also where somebody has mistyped how.
         log.warning("[core] killed_task_cleanup_time is not a number of seconds.", value=value, used=GRACE)
         return GRACE
+
+
+def is_grace_set(conf: ConfigParser) -> bool:
+    """Whether the deployment sets the option, in the file or in the environment."""
+    # Not conf.has_option(), which knows the defaults, too.
+    in_file = RawConfigParser.has_option(conf, *GRACE_OPTION)
+    return in_file or any(name.startswith(GRACE_VARIABLE) for name in os.environ)
 
 
 def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> int | None:

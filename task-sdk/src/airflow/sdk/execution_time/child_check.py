@@ -1,0 +1,530 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Say by which means the supervisor of this environment ends tasks, and prove that nothing of a task is left.
+
+``python -m airflow.sdk.execution_time.child_check`` starts a task of a few stubborn processes under the real
+supervisor, with a stand-in for the API client, kills it, and looks. It needs no database and no API server, runs
+as any user, and takes half a second besides the import of Airflow. The exit status is 0, or 1 when something is
+wrong, or 2 when an argument is; an SDK without this module answers "No module named".
+
+Each process is held by a socket pair. Its end of file tells the check that the process is gone, whatever
+``/proc`` says, and tells the process that the check is gone, so that none outlives a check that is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import pwd
+import shutil
+import signal
+import socket
+import sys
+import time
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
+from uuid import uuid4
+
+import psutil
+import structlog
+
+from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
+from airflow.sdk.execution_time import child_tree, supervisor
+from airflow.sdk.execution_time.child_session import lead_session
+from airflow.sdk.execution_time.child_teardown import find_grace, is_grace_set
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+DISTRIBUTION = "apache-airflow-task-sdk"
+
+PROOF_GRACE = 0.3
+"""Seconds between SIGTERM and SIGKILL in the proof, whatever the deployment sets."""
+
+START_TIMEOUT = 10.0
+"""Seconds that the processes of the proof have to start."""
+
+END_TIMEOUT = 2.0
+"""Seconds that processes have to disappear once the proof itself has killed them."""
+
+INTERRUPTED = 130
+
+CALLS = (
+    (WatchedSubprocess, "start", "lead_session"),
+    (ActivitySubprocess, "_on_child_started", "adopt"),
+    (WatchedSubprocess, "_service_subprocess", "_exit_watch"),
+    (WatchedSubprocess, "_check_subprocess_exit", "settle_exit_code"),
+    (WatchedSubprocess, "_check_subprocess_exit", "end_leftovers"),
+    (WatchedSubprocess, "kill", "prepare_kill"),
+    (WatchedSubprocess, "kill", "signal_task"),
+)
+"""Which methods of the supervisor use what, in every patched release."""
+
+
+class CheckFailedError(Exception):
+    """The proof could not be carried out; the message says why, in a clause."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What this environment offers."""
+
+    session: bool
+    """The task leads a session and a process group of its own."""
+    exit: str
+    """How the supervisor learns of an exit: "pidfd" or "polling"."""
+    mark: str
+    """What marks a task's processes: "limit" (RLIMIT_RTTIME) or "variable"."""
+    processes: str
+    """Where processes are looked for: "/proc" or "psutil"."""
+
+
+@dataclass(frozen=True)
+class Users:
+    """What this environment offers against processes of another user."""
+
+    hidden: bool
+    """They cannot be seen: /proc is mounted with hidepid (proc(5))."""
+    sudo: str | None
+    """Its path."""
+    run_as_user: str | None
+    """The user in question, asked for or by ``[core] default_impersonation``."""
+    refusal: str | None
+    """Why sudo may not end processes of that user."""
+
+
+@dataclass(frozen=True)
+class Grace:
+    """The seconds between SIGTERM and SIGKILL."""
+
+    seconds: float
+    configured: bool
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of the processes of the proof, by their roles."""
+
+    ended: list[str]
+    left: list[str]
+    harmed: list[str]
+    seconds: float
+    """From the order to kill the task to its return."""
+
+
+class Leash:
+    """A socket pair that shows each of the check and one process when the other is gone."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.pid = 0
+        self.check_end, self.process_end = socket.socketpair()
+
+    def announce(self) -> None:
+        """Be the process: tell the check that we are what we should be."""
+        self.process_end.sendall(b"%d\n" % os.getpid())
+
+    def wait(self) -> None:
+        """Be the process: return when the check is gone."""
+        self.process_end.recv(1)
+
+    def hear(self) -> None:
+        """
+        Be the check: wait until the process announces itself.
+
+        :raises CheckFailedError: if it does not.
+        """
+        self.check_end.settimeout(START_TIMEOUT)
+        try:
+            self.pid = int(self.check_end.recv(64))
+        except (OSError, ValueError):
+            raise CheckFailedError(f"the {self.role} did not start") from None
+
+    def is_gone(self) -> bool:
+        """Be the check: whether the process has ended; a zombie has."""
+        self.check_end.settimeout(0)
+        try:
+            return self.check_end.recv(1) == b""
+        except BlockingIOError:
+            return False
+
+    def end(self) -> None:
+        """Be the check: end the process, should it still be there."""
+        # As long as it holds its socket, the number is its own. One that is stopped would not notice the close.
+        if self.pid and not self.is_gone():
+            os.kill(self.pid, signal.SIGKILL)
+            self.check_end.settimeout(END_TIMEOUT)
+            self.check_end.recv(1)
+        self.check_end.close()
+
+
+def be_child(leash: Leash) -> None:
+    """Be there until a signal comes, or the check is gone."""
+    leash.announce()
+    leash.wait()
+
+
+def be_deaf(leash: Leash) -> None:
+    """Ignore SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setsid()
+    be_child(leash)
+
+
+def be_stopped(leash: Leash) -> None:
+    """Be stopped, where the end of the task's group does not continue it: kill(2) calls that an orphaned group."""
+    os.setsid()
+    leash.announce()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    leash.wait()
+
+
+def be_daemon(leash: Leash) -> None:
+    """Leave session and parent."""
+    os.setsid()
+    if os.fork() == 0:
+        be_child(leash)
+
+
+def be_bystander(leash: Leash) -> None:
+    """Be another task."""
+    lead_session()
+    be_child(leash)
+
+
+RUNNER = "task"
+DAEMON = "daemon"
+STOPPED = "stopped child"
+BYSTANDER = "bystander"
+
+ROLES: dict[str, Callable[[Leash], None]] = {
+    "plain child": be_child,
+    DAEMON: be_daemon,
+    "child deaf to SIGTERM": be_deaf,
+    STOPPED: be_stopped,
+}
+"""What the task starts, in this order."""
+
+
+def run_task(leashes: dict[str, Leash]) -> None:
+    """Be the task: start its processes, and wait to be killed."""
+    for leash in leashes.values():
+        leash.check_end.close()
+    pids = {role: fork(leashes, role, be) for role, be in ROLES.items()}
+    try:
+        os.waitpid(pids[DAEMON], 0)
+        os.waitid(os.P_PID, pids[STOPPED], os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        be_child(leashes[RUNNER])
+    finally:
+        # The check is gone, which this one alone cannot notice. SIGTERM does not get here.
+        os.kill(pids[STOPPED], signal.SIGKILL)
+
+
+def fork(leashes: dict[str, Leash], role: str, be: Callable[[Leash], None]) -> int:
+    """Fork a process that holds no end of a leash but its own."""
+    pid = os.fork()
+    if pid:
+        leashes[role].process_end.close()
+        return pid
+    try:
+        for other, leash in leashes.items():
+            leash.check_end.close()
+            if other != role:
+                leash.process_end.close()
+        be(leashes[role])
+    finally:
+        os._exit(0)
+
+
+def start_task(target: Callable[[], None]) -> ActivitySubprocess:
+    """Start ``target`` as a task, with a stand-in for the API client."""
+    fields = {
+        "id": uuid4(),
+        "task_id": "check",
+        "dag_id": "check",
+        "run_id": "check",
+        "try_number": 1,
+        "map_index": -1,
+        "dag_version_id": uuid4(),
+        "queue": "default",
+        "pool_slots": 1,
+        "priority_weight": 1,
+    }
+    known = {name: value for name, value in fields.items() if name in TaskInstance.model_fields}
+    context = TIRunContext.model_construct(should_retry=False, max_tries=0, start_date=None)
+    return ActivitySubprocess.start(
+        what=TaskInstance.model_construct(**known),
+        dag_rel_path="check.py",
+        bundle_info=SimpleNamespace(name="check", version=None),
+        client=SimpleNamespace(task_instances=SimpleNamespace(start=lambda *_args, **_kwargs: context)),
+        target=target,
+        logger=structlog.wrap_logger(structlog.PrintLogger(sys.stderr), processors=[drop_event]).bind(),
+    )
+
+
+def drop_event(_logger: Any, _method: str, _event: Any) -> NoReturn:
+    """Keep the log of the task, which is empty, to ourselves."""
+    raise structlog.DropEvent
+
+
+@contextmanager
+def hold_processes() -> Iterator[tuple[dict[str, Leash], ActivitySubprocess]]:
+    """Start a task with its processes, and a bystander; whatever is left of them in the end is ended."""
+    with ExitStack() as stack:
+        leashes = {role: Leash(role) for role in (BYSTANDER, *ROLES, RUNNER)}
+        for leash in leashes.values():
+            stack.callback(leash.end)
+        task = start_task(lambda: run_task(leashes))
+        stack.callback(task.selector.close)
+        fork(leashes, BYSTANDER, be_bystander)
+        for leash in leashes.values():
+            leash.process_end.close()
+        for leash in leashes.values():
+            leash.hear()
+        yield leashes, task
+
+
+def prove() -> tuple[Means, Proof]:
+    """
+    Kill a task that has started some stubborn processes, and see what is left.
+
+    :raises CheckFailedError: if it could not be started.
+    """
+    with hold_processes() as (leashes, task):
+        means = find_means(task)
+        began = time.monotonic()
+        task.kill(signal.SIGTERM, escalation_delay=PROOF_GRACE, force=True)
+        seconds = time.monotonic() - began
+        gone = [role for role, leash in leashes.items() if leash.is_gone()]
+    return means, Proof(
+        ended=[role for role in (*ROLES, RUNNER) if role in gone],
+        left=[role for role in (*ROLES, RUNNER) if role not in gone],
+        harmed=[BYSTANDER] if BYSTANDER in gone else [],
+        seconds=round(seconds, 2),
+    )
+
+
+def find_means(task: ActivitySubprocess) -> Means:
+    """Return what is used for a task that runs."""
+    return Means(
+        session=os.getsid(task.pid) == os.getpgid(task.pid) == task.pid,
+        exit="polling" if task._exit_watch._polls else "pidfd",
+        mark="limit" if task._tree._has_mark is child_tree.has_limit else "variable",
+        processes="/proc" if os.path.exists(f"{child_tree.PROC}/self/stat") else "psutil",
+    )
+
+
+def find_users(run_as_user: str | None) -> Users:
+    """Return what is possible against processes of ``run_as_user``, or else of the configured user."""
+    user = run_as_user or supervisor.conf.get("core", "default_impersonation", fallback="") or None
+    return Users(
+        hidden=hides_others(),
+        sudo=shutil.which("sudo"),
+        run_as_user=user,
+        refusal=ask_sudo(user) if user else None,
+    )
+
+
+def hides_others() -> bool:
+    """Whether processes of other users cannot be seen."""
+    if child_tree.read_process(1) is None:
+        return True
+    if psutil.Process(1).uids().effective != os.geteuid():
+        return False
+    # As in a container, where PID 1 is ours, and tells nothing.
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint == child_tree.PROC]
+    return os.geteuid() != 0 and any("hidepid=" in mount.opts for mount in mounts)
+
+
+def ask_sudo(user: str) -> str | None:
+    """
+    Return why sudo may not kill processes of ``user``, None if it may; nothing is killed.
+
+    Asked on demand only: sudo reports who asks in vain to the administrator.
+    """
+    sudo = shutil.which("sudo")
+    if sudo is None:
+        return "there is no sudo"
+    if not is_user(user):
+        return "there is no such user"
+    uid = pwd.getpwnam(user).pw_uid
+    if uid == os.geteuid():
+        return None
+    kill = ["kill", f"-{int(signal.SIGKILL)}", str(os.getpid())]
+    if child_tree.run_sudo([sudo, "-n", "-l", "-u", f"#{uid}", *kill]) is None:
+        return None
+    return child_tree.run_sudo([sudo, "-n", "-l", *kill])
+
+
+def is_user(name: str) -> bool:
+    """Whether there is a user of that name."""
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def find_grace_in_force() -> Grace:
+    """Return the grace of a task that the server does not want any more."""
+    configured = is_grace_set(supervisor.conf)
+    # From 1.4 on the caller of kill() heeds the option, and its default.
+    seconds = getattr(supervisor, "KILLED_TASK_CLEANUP_TIME", None)
+    return Grace(find_grace(supervisor.conf) if seconds is None else seconds, configured)
+
+
+def find_missing_calls() -> list[str]:
+    """Return what the installed supervisor does not call, although a patched one does."""
+    return [
+        f"{cls.__name__}.{method}() does not use {name}"
+        for cls, method, name in CALLS
+        if name not in getattr(cls, method).__code__.co_names
+    ]
+
+
+def find_version() -> str | None:
+    """Return the installed version of the SDK; None if it is not installed but just there."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the check has found out."""
+
+    version: str | None
+    """The installed version; None if the SDK is there without being installed."""
+    missing: list[str]
+    """What the supervisor does not call, although a patched one does."""
+    means: Means | None
+    """None if the proof could not be carried out; likewise the proof."""
+    users: Users
+    grace: Grace
+    proof: Proof | None
+    problems: list[str]
+    """All that makes the check fail, in a clause each."""
+
+
+def examine(run_as_user: str | None) -> Findings:
+    """Find out everything."""
+    missing = find_missing_calls()
+    problems = [f"the SDK is not patched, or only in part: {call}" for call in missing]
+    means = proof = None
+    try:
+        means, proof = prove()
+    except CheckFailedError as error:
+        problems.append(f"the proof failed: {error}")
+    except Exception as error:  # noqa: BLE001 - whatever the supervisor dies of is the finding
+        problems.append(f"the proof failed with {type(error).__name__}: {error}")
+    users = find_users(run_as_user)
+    problems += find_problems(means, users, proof)
+    return Findings(find_version(), missing, means, users, find_grace_in_force(), proof, problems)
+
+
+def find_problems(means: Means | None, users: Users, proof: Proof | None) -> Iterator[str]:
+    """Yield what is wrong with what was found."""
+    if means and not means.session:
+        yield "a task does not lead a session of its own"
+    if proof and proof.left:
+        yield f"left running by a task that was killed: {', '.join(proof.left)}"
+    if proof and proof.harmed:
+        yield f"ended although it was not the task's: {', '.join(proof.harmed)}"
+    if users.refusal:
+        yield f"processes of {users.run_as_user} could not be ended: {users.refusal}"
+    if users.run_as_user and users.hidden:
+        yield f"processes of {users.run_as_user} could not be seen: /proc is mounted with hidepid"
+
+
+def describe(findings: Findings) -> Iterator[str]:
+    """Yield the findings as lines for people."""
+    state = "not patched, or only in part" if findings.missing else "patched"
+    yield f"{DISTRIBUTION} {findings.version or '(not installed)'}: {state}"
+    if findings.means:
+        yield from describe_means(findings.means)
+    users, grace = findings.users, findings.grace
+    yield f"  other users:   {'hidden by hidepid' if users.hidden else 'visible'}"
+    yield f"  run_as_user:   {describe_sudo(users)}"
+    yield f"  grace period:  {grace.seconds:g} s, {'as configured' if grace.configured else 'the default'}"
+    if findings.proof:
+        number = len(ROLES) + 1
+        yield (
+            f"A task of {number} processes was killed in {findings.proof.seconds:.1f} s: "
+            f"{len(findings.proof.left)} left, {len(findings.proof.harmed)} bystanders harmed."
+        )
+    yield "NOT OK" if findings.problems else "OK"
+
+
+def describe_means(means: Means) -> Iterator[str]:
+    """Yield what a task has been given, and what it is watched with."""
+    by_limit, by_pidfd = means.mark == "limit", means.exit == "pidfd"
+    yield f"  session:       {'its own, signalled as a group' if means.session else 'none of its own'}"
+    yield f"  exit:          {'noticed at once, by pidfd' if by_pidfd else 'looked for once a second'}"
+    yield f"  mark:          {'RLIMIT_RTTIME' if by_limit else 'a variable, lost with the environment'}"
+    yield f"  processes:     found in {means.processes}"
+
+
+def describe_sudo(users: Users) -> str:
+    """Return whether processes of another user can be ended."""
+    if users.run_as_user is None:
+        return f"sudo is {'there' if users.sudo else 'missing'}; --run-as-user USER asks what it permits"
+    return f"sudo {'does not permit' if users.refusal else 'permits'} to end processes of {users.run_as_user}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check this environment, and return the exit status."""
+    options = parse_arguments(arguments)
+    # The supervisor's reports of what it does are not the findings, but its warnings may explain them.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    try:
+        with redirect_stdout(sys.stderr):
+            findings = examine(options.run_as_user)
+    except KeyboardInterrupt:
+        print("Interrupted: nothing was left running.", file=sys.stderr)
+        return INTERRUPTED
+    print(json.dumps(asdict(findings)) if options.json else "\n".join(describe(findings)))
+    for problem in findings.problems:
+        print(f"Not OK: {problem}.", file=sys.stderr)
+    return 1 if findings.problems else 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options, or exit with a sentence."""
+    parser = argparse.ArgumentParser(
+        prog="python -m airflow.sdk.execution_time.child_check",
+        description="Says by which means tasks are ended in this environment, and proves it.",
+    )
+    parser.add_argument("--json", action="store_true", help="write the findings as a JSON object")
+    parser.add_argument(
+        "--run-as-user", metavar="USER", help="ask sudo whether processes of USER can be ended"
+    )
+    options = parser.parse_args(arguments)
+    if options.run_as_user is not None and not is_user(options.run_as_user):
+        parser.error(f"there is no user {options.run_as_user!r}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
