@@ -36,6 +36,7 @@ import pytest
 from airflow.sdk.execution_time import child_tree
 from airflow.sdk.execution_time.child_tree import (
     MARK_VARIABLE,
+    Process,
     ProcessTree,
     compute_mark,
     has_limit,
@@ -236,6 +237,19 @@ class TestFind:
         tree = ProcessTree()
         tree.adopt(stranger)
         assert resource.prlimit(stranger, resource.RLIMIT_RTTIME) == before
+        assert find(tree) == []
+
+    def test_proc_of_another_namespace(self, mocker: MockerFixture) -> None:
+        """Where /proc tells of somebody else under the leader's number, nobody is looked for."""
+        pid, _ = fork(lambda: (os.setsid(), [start_child()])[1])
+
+        def read_another(number: int) -> Process | None:
+            process = read_process(number)
+            return replace(process, parent=2) if process and number == pid else process
+
+        mocker.patch.object(child_tree, "read_process", autospec=True, side_effect=read_another)
+        tree = ProcessTree()
+        tree.adopt(pid)
         assert find(tree) == []
 
     def test_leader_that_did_not_mark_itself(self) -> None:

@@ -99,10 +99,12 @@ class ProcessTree:
         """Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it."""
         if not is_unreaped_child(pid):
             return
-        self._leader = read_process(pid)
-        if self._leader is None:
+        leader = read_process(pid)
+        # A /proc that belongs to another PID namespace knows somebody else by that number.
+        if leader is None or leader.parent != os.getpid():
             return
-        self._mark = compute_mark(self._leader)
+        self._leader = leader
+        self._mark = compute_mark(leader)
         with contextlib.suppress(AttributeError, OSError):
             # The child does the same (mark_process); one that was spawned cannot.
             _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
