@@ -38,7 +38,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from types import SimpleNamespace
@@ -70,6 +70,11 @@ END_TIMEOUT = 2.0
 
 INTERRUPTED = 130
 
+TEARDOWN_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGSTOP, signal.SIGKILL)
+
+NOBODY = (1 << 22) + 1
+"""A PID beyond all (proc_sys_kernel(5))."""
+
 CALLS = (
     (WatchedSubprocess, "start", "lead_session"),
     (ActivitySubprocess, "_on_child_started", "adopt"),
@@ -95,7 +100,7 @@ class Means:
     exit: str
     """How the supervisor learns of an exit: "pidfd" or "polling"."""
     mark: str
-    """What marks a task's processes: "limit" (RLIMIT_RTTIME) or "variable"."""
+    """What marks a task's processes: "limit" (RLIMIT_RTTIME) or "variable"; "none" if the task was not found."""
     processes: str
     """Where processes are looked for: "/proc" or "psutil"."""
 
@@ -105,7 +110,7 @@ class Users:
     """What this environment offers against processes of another user."""
 
     hidden: bool
-    """They cannot be seen: /proc is mounted with hidepid (proc(5))."""
+    """They cannot be seen, as where /proc is mounted with hidepid (proc(5))."""
     sudo: str | None
     """Its path."""
     run_as_user: str | None
@@ -143,11 +148,13 @@ class Leash:
 
     def announce(self) -> None:
         """Be the process: tell the check that we are what we should be."""
-        self.process_end.sendall(b"%d\n" % os.getpid())
+        with suppress(ConnectionError):  # it is gone
+            self.process_end.sendall(b"%d\n" % os.getpid())
 
     def wait(self) -> None:
         """Be the process: return when the check is gone."""
-        self.process_end.recv(1)
+        with suppress(ConnectionResetError):  # it is gone, and has not heard us
+            self.process_end.recv(1)
 
     def hear(self) -> None:
         """
@@ -193,7 +200,7 @@ def be_deaf(leash: Leash) -> None:
 
 
 def be_stopped(leash: Leash) -> None:
-    """Be stopped, where the end of the task's group does not continue it: kill(2) calls that an orphaned group."""
+    """Be stopped, in a group that is orphaned before the task ends, which would otherwise continue it (setpgid(2))."""
     os.setsid()
     leash.announce()
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -201,10 +208,12 @@ def be_stopped(leash: Leash) -> None:
 
 
 def be_daemon(leash: Leash) -> None:
-    """Leave session and parent."""
+    """Leave session and parent, and become another program."""
     os.setsid()
     if os.fork() == 0:
-        be_child(leash)
+        leash.process_end.set_inheritable(True)
+        program = DAEMON_PROGRAM.format(leash.process_end.fileno())
+        os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", program])  # noqa: S606
 
 
 def be_bystander(leash: Leash) -> None:
@@ -217,6 +226,14 @@ RUNNER = "task"
 DAEMON = "daemon"
 STOPPED = "stopped child"
 BYSTANDER = "bystander"
+
+DAEMON_PROGRAM = """
+import os, socket
+leash = socket.socket(fileno={})
+leash.sendall(b"%d\\n" % os.getpid())
+leash.recv(1)
+"""
+"""What :func:`be_child` does, without Airflow."""
 
 ROLES: dict[str, Callable[[Leash], None]] = {
     "plain child": be_child,
@@ -330,9 +347,16 @@ def find_means(task: ActivitySubprocess) -> Means:
     return Means(
         session=os.getsid(task.pid) == os.getpgid(task.pid) == task.pid,
         exit="polling" if task._exit_watch._polls else "pidfd",
-        mark="limit" if task._tree._has_mark is child_tree.has_limit else "variable",
+        mark=name_mark(task._tree),
         processes="/proc" if os.path.exists(f"{child_tree.PROC}/self/stat") else "psutil",
     )
+
+
+def name_mark(tree: child_tree.ProcessTree) -> str:
+    """Return what marks the processes of a tree."""
+    if tree._leader is None:
+        return "none"
+    return "limit" if tree._has_mark is child_tree.has_limit else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:
@@ -369,12 +393,22 @@ def ask_sudo(user: str) -> str | None:
     if not is_user(user):
         return "there is no such user"
     uid = pwd.getpwnam(user).pw_uid
-    if uid == os.geteuid():
+    if uid == os.geteuid() or may_signal([sudo, "-n", "-u", f"#{uid}"]) or may_signal([sudo, "-n"]):
         return None
-    kill = ["kill", f"-{int(signal.SIGKILL)}", str(os.getpid())]
-    if child_tree.run_sudo([sudo, "-n", "-l", "-u", f"#{uid}", *kill]) is None:
-        return None
-    return child_tree.run_sudo([sudo, "-n", "-l", *kill])
+    return f"the sudoers permit `kill` without a password neither as {user} nor as root"
+
+
+def may_signal(sudo: list[str]) -> bool:
+    """Whether sudo runs ``kill`` for every signal that the teardown sends."""
+    for sig in TEARDOWN_SIGNALS:
+        kill = ["kill", f"-{int(sig)}", str(NOBODY)]
+        # To list a rule takes no password where the rule does, and whoever may not even list it need not try.
+        if child_tree.run_sudo([*sudo, "-l", *kill]) is not None:
+            return False
+        complaint = child_tree.run_sudo([*sudo, *kill]) or ""
+        if complaint.startswith("sudo"):  # otherwise it is kill's, which has found nobody
+            return False
+    return True
 
 
 def is_user(name: str) -> bool:
@@ -455,7 +489,7 @@ def find_problems(means: Means | None, users: Users, proof: Proof | None) -> Ite
     if users.refusal:
         yield f"processes of {users.run_as_user} could not be ended: {users.refusal}"
     if users.run_as_user and users.hidden:
-        yield f"processes of {users.run_as_user} could not be seen: /proc is mounted with hidepid"
+        yield f"processes of {users.run_as_user} could not be found: they are hidden (hidepid)"
 
 
 def describe(findings: Findings) -> Iterator[str]:
@@ -465,7 +499,7 @@ def describe(findings: Findings) -> Iterator[str]:
     if findings.means:
         yield from describe_means(findings.means)
     users, grace = findings.users, findings.grace
-    yield f"  other users:   {'hidden by hidepid' if users.hidden else 'visible'}"
+    yield f"  other users:   {'hidden' if users.hidden else 'visible'}"
     yield f"  run_as_user:   {describe_sudo(users)}"
     yield f"  grace period:  {grace.seconds:g} s, {'as configured' if grace.configured else 'the default'}"
     if findings.proof:
@@ -477,12 +511,20 @@ def describe(findings: Findings) -> Iterator[str]:
     yield "NOT OK" if findings.problems else "OK"
 
 
+EXITS = {"pidfd": "noticed at once, by pidfd", "polling": "looked for once a second"}
+
+MARKS = {
+    "limit": "RLIMIT_RTTIME",
+    "variable": "a variable, which is lost with the environment",
+    "none": "none, for the task itself was not found",
+}
+
+
 def describe_means(means: Means) -> Iterator[str]:
     """Yield what a task has been given, and what it is watched with."""
-    by_limit, by_pidfd = means.mark == "limit", means.exit == "pidfd"
     yield f"  session:       {'its own, signalled as a group' if means.session else 'none of its own'}"
-    yield f"  exit:          {'noticed at once, by pidfd' if by_pidfd else 'looked for once a second'}"
-    yield f"  mark:          {'RLIMIT_RTTIME' if by_limit else 'a variable, lost with the environment'}"
+    yield f"  exit:          {EXITS[means.exit]}"
+    yield f"  mark:          {MARKS[means.mark]}"
     yield f"  processes:     found in {means.processes}"
 
 
@@ -504,7 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted: nothing was left running.", file=sys.stderr)
         return INTERRUPTED
-    print(json.dumps(asdict(findings)) if options.json else "\n".join(describe(findings)))
+    print(json.dumps(asdict(findings)) if options.json else "\n".join(describe(findings)), flush=True)
     for problem in findings.problems:
         print(f"Not OK: {problem}.", file=sys.stderr)
     return 1 if findings.problems else 0
@@ -522,7 +564,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.run_as_user is not None and not is_user(options.run_as_user):
-        parser.error(f"there is no user {options.run_as_user!r}")
+        parser.exit(2, f"There is no user {options.run_as_user!r}: give the run_as_user of your tasks.\n")
     return options
 
 

@@ -1,0 +1,467 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""The check passes where tasks end completely, fails where they do not, says by which means, and leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import pwd
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from importlib import metadata
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from airflow.sdk.execution_time import child_check, child_session, child_tree
+from airflow.sdk.execution_time.child_tree import ProcessTree
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MODULE = "airflow.sdk.execution_time.child_check"
+
+PATIENCE = 10
+"""Seconds after which what should happen has not happened."""
+
+PR_SET_CHILD_SUBREAPER = 36
+
+OTHER_USER = next(user.pw_name for user in pwd.getpwall() if user.pw_uid != os.geteuid())
+
+STUBBORN = ["daemon", "child deaf to SIGTERM", "stopped child"]
+"""What only the teardown ends."""
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing() -> Iterator[None]:
+    """Adopt what a check orphans (prctl(2)); end it, and fail."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    left = list_living()
+    while living := list_living():
+        for process in living:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(living, timeout=1)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    assert left == []
+
+
+@pytest.fixture(autouse=True)
+def unset_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", raising=False)
+
+
+def list_living() -> list[psutil.Process]:
+    living = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process)
+    return living
+
+
+def run(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleNamespace:
+    """Run the check in a fork of this process, which ``change`` changes first; return its status and what it wrote."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                sys.stdout, sys.stderr = out, err
+                change()
+                status = child_check.main(arguments)
+            except SystemExit as end:
+                status = end.code
+            except BaseException:  # noqa: BLE001 - a forked copy of the test runner must not go on running tests
+                traceback.print_exc(file=err)
+            finally:
+                out.flush()
+                err.flush()
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        out.seek(0)
+        err.seek(0)
+        return SimpleNamespace(status=os.waitstatus_to_exitcode(status), out=out.read(), err=err.read())
+
+
+def find(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleNamespace:
+    """Return the findings of a check that finds nothing wrong."""
+    result = run("--json", *arguments, change=change)
+    assert (result.status, result.err) == (0, "")
+    return read(result.out)
+
+
+def find_wrong(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleNamespace:
+    """Return the findings of a check that finds something wrong, and says so."""
+    result = run("--json", *arguments, change=change)
+    assert result.status == 1, result.err
+    findings = read(result.out)
+    assert findings.problems
+    assert all(f"Not OK: {problem}." in result.err for problem in findings.problems)
+    return findings
+
+
+def read(text: str) -> SimpleNamespace:
+    findings: SimpleNamespace = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
+    return findings
+
+
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.EPERM, "refused")
+
+
+class TestCommand:
+    def test_as_users_run_it(self, tmp_path: Path) -> None:
+        """It runs as a module, without a configuration, a database or a terminal, and passes."""
+        secret = "not-for-everybody"  # noqa: S105 - is looked for in the output
+        result = subprocess.run(
+            [sys.executable, "-m", MODULE],
+            env={
+                "PATH": os.environ["PATH"],
+                "AIRFLOW_HOME": str(tmp_path),
+                "AIRFLOW__API__SECRET_KEY": secret,
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE * 3,
+            check=False,
+        )
+        first, *_, last = result.stdout.splitlines()
+        assert (result.returncode, last) == (0, "OK")
+        assert first == f"apache-airflow-task-sdk {metadata.version('apache-airflow-task-sdk')}: patched"
+        assert "5 processes" in result.stdout
+        assert " 0 left, 0 bystanders harmed." in result.stdout
+        assert "grace period:  5 s" in result.stdout or "60 s, the default" in result.stdout
+        assert secret not in result.stdout + result.stderr
+
+    def test_text_of_a_failure(self) -> None:
+        """What is wrong is on stderr, in one line each; the rest is written all the same."""
+
+        def break_teardown() -> None:
+            ProcessTree.find = lambda *args, **kwargs: []
+
+        result = run(change=break_teardown)
+        assert result.status == 1
+        assert result.err.startswith("Not OK: left running by a task that was killed: ")
+        assert result.err.endswith(f"{', '.join(STUBBORN)}.\n")
+        assert " 0 bystanders harmed.\nNOT OK\n" in result.out
+
+    def test_unknown_user(self) -> None:
+        """A user that does not exist is refused in one sentence, before anything is started."""
+        result = run("--run-as-user", "no such user")
+        assert (result.status, result.out) == (2, "")
+        assert result.err == "There is no user 'no such user': give the run_as_user of your tasks.\n"
+
+
+class TestProof:
+    def test_everything_ends(self) -> None:
+        """All processes of its task are ended, and the other task is not."""
+        proof = find().proof
+        assert proof.ended == ["plain child", *STUBBORN, "task"]
+        assert proof.left == proof.harmed == []
+
+    def test_unfinished_teardown(self) -> None:
+        """A teardown that finds nobody is found out, and what it leaves does not stay."""
+
+        def find_nobody() -> None:
+            ProcessTree.find = lambda *args, **kwargs: []
+
+        # Nobody waits for the plain child, which the signal to the group ends.
+        assert set(STUBBORN) <= set(find_wrong(change=find_nobody).proof.left)
+
+    def test_harm(self) -> None:
+        """A teardown that ends a process of somebody else is found out."""
+
+        def find_too_many() -> None:
+            def find_all(tree: ProcessTree, **kwargs: Any) -> list[child_tree.Process]:
+                members: list[child_tree.Process] = original(tree, **kwargs)
+                pids = [child.pid for child in psutil.Process().children() if child.pid != tree._leader.pid]
+                return members + [process for pid in pids if (process := child_tree.read_process(pid))]
+
+            original = ProcessTree.find
+            ProcessTree.find = find_all
+
+        assert find_wrong(change=find_too_many).proof.harmed == ["bystander"]
+
+    def test_supervisor_that_fails(self) -> None:
+        """An exception of the supervisor is a finding, and nothing of its task stays."""
+
+        def fail() -> None:
+            ActivitySubprocess.kill = refuse
+
+        findings = find_wrong(change=fail)
+        assert findings.proof is None
+        assert "the proof failed with PermissionError: [Errno 1] refused" in findings.problems
+
+    def test_task_that_does_not_start(self) -> None:
+        """It does not wait for processes that nobody could start."""
+
+        def fail() -> None:
+            child_check.ROLES["stopped child"] = refuse
+            child_check.run_task = lambda leashes: os._exit(1)
+
+        assert find_wrong(change=fail).problems == ["the proof failed: the plain child did not start"]
+
+    @pytest.mark.parametrize(
+        ("method", "missing"), [("kill", ["prepare_kill", "signal_task"]), ("start", ["lead_session"])]
+    )
+    def test_unpatched_supervisor(self, method: str, missing: list[str]) -> None:
+        """A method of the supervisor that does not call what it should is named, even where the proof succeeds."""
+
+        def replace() -> None:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return original(*args, **kwargs)
+
+            original = getattr(WatchedSubprocess, method)
+            setattr(WatchedSubprocess, method, call if method == "kill" else staticmethod(call))
+
+        if method == "start":
+            # A class method that is replaced would start the wrong class.
+            findings = find_wrong(change=lambda: (replace(), setattr(ActivitySubprocess, "start", refuse)))
+        else:
+            findings = find_wrong(change=replace)
+            assert findings.proof.left == []
+        assert findings.missing == [f"WatchedSubprocess.{method}() does not use {name}" for name in missing]
+
+    @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_check_that_is_ended(self, signum: signal.Signals) -> None:
+        """However the check itself is ended, its processes end with it, the deaf and the stopped one among them."""
+        reader, writer = os.pipe()
+
+        def wait_in_kill() -> None:
+            def pause(*args: Any, **kwargs: Any) -> None:
+                os.write(writer, b".")
+                signal.pause()
+
+            # pytest's own, and what the shell may have left ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            ActivitySubprocess.kill = pause
+
+        check = os.fork()
+        if check == 0:
+            result = run(change=wait_in_kill)
+            os._exit(result.status & 127)
+        assert select.select([reader], [], [], PATIENCE)[0]
+        [checking] = psutil.Process(check).children()
+        processes = [process for process in list_living() if process.pid != check]
+        assert len(processes) == 7, "the check, the task, its four, and the bystander"
+        pidfds = [os.pidfd_open(process.pid) for process in processes]
+        checking.send_signal(signum)
+        ended = [bool(select.select([pidfd], [], [], PATIENCE)[0]) for pidfd in pidfds]
+        assert ended == [True] * len(processes)
+        for descriptor in (reader, writer, *pidfds):
+            os.close(descriptor)
+        _, status = os.waitpid(check, 0)
+        expected = child_check.INTERRUPTED if signum == signal.SIGINT else -signum
+        assert os.waitstatus_to_exitcode(status) == expected & 127
+
+
+class TestMeans:
+    def test_all_there(self) -> None:
+        means = find().means
+        assert means == SimpleNamespace(session=True, exit="pidfd", mark="limit", processes="/proc")
+
+    def test_without_pidfd(self) -> None:
+        def remove() -> None:
+            del os.pidfd_open
+
+        assert find(change=remove).means.exit == "polling"
+
+    def test_without_limit(self) -> None:
+        """A variable serves where the limit cannot be set."""
+
+        def remove() -> None:
+            resource.setrlimit = resource.prlimit = refuse
+
+        assert find(change=remove).means.mark == "variable"
+
+    def test_without_proc(self, tmp_path: Path) -> None:
+        def hide() -> None:
+            child_tree.PROC = str(tmp_path / "missing")
+
+        assert find(change=hide).means.processes == "psutil"
+
+    def test_without_session(self) -> None:
+        def remove() -> None:
+            child_session._open_session = lambda: False
+
+        findings = find_wrong(change=remove)
+        assert not findings.means.session
+        assert "a task does not lead a session of its own" in findings.problems
+
+    def test_proc_of_others(self) -> None:
+        """Where /proc belongs to another PID namespace it says that the task is not found, and what that means."""
+
+        def read_another(pid: int) -> child_tree.Process | None:
+            return child_tree.Process(pid, start=1, name="x", parent=2, session=pid, stopped=False)
+
+        def confuse() -> None:
+            child_tree.read_process = read_another
+
+        findings = find_wrong(change=confuse)
+        assert findings.means.mark == "none"
+        assert set(STUBBORN) <= set(findings.proof.left)
+        assert findings.proof.harmed == []
+
+
+class TestUsers:
+    def install_sudo(self, folder: Path, script: str) -> Callable[[], None]:
+        sudo = folder / "sudo"
+        sudo.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{folder}/calls\n{script}\n')
+        sudo.chmod(0o755)
+
+        def change() -> None:
+            os.environ["PATH"] = str(folder)
+
+        return change
+
+    def test_no_sudo(self, tmp_path: Path) -> None:
+        """Its absence is a fact that nobody minds, and a fault where tasks run as another user."""
+
+        def remove() -> None:
+            os.environ["PATH"] = str(tmp_path)
+
+        assert find(change=remove).users.sudo is None
+        findings = find_wrong("--run-as-user", OTHER_USER, change=remove)
+        assert findings.users.refusal == "there is no sudo"
+        assert findings.proof.left == []
+
+    def test_sudo_is_not_asked_in_vain(self, tmp_path: Path) -> None:
+        """It reports to the administrator who has no permission, so that it is asked on demand alone."""
+        change = self.install_sudo(tmp_path, "exit 1")
+        assert find(change=change).users.sudo == f"{tmp_path}/sudo"
+        assert not (tmp_path / "calls").exists()
+
+    def test_sudo_permits(self, tmp_path: Path) -> None:
+        """Every signal of the teardown is tried, as the teardown does it, on a PID that nobody has."""
+        nobody = '[ "$2" = -l ] || [ "$4" = -l ] || { echo "kill: No such process" >&2; exit 1; }'
+        change = self.install_sudo(tmp_path, nobody)
+        users = find("--run-as-user", OTHER_USER, change=change).users
+        assert (users.run_as_user, users.refusal) == (OTHER_USER, None)
+        uid = pwd.getpwnam(OTHER_USER).pw_uid
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert [call for call in calls if "-l" not in call] == [
+            f"-n -u #{uid} kill -{int(sig)} {1 + (1 << 22)}"
+            for sig in (signal.SIGTERM, signal.SIGCONT, signal.SIGSTOP, signal.SIGKILL)
+        ]
+
+    def test_sudo_permits_as_root(self, tmp_path: Path) -> None:
+        change = self.install_sudo(tmp_path, '[ "$2" != -u ] || exit 1')
+        assert find("--run-as-user", OTHER_USER, change=change).users.refusal is None
+
+    @pytest.mark.parametrize(
+        "script",
+        [
+            "exit 1",
+            # Listing takes no password as soon as any rule takes none, whether or not it is this one.
+            'for word; do [ "$word" = -l ] && exit; done; echo sudo: a password is required >&2; exit 1',
+            # One signal of four.
+            'for word; do [ "$word" = -9 ] && exit; done; exit 1',
+        ],
+        ids=["nothing", "with a password", "SIGKILL alone"],
+    )
+    def test_sudo_refuses(self, tmp_path: Path, script: str) -> None:
+        findings = find_wrong("--run-as-user", OTHER_USER, change=self.install_sudo(tmp_path, script))
+        assert "permit `kill`" in findings.users.refusal
+        assert findings.problems == [
+            f"processes of {OTHER_USER} could not be ended: {findings.users.refusal}"
+        ]
+
+    def test_configured_user(self, tmp_path: Path) -> None:
+        """The user of tasks that name none is asked about without being given."""
+        change = self.install_sudo(tmp_path, "exit 0")
+
+        def configure() -> None:
+            change()
+            os.environ["AIRFLOW__CORE__DEFAULT_IMPERSONATION"] = OTHER_USER
+
+        users = find(change=configure).users
+        assert (users.run_as_user, users.refusal) == (OTHER_USER, None)
+
+    def test_configured_user_that_is_missing(self) -> None:
+        def configure() -> None:
+            os.environ["AIRFLOW__CORE__DEFAULT_IMPERSONATION"] = "no such user"
+
+        assert find_wrong(change=configure).users.refusal in ("there is no such user", "there is no sudo")
+
+    def test_hidden(self, tmp_path: Path) -> None:
+        """Where hidepid hides other users it says so, which is a fault where tasks run as one."""
+        change = self.install_sudo(tmp_path, "exit 0")
+
+        def hide() -> None:
+            def read_unless_hidden(pid: int) -> child_tree.Process | None:
+                return None if pid == 1 else original(pid)
+
+            change()
+            original = child_tree.read_process
+            child_tree.read_process = read_unless_hidden
+
+        assert find(change=hide).users.hidden
+        assert find_wrong("--run-as-user", OTHER_USER, change=hide).problems == [
+            f"processes of {OTHER_USER} could not be found: they are hidden (hidepid)"
+        ]
+
+    @pytest.mark.parametrize(("euid", "options", "hidden"), [(7, "rw,hidepid=2", True), (7, "rw", False)])
+    def test_own_first_process(self, mocker: Any, euid: int, options: str, *, hidden: bool) -> None:
+        """Where PID 1 is our own, as in a container, the mount options tell."""
+        mocker.patch.object(os, "geteuid", autospec=True, return_value=euid)
+        mocker.patch.object(
+            psutil.Process, "uids", autospec=True, return_value=SimpleNamespace(effective=euid)
+        )
+        proc = SimpleNamespace(mountpoint="/proc", opts=options)
+        mocker.patch.object(psutil, "disk_partitions", autospec=True, return_value=[proc])
+        assert child_check.hides_others() is hidden
+
+
+class TestGrace:
+    def test_default(self) -> None:
+        """It is 5 s, and from 1.4 on what the option has as its default."""
+        grace = find().grace
+        assert (grace.seconds in (5, 60), grace.configured) == (True, False)
+
+    def test_configured(self, tmp_path: Path) -> None:
+        result = subprocess.run(
+            [sys.executable, "-m", MODULE, "--json"],
+            env={
+                "PATH": os.environ["PATH"],
+                "AIRFLOW_HOME": str(tmp_path),
+                "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": "17",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE * 3,
+            check=True,
+        )
+        findings = read(result.stdout)
+        assert findings.grace == SimpleNamespace(seconds=17, configured=True)
+        assert findings.proof.seconds < 17, "the proof takes a grace of its own"
