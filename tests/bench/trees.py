@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,13 @@ from typing import IO, TYPE_CHECKING
 
 from patches.errors import PatchError
 from tests.harness.processes import kill_marked
-from tests.harness.shapes import ACTOR
+from tests.harness.shapes import ACTOR, Shape, actor
+from tests.harness.supervised import start_supervisor, wait_for_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+
+    from tests.harness.environments import Environment
 
 START_TIMEOUT = 60.0
 ANNOUNCEMENTS_MAX_BYTES = 1 << 16
@@ -33,10 +37,11 @@ class TreeFailedError(PatchError):
 
 @dataclass(frozen=True)
 class Tree:
-    """A root and its children, every third of which is in a session of its own."""
+    """A task's process, and children of a child of its, every third of which is in a session of its own."""
 
     root: int
-    size: int
+    pids: list[int]
+    """All of them."""
     ends: select.epoll
     """Tells each death once."""
 
@@ -44,7 +49,7 @@ class Tree:
         """Return when the last one of those that end within `timeout` seconds did, and how many are left."""
         last_death = time.monotonic()
         deadline = last_death + timeout
-        left = self.size
+        left = len(self.pids)
         while left and (ended := self.ends.poll(max(0, deadline - time.monotonic()), left)):
             last_death = time.monotonic()
             left -= len(ended)
@@ -52,39 +57,54 @@ class Tree:
 
 
 @contextmanager
-def start_tree(size: int, wrapper: Sequence[str] = ()) -> Iterator[Tree]:
-    """Start a tree of `size` processes, its root by way of the command `wrapper`; end what is left of it."""
-    with start_processes(size, wrapper) as pids, select.epoll() as ends, ExitStack() as stack:
-        for pid in pids:
+def start_task(environment: Environment, size: int) -> Iterator[Tree]:
+    """Start a tree as a task, and stop its supervisor, so that somebody else can end it; end what is left of it."""
+    cookie = f"cookie-{uuid.uuid4().hex}"
+    shape = describe_tree(size)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        stack.callback(kill_marked, cookie)
+        supervisor = stack.enter_context(
+            start_supervisor(environment, shape, "409", cookie=cookie, folder=folder, env={})
+        )
+        runner = wait_for_tree(supervisor, shape.processes)
+        os.kill(supervisor.process.pid, signal.SIGSTOP)
+        ends = stack.enter_context(select.epoll())
+        for pid in supervisor.announced:
             ends.register(hold(stack, pid), select.EPOLLIN | select.EPOLLONESHOT)
-        yield Tree(pids[0], size, ends)
+        yield Tree(runner, supervisor.announced, ends)
+
+
+def describe_tree(size: int) -> Shape:
+    """Return a shape that makes `size` processes, the runner included."""
+    return Shape("tree", "a large tree", actor("crowd", size - 2), processes=size - 1)
 
 
 @contextmanager
-def start_processes(size: int, wrapper: Sequence[str] = ()) -> Iterator[list[int]]:
-    """Do the same, and give the PIDs alone, the root's first."""
+def start_processes(size: int) -> Iterator[None]:
+    """Start a tree that is no task's; end it."""
     cookie = f"cookie-{uuid.uuid4().hex}"
     with ExitStack() as stack:
         ready = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / "ready"
         os.mkfifo(ready)
         # Open at both ends: no writer waits for a reader, and the first to close is not the end of the file.
         announcements = stack.enter_context(ready.open("rb+", buffering=0))
-        actor = [sys.executable, "-I", "-S", str(ACTOR), "crowd", str(size - 1), cookie, str(ready)]
-        root = subprocess.Popen([*wrapper, *actor], stdin=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-I", "-S", str(ACTOR), "crowd", str(size - 1), cookie, str(ready)]
+        root = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         stack.callback(root.wait)
         stack.callback(kill_marked, cookie)
-        yield sorted(read_pids(announcements, size), key=lambda pid: pid != root.pid)
+        wait_for_announcements(announcements, size)
+        yield
 
 
-def read_pids(announcements: IO[bytes], size: int) -> list[int]:
-    """Return the PIDs of a tree when all have announced themselves."""
+def wait_for_announcements(announcements: IO[bytes], size: int) -> None:
+    """Return when so many processes have announced themselves."""
     deadline = time.monotonic() + START_TIMEOUT
-    text = b""
-    while (ready := text.count(b"\n")) < size:
+    ready = 0
+    while ready < size:
         if not select.select([announcements], [], [], max(0, deadline - time.monotonic()))[0]:
             raise TreeFailedError(f"{ready} of {size} processes after {START_TIMEOUT:.0f} s")
-        text += announcements.read(ANNOUNCEMENTS_MAX_BYTES)
-    return [int(line) for line in text.split()]
+        ready += announcements.read(ANNOUNCEMENTS_MAX_BYTES).count(b"\n")
 
 
 def hold(stack: ExitStack, pid: int) -> int:

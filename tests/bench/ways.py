@@ -1,4 +1,4 @@
-"""Ways to end a tree of processes, a third of them in sessions of their own."""
+"""Ways to end the tree of a task, a third of it in sessions of their own: its supervisor's, and others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.bench.trees import start_tree
-from tests.harness.shapes import Shape, actor
+from tests.bench.trees import describe_tree, start_task
 from tests.harness.supervised import run_supervised
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from tests.bench.setup import Setup
     from tests.bench.trees import Tree
+    from tests.harness.environments import Environment
 
     Way = Callable[[int], "tuple[float, int]"]
 
@@ -33,18 +33,20 @@ NOT_ENDED_TIMEOUT = 1.0
 def name_ways(setup: Setup) -> dict[str, Way]:
     """Return, by name, what ends a tree of a size and says how many seconds that took and how many are left."""
     ways: dict[str, Way] = {
-        "psutil's recipe": lambda size: end_tree(size, end_with_psutil),
-        "killpg": lambda size: end_tree(size, end_with_killpg, timeout=NOT_ENDED_TIMEOUT),
+        "psutil's recipe": lambda size: end_tree(setup.patched, size, end_with_psutil),
+        "killpg": lambda size: end_tree(setup.patched, size, end_with_killpg, timeout=NOT_ENDED_TIMEOUT),
         "patched": lambda size: end_task(setup, size),
     }
     parent = find_cgroup()
     if parent is None:
         return ways
-    return {"cgroup.kill": lambda size: end_cgroup(parent, size), **ways}
+    return {"cgroup.kill": lambda size: end_cgroup(setup.patched, parent, size), **ways}
 
 
-def end_tree(size: int, end: Callable[[Tree], None], *, timeout: float = END_TIMEOUT) -> tuple[float, int]:
-    with start_tree(size) as tree:
+def end_tree(
+    environment: Environment, size: int, end: Callable[[Tree], None], *, timeout: float = END_TIMEOUT
+) -> tuple[float, int]:
+    with start_task(environment, size) as tree:
         return time_end(tree, end, timeout)
 
 
@@ -72,12 +74,12 @@ def end_with_killpg(tree: Tree) -> None:
     os.killpg(tree.root, signal.SIGTERM)
 
 
-def end_cgroup(parent: Path, size: int) -> tuple[float, int]:
+def end_cgroup(environment: Environment, parent: Path, size: int) -> tuple[float, int]:
     """Have the kernel end a tree in a cgroup."""
-    with new_cgroup(parent) as group:
-        enter = ("sh", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs"))
-        with start_tree(size, enter) as tree:
-            return time_end(tree, lambda _tree: write_kill(group))
+    with new_cgroup(parent) as group, start_task(environment, size) as tree:
+        for pid in tree.pids:
+            (group / "cgroup.procs").write_text(str(pid))
+        return time_end(tree, lambda _tree: write_kill(group))
 
 
 def write_kill(group: Path) -> None:
@@ -115,6 +117,5 @@ def takes_children(group: Path) -> bool:
 
 def end_task(setup: Setup, size: int) -> tuple[float, int]:
     """Have a supervisor end the tree as its task, from the 409 to the return of wait()."""
-    shape = Shape("tree", "a large tree", actor("crowd", size - 1), processes=size)
-    outcome = run_supervised(setup.patched, shape, env=setup.settings)
+    outcome = run_supervised(setup.patched, describe_tree(size), env=setup.settings)
     return outcome.seconds, len(outcome.left)
