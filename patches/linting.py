@@ -8,7 +8,10 @@ from packaging.version import Version
 
 from patches.errors import PatchError
 from patches.releases import all_releases
-from patches.rules import SOURCES, find_edits
+from patches.rules import SOURCES, TESTS, find_edits
+
+# Packages that upstream has, too; here they let the tests import one another.
+UPSTREAMS = {"task_sdk/__init__.py", "task_sdk/execution_time/__init__.py"}
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,29 +23,32 @@ if TYPE_CHECKING:
     from patches.rules import Change, Rule
 
 
-def lint_changes(changes: Sequence[Change], sources: Path = SOURCES) -> None:
+def lint_changes(changes: Sequence[Change], sources: Path = SOURCES, tests: Path = TESTS) -> None:
     """Raise a PatchError with a sentence for every fault of the change files."""
-    problems = [*_find_unclaimed_files(changes, sources), *_find_missing_files(changes, sources)]
+    files = {item.name for change in changes for item in change.files}
+    modules = {item.name for change in changes for item in change.tests}
+    problems = [
+        *_compare_claims(files, "files", _list_modules(sources), sources),
+        *_compare_claims(modules, "tests", _list_modules(tests) - UPSTREAMS, tests),
+    ]
     for change in changes:
+        for item in (*change.needs, *change.files, *change.tests):
+            problems += _find_gaps(f"{item.name} in change {change.name}", item.releases)
         for rule in change.rules:
             problems += _lint_rule(rule)
     if problems:
         raise PatchError(*problems)
 
 
-def _find_unclaimed_files(changes: Sequence[Change], sources: Path) -> Iterator[str]:
-    claimed = {file for change in changes for file in change.files}
-    for path in sorted(sources.rglob("*.py")):
-        file = path.relative_to(sources).as_posix()
-        if file not in claimed:
-            yield f"{file} belongs to no change: name it under files in the change that brings it."
+def _list_modules(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
 
 
-def _find_missing_files(changes: Sequence[Change], sources: Path) -> Iterator[str]:
-    for change in changes:
-        for file in change.files:
-            if not (sources / file).is_file():
-                yield f"{file} of change {change.name} is not below {sources}."
+def _compare_claims(claimed: set[str], key: str, there: set[str], folder: Path) -> Iterator[str]:
+    for file in sorted(there - claimed):
+        yield f"{file} belongs to no change: name it under {key} in the change that brings it."
+    for file in sorted(claimed - there):
+        yield f"{file}, which a change names under {key}, is not below {folder}."
 
 
 def _lint_rule(rule: Rule) -> Iterator[str]:
@@ -55,16 +61,16 @@ def _lint_rule(rule: Rule) -> Iterator[str]:
         if not served:
             yield f"Rule {rule.id} ({rule.origin}) is for no supported release: remove it or mend its releases."
     for specifiers in (rule.releases, *(versions for versions, _ in rule.counts)):
-        yield from _find_gaps(rule, specifiers)
+        yield from _find_gaps(f"Rule {rule.id} ({rule.origin})", specifiers)
 
 
-def _find_gaps(rule: Rule, specifiers: SpecifierSet) -> Iterator[str]:
+def _find_gaps(where: str, specifiers: SpecifierSet) -> Iterator[str]:
     """Find the bounds that leave a supported pre-release on neither side: 1.4.0b2 is not <1.4, and not >=1.4."""
     for specifier in specifiers:
         for release in all_releases():
             if _bound_cuts_off(specifier, release):
                 yield (
-                    f"Rule {rule.id} ({rule.origin}) says {specifier}, which is ambiguous for {release.version}: bound "
+                    f"{where} says {specifier}, which is ambiguous for {release.version}: bound "
                     "it by a pre-release, like 1.4.0b1."
                 )
 

@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
 CHANGES = ROOT / "patches" / "changes"
 SOURCES = ROOT / "task-sdk" / "src"
+TESTS = ROOT / "task-sdk" / "tests"
+# Where a rule's file is: in the SDK, which is in the wheel, or in the core, which is in a checkout alone.
+SDK, CORE = "airflow/", "airflow-core/"
+# Below task-sdk/tests, as upstream has it.
+TEST_FOLDER = "task_sdk/"
 
-CHANGE_KEYS = {"change", "what", "why", "upstream", "files"}
+CHANGE_KEYS = {"change", "what", "why", "upstream", "files", "tests"}
+OPTIONAL_CHANGE_KEYS = {"needs", "subject", "news", "refers"}
 RULE_KEYS = {"id", "language", "message", "note", "rule", "fix", "metadata"}
 OPTIONAL_RULE_KEYS = {"constraints", "utils", "transform", "rewriters"}
 METADATA_KEYS = {"file"}
@@ -53,17 +59,23 @@ class Rule:
 
     def count_expected(self, release: Release) -> int:
         """Return how often the rule must match in a release; 0 means that the rule is not for it."""
-        if not self.releases.contains(release.version, prereleases=True):
+        if not _contains(self.releases, release):
             return 0
-        counts = [
-            count for versions, count in self.counts if versions.contains(release.version, prereleases=True)
-        ]
+        counts = [count for versions, count in self.counts if _contains(versions, release)]
         if len(counts) != 1:
             raise PatchError(
                 f"Rule {self.id} ({self.origin}) gives {len(counts)} numbers of matches for SDK {release.version}: "
                 "give one."
             )
         return counts[0]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file or a change, and the releases that it is for."""
+
+    name: str
+    releases: SpecifierSet
 
 
 @dataclass(frozen=True)
@@ -74,12 +86,22 @@ class Change:
     what: str
     why: str
     upstream: str
-    files: tuple[str, ...]
+    subject: str
+    news: str
+    refers: str
+    needs: tuple[Item, ...]
+    files: tuple[Item, ...]
+    tests: tuple[Item, ...]
     rules: tuple[Rule, ...]
+
+    @property
+    def goes_upstream(self) -> bool:
+        """Whether it is meant for apache/airflow, too, and not for the wheels alone."""
+        return bool(self.subject)
 
     def touches(self, file: str, release: Release) -> bool:
         """Say whether it adds or edits a file of a release."""
-        return file in self.files or any(
+        return file in select_names(self.files, release) or any(
             rule.file == file and rule.count_expected(release) for rule in self.rules
         )
 
@@ -107,8 +129,23 @@ def load_changes(folder: Path = CHANGES) -> list[Change]:
     if not changes:
         raise PatchError(f"{folder} has no change file.")
     _refuse_duplicates("Rule", [(rule.id, rule.origin) for change in changes for rule in change.rules])
-    _refuse_duplicates("File", [(file, change.name) for change in changes for file in change.files])
+    _refuse_duplicates("File", [(file.name, change.name) for change in changes for file in change.files])
+    _refuse_unmet_needs(changes)
     return changes
+
+
+def select_names(items: Iterable[Item], release: Release) -> list[str]:
+    """Return the names of the items that are for a release."""
+    return [item.name for item in items if _contains(item.releases, release)]
+
+
+def add_needed(changes: Sequence[Change], names: Iterable[str], release: Release) -> list[Change]:
+    """Return the changes of these names and all that they need for a release, in the order of application."""
+    wanted = set(names)
+    for change in reversed(changes):  # what a change needs comes before it
+        if change.name in wanted:
+            wanted.update(select_names(change.needs, release))
+    return [change for change in changes if change.name in wanted]
 
 
 def apply_changes(tree: Path, release: Release, changes: Sequence[Change], sources: Path = SOURCES) -> Patch:
@@ -126,9 +163,10 @@ def compute_patch(tree: Tree, release: Release, changes: Sequence[Change], sourc
     patch = Patch()
     problems: list[str] = []
     for change in changes:
-        problems += _add_files(tree, patch, change, sources)
+        problems += _add_files(tree, patch, change, release, sources)
         for rule in change.rules:
-            problems += _apply_rule(tree, patch, rule, release)
+            if rule.file.startswith(SDK):
+                problems += apply_rule(tree, patch, rule, release)
     if not problems:
         problems = list(_find_broken_files(patch, release))
     if problems:
@@ -204,18 +242,25 @@ def _load_change(path: Path) -> Change:
     if not texts:
         raise PatchError(f"{path.name} is empty: describe the change in its first document.")
     document = _read_mapping(texts[0], path.name)
-    _check_keys(document, CHANGE_KEYS, set(), path.name)
-    name, files = document["change"], document["files"]
+    _check_keys(document, CHANGE_KEYS, OPTIONAL_CHANGE_KEYS, path.name)
+    name = document["change"]
+    if ("subject" in document) != ("news" in document):
+        raise PatchError(
+            f"{path.name} has only one of subject and news: a change that goes to upstream needs both."
+        )
     if path.stem.partition("-")[2] != name:
         raise PatchError(f"{path.name} says that its change is {name!r}: call the file NN-{name}.yml.")
-    if not isinstance(files, list):
-        raise PatchError(f"{path.name} has no list for files: write [] if it brings none.")
     return Change(
         name=name,
         what=_read_text(document, "what", path.name),
         why=_read_text(document, "why", path.name),
         upstream=_read_text(document, "upstream", path.name),
-        files=tuple(_check_path(file, path.name) for file in files),
+        subject=_read_optional_text(document, "subject", path.name),
+        news=_read_optional_text(document, "news", path.name),
+        refers=_read_optional_text(document, "refers", path.name),
+        needs=_read_items(document.get("needs", []), "needs", path.name),
+        files=_read_files(document["files"], "files", path.name, SDK),
+        tests=_read_files(document["tests"], "tests", path.name, TEST_FOLDER),
         rules=tuple(_load_rule(text, path.name) for text in texts[1:]),
     )
 
@@ -236,7 +281,7 @@ def _load_rule(text: str, origin: str) -> Rule:
         id=_read_text(document, "id", where),
         origin=origin,
         text=text,
-        file=_check_path(metadata["file"], where),
+        file=_check_path(metadata["file"], where, SDK, CORE),
         releases=_read_specifiers(metadata.get("releases", ""), where),
         counts=tuple(
             (_read_specifiers(versions, where), _check_count(count, where))
@@ -278,6 +323,10 @@ def _read_text(document: dict[str, Any], key: str, where: str) -> str:
     return text.strip()
 
 
+def _read_optional_text(document: dict[str, Any], key: str, where: str) -> str:
+    return _read_text(document, key, where) if key in document else ""
+
+
 def _read_specifiers(text: object, where: str) -> SpecifierSet:
     try:
         return SpecifierSet(str(text))
@@ -291,10 +340,45 @@ def _check_count(count: object, where: str) -> int:
     return count
 
 
-def _check_path(file: object, where: str) -> str:
-    if not isinstance(file, str) or not file.startswith("airflow/") or ".." in PurePosixPath(file).parts:
-        raise PatchError(f"{where} names the file {file!r}: give a path that begins with airflow/.")
+def _read_files(entries: object, key: str, where: str, folder: str) -> tuple[Item, ...]:
+    items = _read_items(entries, key, where)
+    for item in items:
+        _check_path(item.name, where, folder)
+    return items
+
+
+def _read_items(entries: object, key: str, where: str) -> tuple[Item, ...]:
+    """Read a list whose entries are names, or maps from one name to the releases that it is for."""
+    if not isinstance(entries, list):
+        raise PatchError(f"{where} has no list for {key}: write [] if there are none.")
+    items = []
+    for entry in entries:
+        limited = entry if isinstance(entry, dict) else {entry: ""}
+        for name, releases in limited.items():
+            if not isinstance(name, str):
+                raise PatchError(f"{where} has {name!r} among its {key}: give a name.")
+            items.append(Item(name, _read_specifiers(releases, where)))
+    return tuple(items)
+
+
+def _check_path(file: object, where: str, *folders: str) -> str:
+    if not isinstance(file, str) or not file.startswith(folders) or ".." in PurePosixPath(file).parts:
+        raise PatchError(
+            f"{where} names the file {file!r}: give a path that begins with {' or '.join(folders)}."
+        )
     return file
+
+
+def _refuse_unmet_needs(changes: Sequence[Change]) -> None:
+    """Refuse a change that needs what does not come before it."""
+    before: set[str] = set()
+    for change in changes:
+        for need in change.needs:
+            if need.name not in before:
+                raise PatchError(
+                    f"Change {change.name} needs {need.name}, which is no change that comes before it."
+                )
+        before.add(change.name)
 
 
 def _refuse_duplicates(kind: str, owners: Iterable[tuple[str, str]]) -> None:
@@ -305,8 +389,12 @@ def _refuse_duplicates(kind: str, owners: Iterable[tuple[str, str]]) -> None:
         seen[name] = owner
 
 
-def _add_files(tree: Tree, patch: Patch, change: Change, sources: Path) -> Iterator[str]:
-    for file in change.files:
+def _contains(releases: SpecifierSet, release: Release) -> bool:
+    return releases.contains(release.version, prereleases=True)
+
+
+def _add_files(tree: Tree, patch: Patch, change: Change, release: Release, sources: Path) -> Iterator[str]:
+    for file in select_names(change.files, release):
         if tree.joinpath(file).is_file():
             yield (
                 f"{file} of change {change.name} is there already: patch pristine upstream only (or upstream now has a "
@@ -318,7 +406,8 @@ def _add_files(tree: Tree, patch: Patch, change: Change, sources: Path) -> Itera
             patch.added[file] = (sources / file).read_bytes()
 
 
-def _apply_rule(tree: Tree, patch: Patch, rule: Rule, release: Release) -> Iterator[str]:
+def apply_rule(tree: Tree, patch: Patch, rule: Rule, release: Release) -> Iterator[str]:
+    """Apply one rule to what those before it have left in the patch, or say what is wrong with it."""
     expected = rule.count_expected(release)
     if not expected:
         return
@@ -347,6 +436,8 @@ def _find_broken_files(patch: Patch, release: Release) -> Iterator[str]:
     # Python cannot check the syntax of a later Python than itself.
     feature_version = min(release.oldest_python, sys.version_info[:2])
     for file, content in (patch.changed | patch.added).items():
+        if not file.endswith(".py"):
+            continue
         try:
             compile(
                 ast.parse(content, file, feature_version=feature_version), file, "exec", dont_inherit=True

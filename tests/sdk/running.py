@@ -7,20 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packaging.version import Version
-
-from patches.releases import ROOT
+from patches.rules import TESTS, load_changes, select_names
 from tests.harness.environments import clean_env, create_environment
 from tests.upstream.results import read_report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from patches.releases import Release
     from tests.harness.environments import Environment
     from tests.upstream.results import Result
 
-TESTS = ROOT / "task-sdk" / "tests"
 PACKAGES = ("pytest", "pytest-mock")
 TIMEOUT = 600
 # The oldest and the newest interpreters, where the preferred one is in between.
@@ -40,8 +35,8 @@ def install_release(release: Release, *, wheel: Path | None = None, python: str 
     return create_environment(release, packages=PACKAGES, wheel=wheel, python=python)
 
 
-def run_our_tests(environment: Environment, modules: Sequence[str] = ()) -> dict[str, Result]:
-    """Run modules of task-sdk/tests, or all of them, and return the results by test id, such as "TestA::test_b".
+def run_our_tests(environment: Environment, pattern: str = "test_*.py") -> dict[str, Result]:
+    """Run the modules of task-sdk/tests that are for the release, and return the results by "TestA::test_b".
 
     Raises RuntimeError with the end of pytest's output when the run itself failed.
     """
@@ -52,8 +47,8 @@ def run_our_tests(environment: Environment, modules: Sequence[str] = ()) -> dict
                 environment.python,
                 "-m",
                 "pytest",
-                *make_options(environment.release, folder),
-                *select(modules),
+                *make_options(folder),
+                *select(environment.release, pattern),
             ],
             cwd=folder,
             env=clean_env(folder, python=environment.python),
@@ -69,19 +64,17 @@ def run_our_tests(environment: Environment, modules: Sequence[str] = ()) -> dict
     return {name.partition("::")[2]: result for name, result in results.items()}
 
 
-def make_options(release: Release, folder: Path) -> list[str]:
+def make_options(folder: Path) -> list[str]:
     """Return the options of a run whose report goes into a folder."""
-    # From 1.4 on a supervisor that is told to stop forwards nothing; before, there are no runtimes of other languages.
-    absent = "TestForwarding" if Version(release.version) >= Version("1.4.0b1") else "TestRuntimes"
     return [
         "--config-file=/dev/null",
         f"--rootdir={TESTS}",
         f"--junit-xml={folder / 'report.xml'}",
         *("-p", "no:cacheprovider", "-o", "junit_family=xunit1"),
-        *("-k", f"not {absent}"),
     ]
 
 
-def select(modules: Sequence[str]) -> list[str]:
-    """Return the paths of the modules."""
-    return [str(path) for module in modules for path in TESTS.rglob(module)] or [str(TESTS)]
+def select(release: Release, pattern: str) -> list[str]:
+    """Return the paths of the release's modules that match a pattern like test_child_*.py."""
+    files = [TESTS / file for change in load_changes() for file in select_names(change.tests, release)]
+    return [str(file) for file in dict.fromkeys(files) if file.match(pattern)]

@@ -67,7 +67,7 @@ def stock_results() -> dict[str, dict[str, Result]]:
     """Run the scenarios on all stock wheels at once, for most of the time they wait in vain."""
     environments = [install(release) for release in last_of_lines()]
     with ThreadPoolExecutor() as pool:
-        runs = pool.map(lambda environment: run_our_tests(environment, [SCENARIOS]), environments)
+        runs = pool.map(lambda environment: run_our_tests(environment, SCENARIOS), environments)
         return {
             environment.release.version: results
             for environment, results in zip(environments, runs, strict=True)

@@ -46,7 +46,11 @@ change: {name}
 what: It greets.
 why: Nobody did.
 upstream: Not there.
+subject: Greet politely
+news: The SDK greets politely.
+needs: {needs}
 files: {files}
+tests: {tests}
 """
 RULE = """\
 ---
@@ -96,15 +100,24 @@ def write_rule(
     return RULE.format(id=id, rule=rule, fix=fix, metadata=f"{{file: {FILE}, {metadata}}}")
 
 
-def write_change(folder: Path, *rules: str, name: str = "politeness", files: str = "[]") -> None:
+def write_change(
+    folder: Path,
+    *rules: str,
+    number: int = 10,
+    name: str = "politeness",
+    needs: str = "[]",
+    files: str = "[]",
+    tests: str = "[]",
+) -> None:
     """Write a change file with these rules."""
     folder.mkdir(exist_ok=True)
-    (folder / f"10-{name}.yml").write_text(HEAD.format(name=name, files=files) + "".join(rules), "utf-8")
+    head = HEAD.format(name=name, needs=needs, files=files, tests=tests)
+    (folder / f"{number:02}-{name}.yml").write_text(head + "".join(rules), "utf-8")
 
 
-def load(folder: Path, *rules: str, name: str = "politeness", files: str = "[]") -> list[Change]:
+def load(folder: Path, *rules: str, files: str = "[]", tests: str = "[]") -> list[Change]:
     """Write a change file with these rules and load its folder."""
-    write_change(folder, *rules, name=name, files=files)
+    write_change(folder, *rules, files=files, tests=tests)
     return load_changes(folder)
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from patches.errors import PatchError
 from patches.linting import lint_changes
-from patches.rules import load_changes
-from tests.tool.made_up import ADDED, FILE, HEAD, load, write_change, write_rule
+from patches.rules import TESTS, add_needed, load_changes, select_names
+from tests.tool.made_up import ADDED, FILE, HEAD, load, release, write_change, write_rule
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-HEADER = HEAD.format(name="politeness", files="[]")
+HEADER = HEAD.format(name="politeness", files="[]", tests="[]", needs="[]")
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,13 @@ HEADER = HEAD.format(name="politeness", files="[]")
         (HEADER + "since: 1", "10-politeness.yml has keys that mean nothing: since"),
         (HEADER.replace("It greets.", "''"), "10-politeness.yml has no text for what"),
         (HEADER.replace("politeness", "manners"), "call the file NN-manners.yml"),
-        (HEADER.replace("[]", ""), "10-politeness.yml has no list for files"),
-        (HEADER.replace("[]", "[/etc/passwd]"), "give a path that begins with airflow/"),
-        (HEADER.replace("[]", "[airflow/../../x.py]"), "give a path that begins with airflow/"),
+        (HEADER.replace("news:", "refers:"), "10-politeness.yml has only one of subject and news"),
+        (HEADER.replace("files: []", "files:"), "10-politeness.yml has no list for files"),
+        (HEADER.replace("files: []", "files: [/etc/passwd]"), "give a path that begins with airflow/"),
+        (HEADER.replace("files: []", "files: [airflow/../../x.py]"), "give a path that begins with airflow/"),
+        (HEADER.replace("files: []", "files: [1]"), "10-politeness.yml has 1 among its files: give a name"),
+        (HEADER.replace("files: []", f"files: [{FILE}: 1.x]"), "names releases '1.x': write them like"),
+        (HEADER.replace("tests: []", "tests: [test_a.py]"), "give a path that begins with task_sdk/"),
         (HEADER + write_rule() + "---\n", "10-politeness.yml has a document that is no mapping"),
         (HEADER + write_rule().replace("fix:", "fixx:"), "Rule say-moin (10-politeness.yml) lacks fix"),
         (HEADER + write_rule().replace("note:", "notes:"), "Rule say-moin (10-politeness.yml) lacks note"),
@@ -74,9 +78,8 @@ def test_refuses_file_of_two_changes(tmp_path: Path) -> None:
 
 def test_loads_changes_in_the_order_of_their_names(tmp_path: Path) -> None:
     """The number in front of a change file's name decides when it is applied."""
-    write_change(tmp_path, name="zeal")
+    write_change(tmp_path, name="zeal", number=5)
     write_change(tmp_path, name="ardour")
-    (tmp_path / "10-zeal.yml").rename(tmp_path / "05-zeal.yml")
     assert [change.name for change in load_changes(tmp_path)] == ["zeal", "ardour"]
 
 
@@ -107,10 +110,50 @@ def test_lint_compares_files_with_claims(tmp_path: Path) -> None:
     (sources / FILE).parent.mkdir(parents=True)
     (sources / FILE).touch()
     with pytest.raises(PatchError) as refusal:
-        lint_changes(load(tmp_path, files=f"[{ADDED}]"), sources)
-    unclaimed, missing = refusal.value.sentences
+        lint_changes(load(tmp_path, files=f"[{ADDED}]", tests="[task_sdk/test_absent.py]"), sources, TESTS)
+    claims, (missing_test,) = refusal.value.sentences[:-1], refusal.value.sentences[-1:]
+    unclaimed, missing, *unclaimed_tests = claims
     assert unclaimed.startswith(f"{FILE} belongs to no change")
-    assert missing.startswith(f"{ADDED} of change politeness is not below")
+    assert missing.startswith(f"{ADDED}, which a change names under files, is not below")
+    assert unclaimed_tests
+    assert all(sentence.startswith("task_sdk/execution_time/") for sentence in unclaimed_tests)
+    assert missing_test.startswith("task_sdk/test_absent.py, which a change names under tests, is not below")
+
+
+def test_loads_items_for_some_releases(tmp_path: Path) -> None:
+    """A file, a test or a need may be for some releases alone."""
+    (change,) = load(tmp_path, files=f"[{FILE}, {ADDED}: '>=1.4.0b1']", tests="[task_sdk/test_a.py: '<1.2']")
+    assert select_names(change.files, release("1.3.2")) == [FILE]
+    assert select_names(change.files, release("1.4.0b2")) == [FILE, ADDED]
+    assert select_names(change.tests, release("1.1.8")) == ["task_sdk/test_a.py"]
+    assert not select_names(change.tests, release("1.2.0"))
+
+
+def test_adds_what_is_needed(tmp_path: Path) -> None:
+    """A change takes along what it needs for the release, and what that needs; nothing else."""
+    write_change(tmp_path, number=10, name="words")
+    write_change(tmp_path, number=20, name="voice")
+    write_change(tmp_path, number=30, name="manners", needs="[words, voice: '<1.4.0b1']")
+    write_change(tmp_path, number=40, name="greeting", needs="[manners]")
+    changes = load_changes(tmp_path)
+
+    def add(name: str, version: str) -> list[str]:
+        return [change.name for change in add_needed(changes, [name], release(version))]
+
+    assert add("greeting", "1.3.2") == ["words", "voice", "manners", "greeting"]
+    assert add("greeting", "1.4.0b2") == ["words", "manners", "greeting"]
+    assert add("voice", "1.3.2") == ["voice"]
+
+
+@pytest.mark.parametrize("need", ["voice", "absent", "manners"])
+def test_refuses_need_that_does_not_come_before(tmp_path: Path, need: str) -> None:
+    """What a change needs is applied before it, and so has the lower number."""
+    write_change(tmp_path, number=10, name="manners", needs=f"[{need}]")
+    write_change(tmp_path, number=20, name="voice")
+    with pytest.raises(
+        PatchError, match=f"Change manners needs {need}, which is no change that comes before"
+    ):
+        load_changes(tmp_path)
 
 
 def test_our_changes_are_sound() -> None:

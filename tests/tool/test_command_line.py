@@ -36,7 +36,7 @@ def clone(tmp_path: Path) -> Path:
     """Return a copy of what the tool consists of."""
     clone = tmp_path / "clone"
     ignored = shutil.ignore_patterns("__pycache__")
-    for folder in ("patches", "task-sdk/src"):
+    for folder in ("patches", "task-sdk"):
         shutil.copytree(ROOT / folder, clone / folder, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", clone)
     return clone

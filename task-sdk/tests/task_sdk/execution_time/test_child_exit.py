@@ -29,7 +29,7 @@ import pytest
 import structlog
 
 from airflow.sdk.execution_time import child_exit
-from airflow.sdk.execution_time.child_exit import ExitWatch, close_sockets, release_sockets
+from airflow.sdk.execution_time.child_exit import ExitWatch, release_sockets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,7 +172,7 @@ class TestExitWatch:
     def test_sockets_are_overdue_after_the_grace_of_a_kill(self, mocker: Any) -> None:
         clock = mocker.patch.object(child_exit.time, "monotonic", autospec=True, return_value=100.0)
         watch = ExitWatch()
-        assert not watch.sockets_overdue(0), "a normal end waits as long as upstream does"
+        assert not watch.sockets_overdue(0), "a normal end waits for [workers] socket_cleanup_timeout"
         watch.expect_exit(5)
         clock.return_value = 104.0
         watch.expect_exit(5)
@@ -265,10 +265,3 @@ class TestReleaseSockets:
     def test_closed_selector(self, selector: selectors.BaseSelector) -> None:
         selector.close()
         release_sockets(selector, {})
-
-    def test_close_sockets_closes_all(self, selector: selectors.BaseSelector, pair: Any) -> None:
-        ours, _ = pair
-        selector.register(ours, selectors.EVENT_READ, collect([]))
-        close_sockets(selector)
-        assert ours.fileno() == -1
-        assert not selector.get_map()

@@ -16,65 +16,18 @@
 # under the License.
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from task_sdk.execution_time.teardown.waiting_child import child, ended_by
 
-from airflow.sdk.execution_time import child_session
-from airflow.sdk.execution_time.child_exit import ExitWatch
-from airflow.sdk.execution_time.child_session import (
-    forward_signal,
-    forward_signals,
-    lead_session,
-    signal_session,
-)
+from airflow.sdk.execution_time.child_session import lead_session, signal_session, signal_task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from pytest_mock import MockerFixture
-
-
-@contextlib.contextmanager
-def child(prepare: Callable[[], Any]) -> Iterator[int]:
-    """Fork a child that runs ``prepare`` and then waits for signals; yields its PID when it waits."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            prepare()
-            os.write(writer, b".")
-            while True:
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(writer)
-    pidfd = os.pidfd_open(pid)
-    try:
-        assert os.read(reader, 1) == b".", "the child failed"
-        yield pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-        os.close(pidfd)
-        os.close(reader)
-
-
-def ended_by(pid: int) -> int:
-    """Collect a child, and return the number of the signal that ended it."""
-    return os.WTERMSIG(os.waitpid(pid, 0)[1])
-
-
-def supervise(pid: int, *, new_session: bool = True) -> Any:
-    return SimpleNamespace(pid=pid, _new_session=new_session, _exit_code=None, _exit_watch=ExitWatch())
 
 
 @pytest.fixture
@@ -174,67 +127,14 @@ class TestSignalSession:
             assert signal_session(pid, signal.SIGTERM)
 
 
-class TestForwardSignal:
-    @pytest.mark.parametrize("new_session", [False, True])
-    def test_child_gets_it(self, *, new_session: bool) -> None:
-        with child(lead_session if new_session else lambda: None) as pid:
-            forward_signal(supervise(pid, new_session=new_session), signal.SIGTERM)
+class TestSignalTask:
+    def test_session_is_signalled(self) -> None:
+        with child(lead_session) as pid:
+            assert signal_task(SimpleNamespace(pid=pid, _new_session=True), signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
-    def test_reaped_child_is_not_signalled(self, killpg: Any, mocker: MockerFixture) -> None:
-        """A child that was collected meanwhile is reported, not the process that has its number now signalled."""
+    def test_other_types(self, killpg: Any) -> None:
+        """A type that has not asked for a session is left to the caller, who signals the PID alone."""
         with child(lead_session) as pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        kill = mocker.patch("os.kill", autospec=True)
-        with pytest.raises(ProcessLookupError):
-            forward_signal(supervise(pid), signal.SIGTERM)
-        kill.assert_not_called()
+            assert not signal_task(SimpleNamespace(pid=pid, _new_session=False), signal.SIGTERM)
         killpg.assert_not_called()
-
-
-class TestForwardSignals:
-    @pytest.mark.parametrize("signum", child_session.FORWARDED_SIGNALS)
-    def test_child_gets_it(self, signum: signal.Signals) -> None:
-        with child(lead_session) as pid, forward_signals(supervise(pid)):
-            signal.raise_signal(signum)
-            assert ended_by(pid) == signum
-
-    def test_child_is_gone(self) -> None:
-        """A signal that comes after the task's end is nothing that the supervisor dies of."""
-        with child(lead_session) as pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            with forward_signals(supervise(pid)):
-                signal.raise_signal(signal.SIGTERM)
-
-    def test_former_handlers_return(self) -> None:
-        """They do so however the monitoring ends."""
-
-        def handle(signum: int, frame: Any) -> None: ...
-
-        def monitor() -> None:
-            with child(lead_session) as pid, forward_signals(supervise(pid)):
-                assert signal.getsignal(signal.SIGTERM) is not handle
-                raise InterruptedError
-
-        former = signal.signal(signal.SIGTERM, handle)
-        try:
-            with pytest.raises(InterruptedError):
-                monitor()
-            assert signal.getsignal(signal.SIGTERM) is handle
-        finally:
-            signal.signal(signal.SIGTERM, former)
-
-    def test_other_threads_install_nothing(self) -> None:
-        """Python lets the main thread alone handle signals; elsewhere the task is monitored without."""
-        seen = []
-
-        def monitor() -> None:
-            with forward_signals(supervise(os.getpid())):
-                seen.append(signal.getsignal(signal.SIGTERM))
-
-        thread = threading.Thread(target=monitor)
-        thread.start()
-        thread.join()
-        assert seen == [signal.getsignal(signal.SIGTERM)]

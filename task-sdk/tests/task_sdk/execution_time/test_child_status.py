@@ -16,17 +16,13 @@
 # under the License.
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
 
-from airflow.sdk.execution_time.child_status import settle_exit_code, signal_popen, wait_for_popen
+from airflow.sdk.execution_time.child_status import settle_exit_code
 
 
 @pytest.fixture
@@ -57,36 +53,3 @@ class TestSettleExitCode:
     def test_other_types(self) -> None:
         """A type that reports no terminal state gets what psutil said."""
         assert settle_exit_code(SimpleNamespace(pid=4711), None) is None
-
-
-class TestWaitForPopen:
-    def start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-
-    def test_status_is_there(self) -> None:
-        popen = self.start()
-        assert wait_for_popen(popen, None) == 3
-        assert wait_for_popen(popen, None) == 3
-
-    def test_status_was_taken(self) -> None:
-        """Popen itself would say 0, which reads as success."""
-        popen = self.start()
-        os.waitpid(popen.pid, 0)
-        signal_popen(popen, signal.SIGTERM)
-        assert wait_for_popen(popen, None) is None
-        assert popen.wait() == 0
-
-    def test_signal(self) -> None:
-        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as popen:
-            signal_popen(popen, signal.SIGKILL)
-            assert wait_for_popen(popen, None) == -signal.SIGKILL
-
-    def test_without_waitid(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """On a Python that has no waitid() a lost status stays what Popen makes of it."""
-        monkeypatch.delattr(os, "waitid")
-        assert wait_for_popen(self.start(), None) == 3
-
-    def test_timeout(self) -> None:
-        waiting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        with waiting, pytest.raises(subprocess.TimeoutExpired):
-            wait_for_popen(waiting, 0)

@@ -77,12 +77,14 @@ NOBODY = (1 << 22) + 1
 
 CALLS = (
     (WatchedSubprocess, "start", "lead_session"),
+    (WatchedSubprocess, "start", "mark_process"),
     (ActivitySubprocess, "_on_child_started", "adopt"),
     (WatchedSubprocess, "_service_subprocess", "_exit_watch"),
     (WatchedSubprocess, "_check_subprocess_exit", "settle_exit_code"),
     (WatchedSubprocess, "_check_subprocess_exit", "end_leftovers"),
     (WatchedSubprocess, "kill", "prepare_kill"),
     (WatchedSubprocess, "kill", "signal_task"),
+    (WatchedSubprocess, "kill", "stop_before_kill"),
 )
 """Which methods of the supervisor use what, in every patched release."""
 
@@ -219,6 +221,7 @@ def be_daemon(leash: Leash) -> None:
 def be_bystander(leash: Leash) -> None:
     """Be another task."""
     lead_session()
+    child_tree.mark_process()
     be_child(leash)
 
 

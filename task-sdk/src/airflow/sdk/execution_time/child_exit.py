@@ -33,19 +33,19 @@ import os
 import selectors
 import socket
 import time
-from typing import TYPE_CHECKING, Callable, cast
+from typing import TYPE_CHECKING, Callable
 
 import structlog
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ExitWatch", "close_sockets", "release_sockets"]
+__all__ = ["ExitWatch", "release_sockets", "unregister"]
 
 log = structlog.get_logger(logger_name="supervisor")
 
 REQUESTS = "requests"
-"""What upstream calls the socket on which the child asks the supervisor."""
+"""What the supervisor calls the socket on which the child asks it."""
 
 EXIT_POLL_INTERVAL = 1.0
 """Seconds between looks at a running child where there is no pidfd."""
@@ -117,7 +117,7 @@ class ExitWatch:
         if self._pidfd is None:
             return
         if selector.get_map() is not None:
-            _unregister(selector, self._pidfd)
+            unregister(selector, self._pidfd)
         self._pidfd.close()
         self._pidfd = None
 
@@ -212,18 +212,10 @@ def release_sockets(selector: selectors.BaseSelector, sockets: Mapping[socket.so
             continue
         if purpose != REQUESTS:
             _drain(sock, key.data[0] if isinstance(key.data, tuple) else key.data)
-        _unregister(selector, sock)
+        unregister(selector, sock)
 
 
-def close_sockets(selector: selectors.BaseSelector) -> None:
-    """Close every socket of ``selector``, which must be nobody else's."""
-    for key in list(selector.get_map().values()):
-        sock = cast("socket.socket", key.fileobj)
-        _unregister(selector, sock)
-        sock.close()
-
-
-def _unregister(selector: selectors.BaseSelector, file: socket.socket | io.FileIO) -> None:
+def unregister(selector: selectors.BaseSelector, file: socket.socket | io.FileIO) -> None:
     """Take ``file`` out of ``selector``, if it still is in there."""
     with contextlib.suppress(KeyError, ValueError):
         selector.unregister(file)

@@ -18,8 +18,8 @@
 Fail closed when somebody else collected the exit status of a task process.
 
 A ``waitpid(-1)`` elsewhere in the process, or SIGCHLD being ignored (waitpid(2), notes), takes the status away.
-psutil then answers None, which upstream reads as "still running", so that the supervisor lives for ever
-(apache/airflow issue 70117); ``subprocess`` answers 0, which reads as success.
+psutil then answers None, which reads as "still running", so that the supervisor lives for ever (apache/airflow
+issue 70117).
 
 Nothing here imports Airflow.
 """
@@ -27,12 +27,9 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import subprocess
-
-__all__ = ["is_unreaped_child", "settle_exit_code", "signal_popen", "wait_for_popen"]
+__all__ = ["is_unreaped_child", "settle_exit_code"]
 
 NOT_REPORTED = "server_terminated"
 """What the supervisor itself notes as the state of a task that the server does not want any more."""
@@ -75,20 +72,3 @@ def is_unreaped_child(pid: int) -> bool:
     except ChildProcessError:
         return False
     return True
-
-
-def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int | None:
-    """
-    ``popen.wait(timeout)``, but None where ``Popen`` would make up a 0 for a status that somebody else took.
-
-    :raises subprocess.TimeoutExpired: as ``popen.wait`` does.
-    """
-    if popen.returncode is None and not is_unreaped_child(popen.pid):
-        return None
-    return popen.wait(timeout)
-
-
-def signal_popen(popen: subprocess.Popen[Any], sig: int) -> None:
-    """``popen.send_signal(sig)``, but nothing for a child that somebody else has collected."""
-    if popen.returncode is not None or is_unreaped_child(popen.pid):
-        popen.send_signal(sig)

@@ -37,13 +37,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from airflow.sdk.execution_time.child_exit import SOCKET_GRACE
+from airflow.sdk.execution_time.child_status import is_unreaped_child
 from airflow.sdk.execution_time.child_tree import Process, ProcessTree, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from configparser import ConfigParser
 
-__all__ = ["end_leftovers", "end_unless_started", "prepare_kill"]
+__all__ = ["end_leftovers", "end_unless_started", "prepare_kill", "stop_before_kill"]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -54,6 +55,9 @@ GRACE_OPTION = ("core", "killed_task_cleanup_time")
 
 GRACE_VARIABLE = "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"
 """With _CMD and _SECRET after it, too."""
+
+STOP_TIME = 0.2
+"""Seconds that the processes of a task have to stop before the SIGKILL of a kill() is sent to its runner."""
 
 KILL_TIME = 0.8
 """Seconds after the grace in which everything has to be dead."""
@@ -84,11 +88,25 @@ def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
     return grace
 
 
+def stop_before_kill(process: Any, sig: int) -> int:
+    """
+    Return the signal that ``kill()`` is about to send to a task; if it is SIGKILL, stop all that belongs to it first.
+
+    What a process has started since the last look, and moved out of reach, could not be told for the task's when that
+    process is dead.
+
+    :param process: a ``WatchedSubprocess``. One that leads no session of its own has nothing stopped.
+    """
+    if sig == signal.SIGKILL and process._new_session and is_unreaped_child(process.pid):
+        process._tree.stop(STOP_TIME, with_leader=True)
+    return sig
+
+
 def find_grace(conf: ConfigParser) -> float:
     """
     Return the seconds between SIGTERM and SIGKILL: GRACE, or ``[core] killed_task_cleanup_time`` where it is set.
 
-    Its documented default is 60, which no release before 3.4 heeds, so that only a value of the deployment counts.
+    Its documented default is 60, which no supervisor before 3.4 heeds, so that only a value of the deployment counts.
     """
     if not is_grace_set(conf):
         return GRACE

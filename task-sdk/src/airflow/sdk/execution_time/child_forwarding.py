@@ -1,0 +1,100 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Pass the signals that stop a supervisor on to its task.
+
+A child in a session of its own is reached neither by Ctrl-C nor by the broadcast of an init such as dumb-init, so
+that the supervisor has to tell it.
+
+Nothing here imports Airflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from airflow.sdk.execution_time.child_session import signal_session
+from airflow.sdk.execution_time.child_status import is_unreaped_child
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from airflow.sdk.execution_time.child_exit import ExitWatch
+
+__all__ = ["forward_signal", "forward_signals"]
+
+log = structlog.get_logger(logger_name="supervisor")
+
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What stops a supervisor politely: dumb-init, Kubernetes and Celery send SIGTERM, a terminal SIGINT."""
+
+
+class _SupervisedProcess(Protocol):
+    """The part of ``WatchedSubprocess`` that this module relies on."""
+
+    pid: int
+    _exit_code: int | None
+    _new_session: bool
+    _exit_watch: ExitWatch
+
+
+def forward_signal(process: _SupervisedProcess, signum: int) -> None:
+    """
+    Pass a signal that the supervisor received on to the child's session, or to the child alone.
+
+    :raises ProcessLookupError: if the child is gone.
+    """
+    if process._exit_code is not None or not is_unreaped_child(process.pid):
+        raise ProcessLookupError(process.pid)
+    if not (process._new_session and signal_session(process.pid, signum)):
+        os.kill(process.pid, signum)
+    # Nobody kills it should it stay, and it may well end with 0; but it does not end of its own accord.
+    process._exit_watch.expect_exit(math.inf)
+
+
+@contextlib.contextmanager
+def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
+    """Pass SIGTERM and SIGINT on to ``process`` for the duration, and restore the former handlers after it."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python delivers signals to the main thread alone, and lets nobody else install a handler.
+        yield
+        return
+
+    received: list[str] = []
+
+    def forward(signum: int, _frame: object) -> None:
+        # Not the place to log: the code that this interrupts may hold the logger's lock.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            forward_signal(process, signum)
+        received.append(signal.Signals(signum).name)
+
+    former = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in former.items():
+            # None stands for a handler that C code had installed; Python cannot put it back.
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        if received:
+            log.info("Passed on to the task what the supervisor was sent.", signals=received, pid=process.pid)
