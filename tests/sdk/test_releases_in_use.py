@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.upstream.results import Result
 
 # Shows on a stock wheel what goes wrong there; the other modules test what only the patched one has.
-SCENARIOS = "test_supervisor_teardown.py"
+SCENARIOS = "teardown/test_*.py"
 UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
 
 UNCHANGED = {

@@ -1,0 +1,105 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from task_sdk.execution_time.teardown.supervised_task import PATIENCE, Relay, Tree, set_grace
+
+from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    relay = Relay()
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def tree() -> Iterator[Tree]:
+    tree = Tree()
+    yield tree
+    tree.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adopt_orphans() -> Iterator[None]:
+    """Become the parent of whatever a test leaves behind, so that :func:`leave_nothing` finds it (prctl(2))."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing(adopt_orphans: None) -> Iterator[Callable[[], set[psutil.Process]]]:
+    """End every process that a test has started, however the test ends; gives a function that lists them."""
+    before = psutil.Process().children(recursive=True)
+
+    def list_started() -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True)).difference(before)
+
+    yield list_started
+    while left := list_started():
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
+
+
+@pytest.fixture
+def list_left(leave_nothing: Callable[[], set[psutil.Process]]) -> Callable[[], list[int]]:
+    """Return a function that lists what is left of all trees; :func:`adopt_orphans` makes them all ours."""
+    return lambda: [process.pid for process in leave_nothing() if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(autouse=True)
+def limit_time(leave_nothing: None) -> Iterator[None]:
+    """Turn a wait without an end, which is what some of these tests are about, into a failure."""
+
+    def fail(signum: int, frame: Any) -> None:
+        raise TimeoutError("the supervisor waits for ever")
+
+    former = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(PATIENCE)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)
+
+
+@pytest.fixture(autouse=True)
+def quick_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
+    monkeypatch.setattr(supervisor, "SOCKET_CLEANUP_TIMEOUT", 0.1)
+    monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes that are deaf to SIGTERM be killed soon."""
+    set_grace(monkeypatch, 0.3)

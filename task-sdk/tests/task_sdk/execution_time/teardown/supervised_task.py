@@ -1,0 +1,300 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Real forks, real sockets, real signals: a supervised task, its processes, and ways to end it.
+
+The tests need nothing that the fix added, so that each shows on an unfixed supervisor what goes wrong there, but for
+those of ``TestUnchanged``, which pass on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import select
+import signal
+import stat
+import sys
+import traceback
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import structlog
+
+from airflow.sdk.api.client import ServerResponseError
+from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
+from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import pytest
+
+PATIENCE = 5
+"""Seconds after which an event that should come has not come."""
+
+NEVER = 3600
+"""Seconds to wait for what must not be waited for."""
+
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+class Relay:
+    """A pipe over which any process of a test's tree tells the test something, one JSON value a line."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        self._unread = b""
+
+    def tell(self, value: Any) -> None:
+        os.write(self.writer, json.dumps(value).encode() + b"\n")
+
+    def hear(self) -> Any:
+        while b"\n" not in self._unread:
+            assert select.select([self.reader], [], [], PATIENCE)[0], "nothing was told"
+            self._unread += os.read(self.reader, 4096)
+        line, self._unread = self._unread.split(b"\n", 1)
+        return json.loads(line)
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class Tree:
+    """The processes of a test, held by pidfd so that it can wait for them."""
+
+    def __init__(self) -> None:
+        self._pidfds: dict[int, int] = {}
+
+    def add(self, pid: int) -> int:
+        self._pidfds[pid] = os.pidfd_open(pid)
+        return pid
+
+    def gone(self, pid: int, timeout: float = PATIENCE) -> bool:
+        """Wait until ``pid`` has ended; False if it still runs after ``timeout`` seconds."""
+        return bool(select.select([self._pidfds[pid]], [], [], timeout)[0])
+
+    def runs(self, pid: int) -> bool:
+        return not self.gone(pid, timeout=0)
+
+    def close(self) -> None:
+        for pidfd in self._pidfds.values():
+            os.close(pidfd)
+
+
+class Log(structlog.testing.LogCapture):
+    """A task log that keeps its events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        level = structlog.make_filtering_bound_logger(logging.NOTSET)
+        self.logger = structlog.wrap_logger(None, processors=[self], wrapper_class=level).bind()
+
+    def find(self, text: str) -> list[str]:
+        return [entry["event"] for entry in self.entries if text in entry["event"]]
+
+
+class Api:
+    """The part of the Execution API that a task's life touches."""
+
+    def __init__(self, *, should_retry: bool = False) -> None:
+        self.task_instances = self
+        self.finished: list[str] = []
+        self.terminate = False
+        self._context = TIRunContext.model_construct(should_retry=should_retry, max_tries=0, start_date=None)
+
+    def start(self, *args: Any, **kwargs: Any) -> TIRunContext:
+        return self._context
+
+    def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+        if self.terminate:
+            raise conflict()
+
+    def finish(self, *, state: str, **kwargs: Any) -> None:
+        self.finished.append(str(getattr(state, "value", state)))
+
+
+def conflict() -> ServerResponseError:
+    """Return what the client raises when the server says that the task should not be running any more."""
+    http = sys.modules[ServerResponseError.__base__.__module__.partition(".")[0]]
+    request = http.Request("PUT", "http://127.0.0.1/")
+    error = ServerResponseError("conflict", request=request, response=http.Response(409, request=request))
+    error.detail = {"reason": "not_running"}
+    return error
+
+
+def start_task(target: Callable[[], None], client: Any = None, **kwargs: Any) -> ActivitySubprocess:
+    """Start a supervised task that runs ``target`` instead of a Dag."""
+    return ActivitySubprocess.start(target=target, **describe_task(client, **kwargs))
+
+
+def describe_task(client: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments that every way to start a task takes."""
+    fields = {
+        "id": uuid4(),
+        "task_id": "t",
+        "dag_id": "d",
+        "run_id": "r",
+        "try_number": 1,
+        "map_index": -1,
+        "dag_version_id": uuid4(),
+        "queue": "default",
+        "pool_slots": 1,
+        "priority_weight": 1,
+    }
+    what = TaskInstance.model_construct(**{k: v for k, v in fields.items() if k in TaskInstance.model_fields})
+    return {
+        "what": what,
+        "dag_rel_path": "d.py",
+        "bundle_info": SimpleNamespace(name="b", version=None),
+        "client": client or Api(),
+        "logger": Log().logger,
+        **kwargs,
+    }
+
+
+@contextlib.contextmanager
+def ending(process: WatchedSubprocess) -> Iterator[WatchedSubprocess]:
+    """End ``process`` by its PID when the test is over, however it ends."""
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, 0)
+        os.close(pidfd)
+
+
+def pause_for_ever() -> None:
+    while True:
+        signal.pause()
+
+
+HOLDERS = ["stdin", "stdout", "stderr", "logs"]
+
+
+def leave_holder(relay: Relay, held: str) -> None:
+    """Start a process out of reach that holds one socket of the task; on stdin are its requests. Then wait."""
+
+    def hold() -> None:
+        resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        sockets = {"stdin": [0], "stdout": [1], "stderr": [2], "logs": list_sockets()}[held]
+        keep_open(relay.writer, *sockets)
+        relay.tell(os.getpid())
+
+    detach(hold)
+    pause_for_ever()
+
+
+def detach(prepare: Callable[[], Any]) -> None:
+    """Start a daemon that runs ``prepare`` and then waits for signals: in its own session, its parent gone."""
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        return
+    os.setsid()
+    if os.fork() == 0:
+        prepare()
+        pause_for_ever()
+    os._exit(0)
+
+
+def list_sockets() -> list[int]:
+    """Return the sockets of this process other than its standard streams."""
+    return [fd for fd in list_descriptors() if fd > 2 and stat.S_ISSOCK(os.fstat(fd).st_mode)]
+
+
+def list_descriptors() -> list[int]:
+    with os.scandir("/proc/self/fd") as entries:
+        listed = [int(entry.name) for entry in entries]
+    return [fd for fd in listed if os.access(f"/proc/self/fd/{fd}", os.F_OK, follow_symlinks=False)]
+
+
+def keep_open(*kept: int) -> None:
+    for fd in set(list_descriptors()) - set(kept):
+        os.close(fd)
+
+
+def wait_to_end(relay: Relay) -> None:
+    """Be a runner that can be told to fail."""
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
+    relay.tell("ready")
+    pause_for_ever()
+
+
+def hear_ready(relay: Relay, processes: int = 1) -> list[int]:
+    """Wait until a runner is ready, and as many of its processes have told their PID; return these."""
+    told = [relay.hear() for _ in range(processes + 1)]
+    told.remove("ready")
+    return told
+
+
+def end_task(way: str, process: ActivitySubprocess, api: Api) -> None:
+    if way == "conflict":
+        api.terminate = True
+    else:
+        os.kill(process.pid, {"killed": signal.SIGKILL, "failed": signal.SIGUSR1}[way])
+    process.wait()
+
+
+def set_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", str(seconds))
+    # From 1.4 on it is read at import.
+    monkeypatch.setattr(supervisor, "KILLED_TASK_CLEANUP_TIME", seconds, raising=False)
+
+
+def be_polite(relay: Relay) -> None:
+    relay.tell(os.getpid())
+
+
+@contextlib.contextmanager
+def forked(main: Callable[[], None]) -> Iterator[int]:
+    """Run ``main`` in a process of its own, for it may be signalled; yields its PID, and ends it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            main()
+        except BaseException:  # noqa: BLE001 - a forked copy of the test runner must not go on running tests
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pid
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
+
+
+def tell_when_monitoring(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the supervisor tell once that it looks for events, by when its signal handlers are installed."""
+    service = ActivitySubprocess._service_subprocess
+
+    def tell_and_service(process: ActivitySubprocess, *args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(ActivitySubprocess, "_service_subprocess", service)
+        relay.tell("monitoring")
+        return service(process, *args, **kwargs)
+
+    monkeypatch.setattr(ActivitySubprocess, "_service_subprocess", tell_and_service)

@@ -1,0 +1,107 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""A runtime of another language is ended like any other task."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from task_sdk.execution_time.teardown.supervised_task import Api, Relay, describe_task, end_task, ending
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+
+
+from airflow.sdk.coordinators._subprocess import _PopenActivitySubprocess
+
+# Does step by step what its arguments say, tells its PID, and stays.
+RUNTIME = """
+import os, signal, socket, sys
+
+told, steps, *addresses = sys.argv[1:]
+connections = []
+
+def tell():
+    with open(told, "a") as relay:
+        relay.write(f"{os.getpid()}\\n")
+
+def start_daemon():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            tell()
+            signal.pause()
+        os._exit(0)
+    os.wait()
+
+def connect():
+    for address in addresses:
+        host, port = address.partition("=")[2].split(":")
+        connections.append(socket.create_connection((host, int(port))))
+
+for step in steps.split():
+    {"daemon": start_daemon, "connect": connect}[step]()
+tell()
+signal.pause()
+"""
+
+
+def start_runtime(relay: Relay, steps: str, client: Any = None, **kwargs: Any) -> ActivitySubprocess:
+    """Start a task in a runtime of another language, as far as its supervisor can tell."""
+    told = f"/proc/{os.getpid()}/fd/{relay.writer}"
+    command = [sys.executable, "-I", "-S", "-c", RUNTIME, told, steps]
+    return _PopenActivitySubprocess.start(command=command, **describe_task(client, **kwargs))
+
+
+@pytest.mark.usefixtures("short_grace")
+class TestRuntimes:
+    """A runtime is spawned, connects to its supervisor, and is ended like any other task."""
+
+    def test_session(self, relay: Relay) -> None:
+        """It leads a session, and it and what it starts carry the mark of the task."""
+        with ending(start_runtime(relay, "connect daemon")) as process:
+            pids = [relay.hear(), relay.hear()]
+            assert process.pid in pids
+            assert os.getsid(process.pid) == process.pid
+            [mark] = {resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] for pid in pids}
+            assert mark != resource.getrlimit(resource.RLIMIT_RTTIME)[0]
+
+    @pytest.mark.parametrize("steps", ["connect daemon", "daemon connect"])
+    @pytest.mark.parametrize("way", ["conflict", "killed"])
+    def test_nothing_is_left(
+        self, relay: Relay, steps: str, way: str, list_left: Callable[[], list[int]]
+    ) -> None:
+        """What it has started is ended with it, also what it had started before it connected."""
+        api = Api()
+        process = start_runtime(relay, steps, api)
+        relay.hear(), relay.hear()
+        end_task(way, process, api)
+        assert list_left() == []
+
+    def test_runtime_that_does_not_connect_leaves_nothing(
+        self, relay: Relay, list_left: Callable[[], list[int]]
+    ) -> None:
+        """It is ended with all that it has started."""
+        with pytest.raises(TimeoutError):
+            start_runtime(relay, "daemon", startup_timeout=0.5)
+        assert list_left() == []
