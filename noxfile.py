@@ -21,6 +21,20 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def pr(session: nox.Session) -> None:
+    """Commit the changes on a new branch of the apache/airflow checkout given, ready for a pull request."""
+    install_groups(session, "tool", "lint")  # ruff, for the checkout's own configuration
+    session.run("python", "-m", "patches", "pr", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
+def breeze(session: nox.Session) -> None:
+    """Run upstream's own checks on the checkout given, where Docker and Breeze are installed."""
+    install_groups(session, "tool")
+    session.run("python", "-m", "patches", "breeze", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Show what the stock and the patched SDK of a version (3.1.8 unless given) leave running."""
     install_groups(session, "tool")

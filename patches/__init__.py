@@ -7,12 +7,19 @@ multi-document YAML file. Its first document says what the change is::
     what: one sentence
     why: the fault that it ends
     upstream: whether and where upstream has it, that is: when the change can go
+    subject: that of its commit, when it is sent to upstream alone; a change without one is for the wheels alone
+    news: one sentence for upstream's users; goes with a subject
+    refers: "closes: #1"        # upstream's issue; optional
+    needs: [name, ...]          # changes before it that it builds on; optional
     files: [airflow/sdk/...]    # whole files of ours, below task-sdk/src/, that it brings; may be empty
+    tests: [task_sdk/...]       # its tests, below task-sdk/tests/, that go along to upstream; several changes may share one
+
+An entry of the lists may be for some releases alone: ``airflow/sdk/...: ">=1.3.1"``.
 
 Every further document is an ast-grep rule (https://ast-grep.github.io/reference/yaml.html) with ``id``, ``message`` (what),
 ``note`` (why) and ``fix``, and with these keys below ``metadata``::
 
-    file: airflow/sdk/...       # upstream's file that it edits
+    file: airflow/sdk/...       # upstream's file that it edits; airflow-core/... is edited in a checkout alone
     matches: 1                  # how often it must match (1 unless given), or a map from releases to that number
     releases: ">=1.3.1"         # the SDK versions that it is for; all unless given
 
@@ -23,5 +30,6 @@ nothing is written: upstream's code has changed, and somebody has to look.
 
 ``python -m patches --help`` shows the commands. The modules, from the inside out: ``errors``, ``commands`` (running other
 programs), ``releases`` (the table in pyproject.toml), ``upstream`` (verified downloads), ``rules`` (change files and their
-application to a tree), ``wheels`` (patched wheels), ``checking`` (a release that may be new) and ``linting``.
+application to a tree), ``wheels`` (patched wheels), ``checking`` (a release that may be new), ``linting``, ``checkouts``
+(commits in a git checkout), ``styling`` (a checkout's ruff configuration), ``pull_requests`` and ``breeze``.
 """

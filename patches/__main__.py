@@ -1,10 +1,11 @@
-"""The command line: python -m patches {wheel,check,lint}."""
+"""The command line: python -m patches {wheel,check,lint,pr,breeze}."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from patches.breeze import list_commands, run_commands
 from patches.checking import check_version
+from patches.checkouts import open_checkout
 from patches.commands import interrupt_on_sigterm, run_parallel
 from patches.errors import PatchError
 from patches.linting import lint_changes
+from patches.pull_requests import Wishes, choose_release, make_pull_request
 from patches.releases import all_releases, find_release
 from patches.rules import load_changes
 from patches.upstream import DOWNLOADS_AT_ONCE, fetch_wheel
@@ -24,6 +28,7 @@ from patches.wheels import build_wheel, prepare_output
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from patches.pull_requests import PullRequest
     from patches.releases import Release
     from patches.rules import Change
 
@@ -61,7 +66,32 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     lint = commands.add_parser("lint", help="check the change files without upstream at hand")
     lint.set_defaults(run=_run_lint)
+
+    request = commands.add_parser(
+        "pr", help="commit the changes on a new branch of an apache/airflow checkout"
+    )
+    _add_checkout(request)
+    request.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="CHANGE",
+        help="not all changes; what they need is taken along",
+    )
+    request.add_argument("--branch", metavar="NAME", help="default: task-sdk-teardown, or task-sdk-CHANGE")
+    request.add_argument("--number", type=int, metavar="N", help="of the pull request, for the newsfragment")
+    request.add_argument("--format-patch", type=Path, metavar="FILE", help="write a patch for `git am`, too")
+    request.set_defaults(run=_run_pr)
+
+    breeze = commands.add_parser("breeze", help="run upstream's own checks on a checkout, in Breeze")
+    _add_checkout(breeze)
+    breeze.set_defaults(run=_run_breeze)
     return parser.parse_args(arguments)
+
+
+def _add_checkout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkout", type=Path, metavar="PATH", help="the top folder of the checkout")
+    parser.add_argument("--line", help="like main or v3-2-test, or a version; found out by default")
 
 
 def _run_wheel(options: argparse.Namespace) -> None:
@@ -120,6 +150,40 @@ def _run_lint(_options: argparse.Namespace) -> None:
     print(
         f"{len(changes)} changes with {sum(len(change.rules) for change in changes)} rules: no fault found."
     )
+
+
+def _run_pr(options: argparse.Namespace) -> None:
+    wishes = Wishes(
+        line=options.line,
+        only=tuple(options.only),
+        branch=options.branch,
+        number=options.number,
+        patch_file=options.format_patch,
+    )
+    print(_describe_request(make_pull_request(options.checkout, load_changes(), wishes), options))
+
+
+def _describe_request(request: PullRequest, options: argparse.Namespace) -> str:
+    names = ", ".join(change.name for change in request.changes)
+    rules = f"the rules for SDK {request.release.version}: {names}"
+    commands = [shlex.join(command) for command in list_commands(request.release)]
+    return "\n".join(
+        [
+            f"Commit {request.commit} on the new branch {request.branch}, with {rules}.",
+            *(f"  {'A' if file in request.added else 'M'} {file}" for file in sorted(request.files)),
+            *request.notices,
+            *([f"As a patch: {options.format_patch}"] if options.format_patch else []),
+            f"Next, in {options.checkout}:",
+            *(f"  {command}" for command in ["git show", *commands, f"git push YOUR-FORK {request.branch}"]),
+            "The description of the pull request is docs/pull-request.md.",
+        ]
+    )
+
+
+def _run_breeze(options: argparse.Namespace) -> None:
+    checkout = open_checkout(options.checkout)
+    release, _ = choose_release(checkout, options.line)
+    run_commands(checkout.folder, list_commands(release))
 
 
 if __name__ == "__main__":

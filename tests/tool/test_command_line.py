@@ -6,67 +6,25 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import zipfile
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from patches.__main__ import main
-from patches.releases import ROOT, all_releases, find_release
+from patches.releases import all_releases, find_release
 from patches.upstream import fetch_wheel, wheel_name
 from patches.wheels import patched_name
 from tests.tool import made_up
+from tests.tool.running import TIMEOUT, interrupt, start
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
     from pathlib import Path
 
-INTERRUPTED = 130
-TIMEOUT = 60
 BUILT_BEFORE_INTERRUPT = 2
 NOBODY = 65534
-
-
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """Return a copy of what the tool consists of."""
-    clone = tmp_path / "clone"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for folder in ("patches", "task-sdk"):
-        shutil.copytree(ROOT / folder, clone / folder, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", clone)
-    return clone
-
-
-@contextlib.contextmanager
-def start(clone: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Start the tool in a clone; whatever happens it is gone afterwards."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "patches", *arguments],
-        cwd=clone,
-        env={name: value for name, value in os.environ.items() if not name.startswith("PIP_")} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def interrupt(process: subprocess.Popen[str], signum: signal.Signals) -> str:
-    """Interrupt the tool, see that it takes the commands that it runs along, and return what it said."""
-    children = psutil.Process(process.pid).children()
-    process.send_signal(signum)
-    _, stderr = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == INTERRUPTED
-    assert not [child for child in children if child.is_running()]
-    return stderr
 
 
 @contextlib.contextmanager

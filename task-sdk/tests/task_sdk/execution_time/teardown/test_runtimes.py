@@ -26,13 +26,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from task_sdk.execution_time.teardown.supervised_task import Api, Relay, describe_task, end_task, ending
 
+from airflow.sdk.coordinators._subprocess import _PopenActivitySubprocess
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-
-
-from airflow.sdk.coordinators._subprocess import _PopenActivitySubprocess
 
 # Does step by step what its arguments say, tells its PID, and stays.
 RUNTIME = """

@@ -1,0 +1,85 @@
+"""The style that a checkout's own ruff configuration asks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from patches.commands import find_tool, run_command
+from patches.errors import PatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from patches.checkouts import Checkout
+
+CONFIGURATIONS = ("ruff.toml", ".ruff.toml")
+FAILED = 2  # ruff's exit status when it could not run; 1 means that it found something
+
+
+class NoStyleError(PatchError):
+    """Ruff could not run, or was not asked to."""
+
+
+def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files as the checkout's ruff configuration wants them.
+
+    New files, and files that were in style before, are fixed and formatted. Others stay as they are, for a commit must
+    not restyle code that it does not change. Raises a PatchError that lists what a file is blamed for and was not
+    before, and a NoStyleError where there is no configuration, or ruff does not take it.
+    """
+    _check_configuration(checkout)
+    styled = dict(files)
+    problems: list[str] = []
+    for file in files:
+        if not file.endswith((".py", ".pyi")):
+            continue
+        before = checkout.read(file)
+        if before is None or _fix(checkout, file, before) == before:
+            styled[file] = _fix(checkout, file, styled[file])
+        excused = Counter(_find_faults(checkout, file, before or b""))
+        problems += [
+            f"{file}: {fault}" for fault in Counter(_find_faults(checkout, file, styled[file])) - excused
+        ]
+    if problems:
+        raise PatchError(
+            *problems, "The checkout's ruff configuration asks for more than the changes fulfil."
+        )
+    return styled
+
+
+def _check_configuration(checkout: Checkout) -> None:
+    project = checkout.read("pyproject.toml") or b""
+    if b"[tool.ruff" not in project and not any(map(checkout.read, CONFIGURATIONS)):
+        raise NoStyleError("the checkout has no ruff configuration")
+
+
+def _fix(checkout: Checkout, file: str, content: bytes) -> bytes:
+    fixed = _run_ruff(checkout, file, content, "check", "--fix-only", "--quiet")
+    return _run_ruff(checkout, file, fixed, "format", "--quiet")
+
+
+def _find_faults(checkout: Checkout, file: str, content: bytes) -> Sequence[str]:
+    """Return what ruff has against a file, without the places, which move."""
+    listing = _run_ruff(checkout, file, content, "check", "--quiet", "--output-format", "concise")
+    return [line.partition(": ")[2] for line in listing.decode().splitlines()]
+
+
+def _run_ruff(checkout: Checkout, file: str, content: bytes, *arguments: str) -> bytes:
+    # By stdin, so that nothing is written into the checkout; ruff looks for the configuration where the file will be.
+    command, *options = arguments
+    result = run_command(
+        [
+            find_tool("ruff"),
+            command,
+            "--no-cache",
+            *options,
+            "--stdin-filename",
+            str(checkout.folder / file),
+            "-",
+        ],
+        stdin=content,
+    )
+    if result.returncode >= FAILED:
+        raise NoStyleError(f"ruff says: {' '.join(result.stderr.decode(errors='replace').split())}")
+    return result.stdout

@@ -1,0 +1,88 @@
+"""Checkouts of apache/airflow, as far as a release's sdist goes: it is the task-sdk folder of one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tarfile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IDENTITY = {"NAME": "A Contributor", "EMAIL": "contributor@example.org"}
+TIMEOUT = 60
+NEWSFRAGMENTS = "airflow-core/newsfragments"
+RUFF_SETTINGS = """\
+[tool.ruff]
+line-length = 110
+
+[tool.ruff.lint]
+extend-select = ["B", "E", "F", "G", "I", "ISC", "LOG", "PT", "TC", "UP", "W"]
+ignore = ["E501"]
+
+[tool.ruff.lint.isort]
+known-first-party = ["airflow", "tests_common"]
+required-imports = ["from __future__ import annotations"]
+"""
+
+
+def unpack_checkout(sdist: Path, folder: Path) -> Path:
+    """Make a repository with one commit of an sdist, and return its folder."""
+    with tarfile.open(sdist) as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _path: member)
+        archive.extractall(folder)  # noqa: S202 - its hash is known
+    (unpacked,) = folder.iterdir()
+    unpacked.rename(folder / "task-sdk")
+    (folder / NEWSFRAGMENTS).mkdir(parents=True)
+    (folder / NEWSFRAGMENTS / "config.toml").touch()
+    (folder / "pyproject.toml").write_text(RUFF_SETTINGS)
+    commit_all(folder)
+    return folder
+
+
+def commit_all(folder: Path) -> None:
+    """Commit everything in a folder, which becomes a repository if it is none."""
+    git(folder, "init", "--quiet", "--initial-branch", "main")
+    for key, value in IDENTITY.items():
+        git(folder, "config", f"user.{key.lower()}", value)
+    git(folder, "add", "--all", "--force")  # an sdist's .gitignore is for its builders
+    git(folder, "commit", "--quiet", "--message", "Import")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder, out of reach of the user's configuration, and return what it printed."""
+    return subprocess.run(
+        ["git", *arguments],
+        cwd=folder,
+        env=isolate_git(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    ).stdout
+
+
+def isolate_git() -> dict[str, str]:
+    """Return an environment in which git reads the configuration of its repository alone."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return inherited | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+
+
+def record_state(folder: Path) -> tuple[str, ...]:
+    """Return all that a command which fails must leave alone: HEAD, references, status, and every file's content."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and ".git" not in path.relative_to(folder).parts:
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_mode} ".encode())
+            digest.update(path.read_bytes())
+    return (
+        (folder / ".git" / "HEAD").read_text(),
+        git(folder, "for-each-ref"),
+        git(folder, "stash", "list"),
+        git(folder, "status", "--porcelain", "--ignored"),
+        git(folder, "ls-files", "--stage"),
+        digest.hexdigest(),
+    )

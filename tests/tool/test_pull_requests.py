@@ -1,0 +1,569 @@
+"""Commits for upstream, in made-up checkouts: what they hold, what is refused, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from patches.__main__ import main
+from patches.errors import PatchError
+from patches.pull_requests import NEWS, Wishes, make_pull_request
+from patches.rules import load_changes
+from tests.harness.checkouts import NEWSFRAGMENTS, commit_all, git, isolate_git, record_state
+from tests.tool.made_up import ADDED, FILE, SOURCE, write_change, write_rule, write_tree
+from tests.tool.running import TIMEOUT, interrupt, start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from patches.pull_requests import PullRequest
+    from patches.rules import Change
+
+TEST = "task_sdk/test_farewell.py"
+SDK_FILE = f"task-sdk/src/{FILE}"
+FRAGMENT = f"{NEWSFRAGMENTS}/65505.bugfix.rst"
+CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
+CONFIGURATION_RULE = (
+    write_rule("{pattern: quiet}", "loud", id="be-loud")
+    .replace(FILE, CONFIGURATION)
+    .replace("language: python", "language: yaml")
+)
+# A git that waits at the command in the variable BLOCKED until it is told to go on.
+BLOCKING_GIT = """\
+#!/bin/sh
+case " $* " in
+*" $BLOCKED "*) echo reached > "$REACHED"; read -r _ < "$GO_ON" ;;
+esac
+exec {git} "$@"
+"""
+# What users set for the patches that they read.
+HOSTILE = {"diff.noprefix": "true", "diff.mnemonicPrefix": "true", "format.attach": "x", "color.ui": "always"}
+
+
+@pytest.fixture(autouse=True)
+def isolated_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the configuration of whoever runs the tests out of them."""
+    environment = isolate_git()
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM"):
+        monkeypatch.setenv(name, environment[name])
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return make_checkout(tmp_path / "checkout")
+
+
+def make_checkout(folder: Path, *, version: str = "1.3.2", files: dict[str, str] | None = None) -> Path:
+    write_tree(folder / "task-sdk" / "src")
+    (folder / "task-sdk/src/airflow/sdk/__init__.py").write_text(f'__version__ = "{version}"\n')
+    (folder / NEWSFRAGMENTS).mkdir(parents=True)
+    for file, text in {f"{NEWSFRAGMENTS}/config.toml": "", **(files or {})}.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+    commit_all(folder)
+    return folder
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have a folder of our whole files and tests: `files` and `tests` in it."""
+    for name, constant, file in (("files", "SOURCES", ADDED), ("tests", "TESTS", TEST)):
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).write_text("BYE = 1\n")
+        monkeypatch.setattr(f"patches.pull_requests.{constant}", tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def changes(tmp_path: Path, sources: Path) -> list[Change]:
+    """Return three changes: one with files, one without, and one that needs the first."""
+    folder = tmp_path / "changes"
+    write_change(folder, write_rule(), name="politeness", files=f"[{ADDED}]", tests=f"[{TEST}]")
+    write_change(
+        folder, write_rule("{pattern: 'say(\"HALLO\", $N)'}", "cry($N)", id="cry"), number=20, name="noise"
+    )
+    rule = write_rule("{pattern: 'say(\"moin\", $N)'}", "wave($N)", id="wave")
+    write_change(folder, rule, number=30, name="gestures", needs="[politeness]", tests=f"[{TEST}]")
+    return load_changes(folder)
+
+
+def refuse(folder: Path, changes: list[Change], wishes: Wishes) -> str:
+    """Ask for a commit that is refused, and return why; the checkout is as it was."""
+    before = record_state(folder)
+    with pytest.raises(PatchError) as refusal:
+        make_pull_request(folder, changes, wishes)
+    assert record_state(folder) == before
+    return str(refusal.value)
+
+
+def test_commits_all(checkout: Path, changes: list[Change]) -> None:
+    """Edits, whole files, tests and newsfragment are one commit on a new branch, which is checked out and clean."""
+    request = make_pull_request(checkout, changes, Wishes())
+    assert git(checkout, "status", "--porcelain") == ""
+    assert git(checkout, "symbolic-ref", "HEAD") == "refs/heads/task-sdk-teardown\n"
+    assert git(checkout, "rev-parse", "HEAD~1") == git(checkout, "rev-parse", "main")
+    assert git(checkout, "log", "-1", "--format=%an <%ae>") == "A Contributor <contributor@example.org>\n"
+    assert git(checkout, "diff", "--name-status", "HEAD~1").split() == [
+        *("A", FRAGMENT),
+        *("A", f"task-sdk/src/{ADDED}"),
+        *("M", SDK_FILE),
+        *("A", f"task-sdk/tests/{TEST}"),
+    ]
+    assert (checkout / FRAGMENT).read_text() == f"{NEWS}\n"
+    assert "wave(name)" in (checkout / SDK_FILE).read_text()
+    assert request.added == [f"task-sdk/src/{ADDED}", f"task-sdk/tests/{TEST}", FRAGMENT]
+
+
+def test_message_is_in_upstreams_style(checkout: Path, changes: list[Change]) -> None:
+    """A short subject, an empty line, and a body whose lines are not too long."""
+    make_pull_request(checkout, changes, Wishes())
+    subject, empty, *body = git(checkout, "log", "-1", "--format=%B").splitlines()
+    assert (len(subject) <= 65, empty) == (True, "")
+    assert "It greets." in body
+    assert all(len(line) <= 72 for line in body)
+
+
+def test_our_subjects_are_short() -> None:
+    """Upstream's log shows subjects whole."""
+    assert [change.subject for change in load_changes() if len(change.subject) > 72] == []
+
+
+def test_keeps_the_mode(checkout: Path, changes: list[Change]) -> None:
+    """A file that can be executed stays so, and the line ends of others stay what they are."""
+    (checkout / SDK_FILE).chmod(0o755)
+    git(checkout, "commit", "--all", "--quiet", "--message", "Make it a program")
+    make_pull_request(checkout, changes, Wishes())
+    assert git(checkout, "diff", "--summary", "HEAD~1", "--", SDK_FILE) == ""
+
+
+def test_commit_of_one_change(checkout: Path, changes: list[Change]) -> None:
+    """It has its own subject, branch, news and tests, and brings nothing else."""
+    request = make_pull_request(checkout, changes, Wishes(only=("noise",), number=7))
+    assert (request.branch, sorted(request.files)) == (
+        "task-sdk-noise",
+        [f"{NEWSFRAGMENTS}/7.bugfix.rst", SDK_FILE],
+    )
+    assert request.message.startswith("Greet politely\n\n")
+    assert request.notices == [
+        "Left out: the check of the style, for the checkout has no ruff configuration."
+    ]
+
+
+def test_leaves_out_what_is_not_for_upstream(tmp_path: Path, checkout: Path, changes: list[Change]) -> None:
+    """A change without the words for upstream is for the wheels alone."""
+    file = tmp_path / "changes" / "20-noise.yml"
+    file.write_text("".join(line for line in file.open() if not line.startswith(("subject:", "news:"))))
+    changes = load_changes(tmp_path / "changes")
+    assert "noise is no change for upstream" in refuse(checkout, changes, Wishes(only=("noise",)))
+    request = make_pull_request(checkout, changes, Wishes())
+    assert [change.name for change in request.changes] == ["politeness", "gestures"]
+
+
+def test_takes_along_what_is_needed(checkout: Path, changes: list[Change]) -> None:
+    """A change that builds on another brings that along, and says so."""
+    request = make_pull_request(checkout, changes, Wishes(only=("gestures",)))
+    assert [change.name for change in request.changes] == ["politeness", "gestures"]
+    assert "politeness is needed, and so part of the commit." in request.notices
+
+
+def test_builds_on_what_is_there(checkout: Path, changes: list[Change]) -> None:
+    """On a branch that has what a change needs, the commit is that change alone; tests that both share stay."""
+    make_pull_request(checkout, changes, Wishes(only=("politeness",), number=1))
+    request = make_pull_request(checkout, changes, Wishes(only=("gestures",), number=2))
+    assert "politeness is needed, and there already." in request.notices
+    assert sorted(request.files) == [f"{NEWSFRAGMENTS}/2.bugfix.rst", SDK_FILE]
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "expected"),
+    [
+        ("1.3.2", None, "1.3.2"),
+        ("1.3.9", None, "1.3.2"),
+        ("1.4.0", None, "1.4.0b2"),
+        ("1.4.0.dev0", None, "1.4.0b2"),
+        ("1.9.0", None, "1.4.0b2"),
+        ("1.3.2", "main", "1.4.0b2"),
+        ("1.3.2", "v3-0-test", "1.0.6"),
+        ("1.3.2", "v3-2-stable", "1.2.2"),
+        ("1.3.2", "3.1", "1.1.8"),
+        ("1.3.2", "3.1.4", "1.1.4"),
+    ],
+)
+def test_chooses_rules(
+    tmp_path: Path, changes: list[Change], version: str, line: str | None, expected: str
+) -> None:
+    """The rules are those of the checkout's release, or of the last one of its line, or of the newest; or as asked."""
+    checkout = make_checkout(tmp_path / "checkout", version=version)
+    request = make_pull_request(checkout, changes, Wishes(line=line))
+    assert request.release.version == expected
+    said = [notice for notice in request.notices if "is not in the table" in notice]
+    assert bool(said) is (line is None and version != expected)
+
+
+@pytest.mark.parametrize("line", ["v3-9-test", "nonsense", "3.0.5", ""])
+def test_refuses_unknown_line(checkout: Path, changes: list[Change], line: str) -> None:
+    """A line or version that nothing is known of is not guessed at."""
+    assert "is not a supported" in refuse(checkout, changes, Wishes(line=line))
+
+
+@pytest.mark.parametrize("version", ["0.9.0", "soon"])
+def test_refuses_checkout_of_another_age(tmp_path: Path, changes: list[Change], version: str) -> None:
+    """A version before all supported ones, or none at all, needs a word of the user."""
+    checkout = make_checkout(tmp_path / "checkout", version=version)
+    assert "with --line" in refuse(checkout, changes, Wishes())
+
+
+def test_edits_the_core_where_it_is(tmp_path: Path) -> None:
+    """A rule for the core edits it in a checkout, is counted there, and is left out where the file is missing."""
+    write_change(tmp_path / "changes", CONFIGURATION_RULE)
+    changes = load_changes(tmp_path / "changes")
+    whole = make_checkout(tmp_path / "whole", files={CONFIGURATION: "default: quiet\n"})
+    make_pull_request(whole, changes, Wishes())
+    assert (whole / CONFIGURATION).read_text() == "default: loud\n"
+    other = make_checkout(tmp_path / "other", files={CONFIGURATION: "default: shy\n"})
+    assert "0 matches instead of 1" in refuse(other, changes, Wishes())
+    part = make_checkout(tmp_path / "part")
+    request = make_pull_request(part, changes, Wishes())
+    assert f"Left out: rule be-loud, for there is no {CONFIGURATION}." in request.notices
+
+
+def test_patch_gives_the_same_tree(tmp_path: Path, checkout: Path, changes: list[Change]) -> None:
+    """`git am` takes the patch, whatever the user has set for patches, and makes the same tree of it."""
+    for key, value in HOSTILE.items():
+        git(checkout, "config", key, value)
+    patch = tmp_path / "it.patch"
+    make_pull_request(checkout, changes, Wishes(patch_file=patch))
+    other = make_checkout(tmp_path / "other")
+    git(other, "am", "--quiet", str(patch))
+    assert git(other, "rev-parse", "HEAD^{tree}") == git(checkout, "rev-parse", "HEAD^{tree}")
+
+
+def dirty(checkout: Path) -> None:
+    (checkout / SDK_FILE).write_text("")
+
+
+def litter(checkout: Path) -> None:
+    (checkout / "stray.py").touch()
+
+
+def take_branch(checkout: Path) -> None:
+    git(checkout, "branch", "task-sdk-teardown")
+
+
+def take_prefix_of_branch(checkout: Path) -> None:
+    git(checkout, "branch", "task-sdk-teardown/more")
+
+
+def drop_identity(checkout: Path) -> None:
+    git(checkout, "config", "--remove-section", "user")
+
+
+def commit_text(file: str, text: str) -> Callable[[Path], None]:
+    def commit(checkout: Path) -> None:
+        (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / file).write_text(text)
+        git(checkout, "add", "--force", file)
+        git(checkout, "commit", "--quiet", "--message", "Change it")
+
+    return commit
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (dirty, "is not clean (1 files, task-sdk/src/airflow/sdk/greeting.py among them): commit them, or"),
+        (litter, "is not clean (1 files, stray.py among them)"),
+        (take_branch, "has a branch task-sdk-teardown already: delete it, or name another one with --branch"),
+        (take_prefix_of_branch, "git update-ref failed in"),
+        (drop_identity, "git does not know who commits: set your name and address"),
+        (
+            commit_text(SDK_FILE, "pass\n"),
+            "Rule say-moin (10-politeness.yml) on airflow/sdk/greeting.py of SDK 1.3.2: 0",
+        ),
+        (commit_text(f"task-sdk/src/{ADDED}", "BYE = 2\n"), f"{ADDED} of change politeness is there already"),
+        (
+            commit_text(f"task-sdk/src/{ADDED}", "BYE = 1\n"),
+            "has the change politeness already: start from a branch",
+        ),
+        (commit_text(f"task-sdk/tests/{TEST}", "BYE = 2\n"), f"has another task-sdk/tests/{TEST}"),
+        (
+            commit_text(FRAGMENT, "News.\n"),
+            f"has {FRAGMENT} already: give the number of the pull request with",
+        ),
+    ],
+)
+def test_refusal_changes_nothing(
+    checkout: Path, changes: list[Change], prepare: Callable[[Path], None], message: str
+) -> None:
+    """Whatever is in the way is said, and HEAD, branches, index, status and files are as before."""
+    prepare(checkout)
+    assert message in refuse(checkout, changes, Wishes())
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (
+            Wishes(only=("absent",)),
+            "absent is no change for upstream: give some of politeness, noise, gestures.",
+        ),
+        (
+            Wishes(branch="no..name"),
+            "'no..name' cannot be the name of a branch: give another one with --branch.",
+        ),
+        (Wishes(branch="--all"), "'--all' cannot be the name of a branch"),
+        (Wishes(branch="main"), "has a branch main already"),
+    ],
+)
+def test_refuses_bad_wishes(checkout: Path, changes: list[Change], wishes: Wishes, message: str) -> None:
+    """So is what was asked for and cannot be."""
+    assert message in refuse(checkout, changes, wishes)
+
+
+def test_refuses_second_time(checkout: Path, changes: list[Change]) -> None:
+    """On its own branch the command says that there is nothing to do."""
+    make_pull_request(checkout, changes, Wishes())
+    assert "has the change politeness already" in refuse(checkout, changes, Wishes(branch="other"))
+
+
+def test_refuses_patch_file(tmp_path: Path, checkout: Path, changes: list[Change]) -> None:
+    """A file that is there is not overwritten, and one in the checkout would make it dirty."""
+    there = tmp_path / "there.patch"
+    there.write_text("mine")
+    assert "is there already" in refuse(checkout, changes, Wishes(patch_file=there))
+    assert there.read_text() == "mine"
+    assert "is no folder" in refuse(checkout, changes, Wishes(patch_file=tmp_path / "absent" / "x"))
+    assert "is in the checkout" in refuse(checkout, changes, Wishes(patch_file=checkout / "x.patch"))
+
+
+def test_failure_at_the_end_takes_the_patch_back(
+    tmp_path: Path, checkout: Path, changes: list[Change]
+) -> None:
+    """When the branch cannot be made after all, no patch file stays either."""
+    take_prefix_of_branch(checkout)
+    refuse(checkout, changes, Wishes(patch_file=tmp_path / "it.patch"))
+    assert not (tmp_path / "it.patch").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("absent", "is no folder: give the top folder of an apache/airflow checkout."),
+        (".", "is not in a git repository that can be used (not a git repository"),
+        ("checkout/task-sdk", "is not the top folder of its repository: give"),
+        (
+            "other",
+            "has no task-sdk/src/airflow/sdk/__init__.py: give a checkout of apache/airflow, 3.0 or newer.",
+        ),
+        ("empty", "has no commit yet: give a checkout of apache/airflow."),
+    ],
+)
+def test_refuses_wrong_folder(
+    tmp_path: Path, checkout: Path, capsys: pytest.CaptureFixture[str], folder: str, message: str
+) -> None:
+    """A path that is not the top folder of a checkout gives one sentence on stderr and status 1."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README").touch()
+    commit_all(tmp_path / "other")
+    make_checkout(tmp_path / "empty")
+    git(tmp_path / "empty", "update-ref", "-d", "HEAD")
+    before = record_state(checkout)
+    assert main(["pr", str(tmp_path / folder)]) == 1
+    assert record_state(checkout) == before
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+STYLE = {
+    "pyproject.toml": '[tool.ruff.lint]\nselect = ["F", "I"]\n[tool.ruff.format]\nquote-style = "single"\n'
+}
+
+
+def restyle(tmp_path: Path, sources: Path, added: str, *, settings: dict[str, str] = STYLE) -> PullRequest:
+    """Commit a change with a whole file in a checkout that asks for a style."""
+    (sources / "files" / ADDED).write_text(added)
+    write_change(tmp_path / "styled", write_rule(), files=f"[{ADDED}]")
+    checkout = make_checkout(tmp_path / "checkout", files=settings)
+    return make_pull_request(checkout, load_changes(tmp_path / "styled"), Wishes())
+
+
+def test_new_files_get_the_checkouts_style(tmp_path: Path, sources: Path) -> None:
+    """New files are fixed and formatted; a file that was not in style before is edited and left in its own."""
+    request = restyle(tmp_path, sources, 'import os\nBYE = "bye"\n')
+    assert request.files[f"task-sdk/src/{ADDED}"] == b"BYE = 'bye'\n"
+    assert request.files[SDK_FILE].decode() == SOURCE.replace('say("hallo"', 'say("moin"')
+
+
+def test_file_in_style_stays_so(tmp_path: Path) -> None:
+    """A file that was in style before is so afterwards, whatever a rule has written."""
+    before = "def greet(name):\n    say('hallo', name)\n"
+    write_change(tmp_path / "changes", write_rule("{pattern: 'say($WORD, $NAME)'}", "'say(\"moin\",$NAME)'"))
+    settings = STYLE["pyproject.toml"].replace("tool.ruff.", "")
+    checkout = make_checkout(tmp_path / "checkout", files={"ruff.toml": settings, SDK_FILE: before})
+    request = make_pull_request(checkout, load_changes(tmp_path / "changes"), Wishes())
+    assert request.files[SDK_FILE].decode() == before.replace("hallo", "moin")
+
+
+def test_refuses_what_the_style_cannot_mend(tmp_path: Path, sources: Path) -> None:
+    """A fault that ruff finds and cannot fix is named with its file, and nothing is committed."""
+    with pytest.raises(PatchError) as refusal:
+        restyle(tmp_path, sources, "print(undefined)\n")
+    fault, _ = refusal.value.sentences
+    assert fault.startswith(f"task-sdk/src/{ADDED}: F821 ")
+    assert git(tmp_path / "checkout", "branch", "--list").split() == ["*", "main"]
+
+
+def test_says_that_style_was_not_checked(tmp_path: Path, sources: Path) -> None:
+    """Where ruff does not take the configuration, an sdist's without the root say, that is no reason to refuse."""
+    request = restyle(tmp_path, sources, "BYE = 1\n", settings={"ruff.toml": 'extend = "absent.toml"\n'})
+    (notice,) = (notice for notice in request.notices if "style" in notice)
+    assert notice.startswith("Left out: the check of the style, for ruff says: ")
+
+
+def test_tells_what_it_did_and_what_comes_next(
+    checkout: Path, changes: list[Change], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The branch, every file, the notices, and the commands that test and send the commit are printed."""
+    monkeypatch.setattr("patches.__main__.load_changes", lambda: changes)
+    assert main(["pr", str(checkout), "--line", "v3-0-test"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    commit = git(checkout, "rev-parse", "--short=10", "HEAD").strip()
+    assert head == (
+        f"Commit {commit} on the new branch task-sdk-teardown, with the rules for SDK 1.0.6: politeness, noise, gestures."
+    )
+    assert [line for line in lines if line.startswith(("  A ", "  M "))] == [
+        f"  A {FRAGMENT}",
+        f"  A task-sdk/src/{ADDED}",
+        f"  M {SDK_FILE}",
+        f"  A task-sdk/tests/{TEST}",
+    ]
+    assert f"Next, in {checkout}:" in lines
+    assert "  pre-commit run --from-ref 'HEAD~1' --to-ref HEAD" in lines
+    assert "  breeze testing task-sdk-tests" in lines
+    assert [
+        version
+        for version in ("2.11.0", "3.0.6", "3.1.8")
+        if f"--use-airflow-version {version} " in str(lines)
+    ]
+    assert "  git push YOUR-FORK task-sdk-teardown" in lines
+
+
+def fake_programs(folder: Path, *names: str) -> dict[str, str]:
+    """Write programs that say how they were called, of which breeze fails with the tests of providers."""
+    folder.mkdir()
+    for name in names:
+        program = folder / name
+        program.write_text('#!/bin/sh\necho "${0##*/} $*" >> "$CALLS"\ntest "$2" != providers-tests\n')
+        program.chmod(0o755)
+    path = f"{folder}{os.pathsep}{Path(shutil.which('git') or '').parent}{os.pathsep}/bin"
+    return {"PATH": path, "CALLS": str(folder / "calls")}
+
+
+def test_breeze_says_what_is_missing(
+    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Docker or Breeze nothing runs, and what can be run without them is named."""
+    monkeypatch.setattr("patches.breeze.shutil.which", {"docker": "/bin/docker", "prek": "/bin/prek"}.get)
+    assert main(["breeze", str(checkout)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("Not run, for breeze cannot be found here.")
+    assert f"nox -s upstream -- --checkout {checkout}" in err
+
+
+def test_breeze_runs_the_checks(
+    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They run in the checkout in order, and the first that fails ends it."""
+    for name, value in fake_programs(tmp_path / "bin", "docker", "breeze", "prek").items():
+        monkeypatch.setenv(name, value)
+    assert main(["breeze", str(checkout)]) == 1
+    providers = "Providers[celery,cncf.kubernetes,edge3,standard]"
+    options = f"--test-type {providers} --use-airflow-version 2.11.0 --mount-sources providers-and-tests"
+    assert (tmp_path / "bin" / "calls").read_text().splitlines() == [
+        "prek run --from-ref HEAD~1 --to-ref HEAD",
+        "breeze testing task-sdk-tests",
+        f"breeze testing providers-tests {options}",
+    ]
+    assert "ended with 1, see above; what follows was not run." in capfd.readouterr().err
+
+
+class BlockingGit:
+    """A git that waits at one command until it is told to go on."""
+
+    def __init__(self, folder: Path, command: str) -> None:
+        folder.mkdir()
+        program = folder / "git"
+        program.write_text(BLOCKING_GIT.format(git=shutil.which("git")))
+        program.chmod(0o755)
+        pipes = [str(folder / name) for name in ("reached", "go-on")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        # Open at both ends: nobody waits for the other to open it (fifo(7)).
+        self._reached, self._go_on = (os.open(pipe, os.O_RDWR) for pipe in pipes)
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {"PATH": path, "BLOCKED": command, "REACHED": pipes[0], "GO_ON": pipes[1]}
+
+    def wait_until_reached(self) -> None:
+        assert select.select([self._reached], [], [], TIMEOUT)[0], "the command was not run"
+
+    def let_go_on(self) -> None:
+        os.write(self._go_on, b"go on\n")
+
+    def close(self) -> None:
+        os.close(self._reached)
+        os.close(self._go_on)
+
+
+@pytest.fixture
+def blocking_git(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[BlockingGit]:
+    blocking = BlockingGit(tmp_path / "bin", request.param)
+    yield blocking
+    blocking.close()
+
+
+@pytest.fixture
+def polite_clone(clone: Path) -> Path:
+    """Return a copy of the tool whose only change is made up."""
+    for path in (clone / "patches" / "changes").iterdir():
+        path.unlink()
+    write_change(clone / "patches" / "changes", write_rule())
+    return clone
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("blocking_git", ["status", "GIT_AUTHOR_IDENT"], indirect=True)
+def test_interrupt_changes_nothing(
+    polite_clone: Path, checkout: Path, blocking_git: BlockingGit, signum: signal.Signals
+) -> None:
+    """An interrupt before the commit is ready ends the tool and its git, and the checkout is as it was."""
+    before = record_state(checkout)
+    with start(polite_clone, "pr", str(checkout), **blocking_git.environment) as process:
+        blocking_git.wait_until_reached()
+        assert "Interrupted" in interrupt(process, signum)
+    assert record_state(checkout) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("blocking_git", ["write-tree", "update-ref", "switch"], indirect=True)
+def test_commit_is_not_interrupted(
+    polite_clone: Path, checkout: Path, blocking_git: BlockingGit, signum: signal.Signals
+) -> None:
+    """An interrupt while the commit is written comes too late: there is no half of a commit."""
+    with start(polite_clone, "pr", str(checkout), **blocking_git.environment) as process:
+        blocking_git.wait_until_reached()
+        process.send_signal(signum)
+        blocking_git.let_go_on()
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, stderr) == (0, "")
+    assert git(checkout, "symbolic-ref", "HEAD") == "refs/heads/task-sdk-politeness\n"
+    assert git(checkout, "status", "--porcelain") == ""
