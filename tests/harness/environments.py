@@ -57,11 +57,12 @@ class Recipe:
     packages: Sequence[str]
     bare_packages: Sequence[str]
     wheel: Path | None
+    flavour: str
 
     @property
     def kind(self) -> str:
         """A name shared by the environments that differ in the patched wheel alone."""
-        flavour = "teardown" if self.wheel else "stock"
+        flavour = self.flavour if self.wheel else "stock"
         inputs = [str(self.interpreter), self.release.as_of, *self.packages, "bare", *self.bare_packages]
         digest = shorten_digest(json.dumps(inputs).encode())
         return f"{self.release.version}-{query_version(self.interpreter)}-{flavour}-{digest}"
@@ -79,18 +80,20 @@ def create_environment(
     packages: Sequence[str] = (),
     bare_packages: Sequence[str] = (),
     wheel: Path | None = None,
+    flavour: str = "teardown",
     python: str | None = None,
 ) -> Environment:
     """Return an environment with the release's core and SDK at exact versions and `packages`, all as of its day.
 
     `bare_packages` are installed without what they depend on. `wheel` is installed over the stock SDK, as users do.
     `python` is anything that `uv python find` takes; without it, any installed interpreter serves that the release
-    supports. An environment that exists with the same content is used again; those with an older wheel are removed.
+    supports. An environment that exists with the same content is used again; those with an older wheel of the same
+    `flavour` are removed.
 
     Raises NoInterpreterError, or EnvironmentFailedError when something cannot be installed.
     """
     interpreter = find_interpreter(release, python)
-    recipe = Recipe(release, interpreter, packages, bare_packages, wheel)
+    recipe = Recipe(release, interpreter, packages, bare_packages, wheel, flavour)
     while not hold_finished(recipe.folder):
         build(recipe)
     if wheel:

@@ -69,6 +69,7 @@ def make_options(folder: Path) -> list[str]:
     return [
         "--config-file=/dev/null",
         f"--rootdir={TESTS}",
+        f"--confcutdir={TESTS}",  # else the folder of the configuration, and beyond it no conftest counts
         f"--junit-xml={folder / 'report.xml'}",
         *("-p", "no:cacheprovider", "-o", "junit_family=xunit1"),
     ]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from patches.checkouts import open_checkout
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
+from patches.pull_requests import choose_release
 from patches.releases import ROOT, find_release, last_of_lines
 from patches.rules import load_changes
 from patches.upstream import fetch_wheel
 from patches.wheels import build_wheel, prepare_output
 from tests.harness.environments import NoInterpreterError
-from tests.upstream.judging import judge_release
+from tests.upstream.checkouts import SDK, build_sdk, export_parent
+from tests.upstream.judging import Original, judge_release
 from tests.upstream.report import print_report
 
 if TYPE_CHECKING:
@@ -68,7 +73,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="path or node id in upstream's sdist; default: %(default)s",
     )
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="test this wheel, not the one built here")
+    parser.add_argument(
+        "--checkout",
+        type=Path,
+        metavar="PATH",
+        help="compare the SDK in a checkout of apache/airflow with the commit before, by the tests of that",
+    )
     options = parser.parse_args(arguments)
+    if options.checkout and (options.versions or options.wheel):
+        parser.error("--checkout says the version, and what to test: give it alone")
     if options.wheel and len(options.versions) != 1:
         parser.error("--wheel belongs to one release: name its version")
     return options
@@ -76,6 +89,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Judge the releases one after the other, for upstream's tests measure time; return the exit status."""
+    if options.checkout:
+        return run_checkout(options, console)
     releases = list(dict.fromkeys(map(find_release, options.versions))) or last_of_lines()
     verdicts: list[Verdict] = []
     not_run: dict[Release, str] = {}
@@ -91,6 +106,24 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return REGRESSED
     # Without versions given, one line that no interpreter here serves is no failure; none at all is.
     return UNUSABLE if not_run and (options.versions or not verdicts) else 0
+
+
+def run_checkout(options: argparse.Namespace, console: Console) -> int:
+    """Judge the SDK in a checkout, among the dependencies of the release that is nearest; return the exit status."""
+    checkout = open_checkout(options.checkout)
+    release, notices = choose_release(checkout, None)
+    for notice in notices:
+        console.print(notice)
+    with contextlib.ExitStack() as stack:
+        parent = stack.enter_context(export_parent(checkout.folder))
+        stock, patched = (
+            build_sdk(folder, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            for folder in (parent, checkout.folder)
+        )
+        progress = stack.enter_context(show_progress(console))
+        verdict = judge_release(release, patched, options.suite, progress, Original(stock, parent / SDK))
+    print_report(console, [verdict], {})
+    return REGRESSED if verdict.regressions else 0
 
 
 def show_progress(console: Console) -> Progress:

@@ -46,19 +46,30 @@ class Verdict:
     """Differed for the worse once, and passed whenever they were repeated."""
 
 
-def judge_release(release: Release, wheel: Path, suite: str, progress: Progress) -> Verdict:
+@dataclass(frozen=True)
+class Original:
+    """What a wheel is compared with, and whose tests count, where that is not the release itself."""
+
+    wheel: Path
+    tests: Path
+
+
+def judge_release(
+    release: Release, wheel: Path, suite: str, progress: Progress, original: Original | None = None
+) -> Verdict:
     """Run a suite, the path of a folder or a module in the sdist or a node id, on both wheels, and compare."""
-    stock_environment, environment = (install(release, each, progress) for each in (None, wheel))
-    stock = time_suite(stock_environment, [suite], "stock", progress)
-    patched = time_suite(environment, [suite], "patched", progress)
+    stock_wheel, tests = (original.wheel, original.tests) if original else (None, None)
+    stock_environment, environment = (install(release, each, progress) for each in (stock_wheel, wheel))
+    stock = time_suite(stock_environment, [suite], "stock", progress, tests)
+    patched = time_suite(environment, [suite], "patched", progress, tests)
     comparison = compare_results(stock.results, patched.results)
-    regressions = repeat_suspects(environment, suite, comparison.regressions, progress)
+    regressions = repeat_suspects(environment, suite, comparison.regressions, progress, tests)
     passing_again = sorted(set(comparison.regressions) - set(regressions))
     return Verdict(release, stock, patched, comparison, regressions, passing_again)
 
 
 def repeat_suspects(
-    environment: Environment, suite: str, suspects: Sequence[str], progress: Progress
+    environment: Environment, suite: str, suspects: Sequence[str], progress: Progress, tests: Path | None
 ) -> list[str]:
     """Return the suspects that differ again; they run among their neighbours, on which a failure may depend."""
     selection = [suite] if "::" in suite else sorted({suspect.partition("::")[0] for suspect in suspects})
@@ -66,7 +77,7 @@ def repeat_suspects(
     for number in range(1, REPEATS + 1):
         if regressions.issuperset(suspects):
             break
-        repeat = time_suite(environment, selection, f"patched-repeat-{number}", progress)
+        repeat = time_suite(environment, selection, f"patched-repeat-{number}", progress, tests)
         regressions |= {suspect for suspect in suspects if not is_sound(repeat.results.get(suspect))}
     return sorted(regressions)
 
@@ -77,13 +88,15 @@ def install(release: Release, wheel: Path | None, progress: Progress) -> Environ
         return install_suite(release, wheel)
 
 
-def time_suite(environment: Environment, selection: Sequence[str], kind: str, progress: Progress) -> Run:
+def time_suite(
+    environment: Environment, selection: Sequence[str], kind: str, progress: Progress, tests: Path | None
+) -> Run:
     """Run tests, take the time, and say in a line what came of them."""
     name = f"{environment.release.version}-{kind}"
     began = time.monotonic()
     with show_task(progress, name, total=100) as task:
         results = run_suite(
-            environment, selection, name, lambda percent: progress.update(task, completed=percent)
+            environment, selection, name, lambda percent: progress.update(task, completed=percent), tests
         )
     run = Run(results, time.monotonic() - began)
     counts = [f"{count} {outcome}" for outcome, count in count_outcomes(results).items() if count]

@@ -73,7 +73,7 @@ class SuiteFailedError(PatchError):
     """Upstream's tests could not be run to their end, which says nothing about the wheel, and certainly no good."""
 
 
-def install_suite(release: Release, wheel: Path | None) -> Environment:
+def install_suite(release: Release, wheel: Path | None, flavour: str = "teardown") -> Environment:
     """Return an environment for upstream's tests, stock or with a patched wheel."""
     # From 3 on it no longer fakes time.monotonic, which the tests of the older lines need.
     time_machine = "time-machine>=3" if Version(release.version) >= Version("1.2.0") else "time-machine<3"
@@ -84,6 +84,7 @@ def install_suite(release: Release, wheel: Path | None) -> Environment:
         packages=[*PACKAGES, time_machine],
         bare_packages=["apache-airflow-devel-common==0.1.1", f"apache-airflow-providers-amazon{amazon}"],
         wheel=wheel,
+        flavour=flavour,
     )
 
 
@@ -92,8 +93,11 @@ def run_suite(
     selection: Sequence[str],
     report: str,
     on_progress: Callable[[int], object] = lambda _percent: None,
+    tests: Path | None = None,
 ) -> dict[str, Result]:
     """Run the selected tests, paths or node ids, and return their results.
+
+    The tests are the sdist's, or those of `tests`, the task-sdk folder of a checkout.
 
     The log and the JUnit file are kept under the report's name. Raises SuiteFailedError when nothing was collected,
     or the run crashed or hung.
@@ -103,7 +107,10 @@ def run_suite(
     junit.unlink(missing_ok=True)
     arguments = [*selection, f"--timeout={TEST_TIMEOUT}", f"--junit-xml={junit}"]
     with make_folder(report) as folder:
-        unpack_tests(fetch_sdist(environment.release), folder)
+        if tests:
+            copy_tests(tests, folder)
+        else:
+            unpack_tests(fetch_sdist(environment.release), folder)
         status = run_pytest(environment, folder, arguments, log, on_progress)
     if status not in FINISHED or not junit.exists():
         raise SuiteFailedError(f"{report}: pytest ended with status {status}, see {log}:\n{quote_end(log)}")
@@ -134,6 +141,12 @@ def unpack_tests(sdist: Path, folder: Path) -> None:
             if path.parts[:1] in {("tests",), ("pyproject.toml",)}:
                 member.name = str(path)
                 archive.extract(member, folder)
+
+
+def copy_tests(source: Path, folder: Path) -> None:
+    """Copy the tests and their settings of a checkout's task-sdk folder, and not the sources."""
+    shutil.copytree(source / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(source / "pyproject.toml", folder)
 
 
 def run_pytest(

@@ -339,7 +339,7 @@ class TestFallbacks:
         assert read_process(leader) is None
 
     @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError, PermissionError])
-    def test_entries_that_vanish_or_are_hidden(self, mocker: MockerFixture, error: type[OSError]) -> None:
+    def test_entries_that_vanish_or_are_hidden(self, error: type[OSError]) -> None:
         """A process that ends between the listing and the look, or that hidepid hides, is left out."""
         tree, _, [hidden, seen] = lead(start_child, start_child)
 
@@ -349,8 +349,10 @@ class TestFallbacks:
             return original(path, *args, **kwargs)
 
         original = os.open
-        mocker.patch.object(os, "open", autospec=True, side_effect=refuse)
-        assert find(tree) == [seen]
+        with pytest.MonkeyPatch.context() as patching:
+            patching.setattr(os, "open", refuse)
+            found = find(tree)
+        assert found == [seen]
 
 
 class TestReadProcess:

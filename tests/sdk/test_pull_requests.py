@@ -1,0 +1,142 @@
+"""The commit for upstream, made in the sdist of the last release of every line: it is a checkout's task-sdk folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import pytest
+
+from patches.pull_requests import Wishes, make_pull_request
+from patches.releases import find_release, last_of_lines
+from patches.rules import load_changes
+from patches.upstream import fetch_sdist, fetch_wheel
+from patches.wheels import build_wheel
+from tests.harness.checkouts import git, unpack_checkout
+from tests.harness.environments import NoInterpreterError
+from tests.upstream.checkouts import build_sdk
+from tests.upstream.results import BROKEN
+from tests.upstream.suites import install_suite, run_suite
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from patches.pull_requests import PullRequest
+    from patches.releases import Release
+    from patches.rules import Change
+    from tests.upstream.results import Result
+
+UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
+SOURCES = "task-sdk/src"
+CHANGES = load_changes()
+# What a patched wheel says in the files that are derived from upstream's; in upstream's repository it has no place.
+MARK = b"# Modified by"
+
+
+@pytest.fixture(scope="module", params=last_of_lines(), ids=lambda release: release.version)
+def release(request: pytest.FixtureRequest) -> Release:
+    release: Release = request.param
+    return release
+
+
+@pytest.fixture(scope="module")
+def pristine(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack_checkout(fetch_sdist(release), tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture
+def checkout(pristine: Path, tmp_path: Path) -> Path:
+    return copy(pristine, tmp_path / "checkout")
+
+
+def copy(pristine: Path, folder: Path) -> Path:
+    shutil.copytree(pristine, folder, symlinks=True)
+    return folder
+
+
+def name_tree(checkout: Path, folder: str = "") -> str:
+    """Return the hash of a committed folder."""
+    return git(checkout, "rev-parse", f"HEAD:{folder}").strip()
+
+
+def run_tests(checkout: Path, request: PullRequest) -> dict[str, Result]:
+    """Run upstream's tests of the supervisor and those of the commit, on the SDK that is built from the checkout."""
+    name = f"{request.release.version}-{request.branch}"
+    output = checkout.with_name("dist")
+    output.mkdir()
+    try:
+        environment = install_suite(request.release, build_sdk(checkout, output), flavour=request.branch)
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")
+    ours = [PurePosixPath(file).relative_to("task-sdk") for file in request.files if "/test_" in file]
+    results = run_suite(environment, [UPSTREAM_SUITE, *map(str, ours)], name, tests=checkout / "task-sdk")
+    assert {str(file) for file in ours} < {test.partition("::")[0] for test in results}
+    # Some of upstream's tests fail now and then under load.
+    broken = [test for test, result in results.items() if result.outcome in BROKEN]
+    if broken:
+        results |= run_suite(environment, broken, f"{name}-repeat", tests=checkout / "task-sdk")
+    return results
+
+
+def find_broken(results: dict[str, Result]) -> dict[str, Result]:
+    return {test: result for test, result in results.items() if result.outcome in BROKEN}
+
+
+def test_commit_passes_all_tests(release: Release, checkout: Path) -> None:
+    """The checkout is clean, one commit further, and passes upstream's tests and ours."""
+    before = git(checkout, "rev-parse", "HEAD")
+    request = make_pull_request(checkout, CHANGES, Wishes())
+    assert request.release == release
+    assert not [notice for notice in request.notices if "style" in notice]
+    assert git(checkout, "status", "--porcelain") == ""
+    assert git(checkout, "rev-parse", "HEAD~1") == before
+    assert find_broken(run_tests(checkout, request)) == {}
+
+
+def test_commit_is_what_the_wheel_has(release: Release, checkout: Path, tmp_path: Path) -> None:
+    """The sources are those of the patched wheel, but for the mark that the licence asks of derived works."""
+    request = make_pull_request(checkout, CHANGES, Wishes())
+    wheel = build_wheel(release, fetch_wheel(release), CHANGES, tmp_path)
+    shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
+    for file in (PurePosixPath(file) for file in request.files if file.startswith(SOURCES)):
+        packed = (tmp_path / "wheel" / file.relative_to(SOURCES)).read_bytes().splitlines(keepends=True)
+        unmarked = [line for line in packed if not line.startswith(MARK)]
+        assert b"".join(unmarked) == (checkout / file).read_bytes(), file
+
+
+def test_patch_gives_the_same_tree(pristine: Path, checkout: Path, tmp_path: Path) -> None:
+    """`git am` on another copy makes of the patch what the command has committed, byte for byte."""
+    patch = tmp_path / "teardown.patch"
+    make_pull_request(checkout, CHANGES, Wishes(patch_file=patch))
+    other = copy(pristine, tmp_path / "other")
+    git(other, "am", "--quiet", str(patch))
+    assert name_tree(other) == name_tree(checkout)
+    assert git(other, "log", "-1", "--format=%an %ae %B") == git(checkout, "log", "-1", "--format=%an %ae %B")
+
+
+def test_changes_may_be_sent_one_after_the_other(pristine: Path, checkout: Path, tmp_path: Path) -> None:
+    """A commit for each change, on top of one another, ends where the one commit of all does."""
+    make_pull_request(checkout, CHANGES, Wishes())
+    stack = copy(pristine, tmp_path / "stack")
+    for number, change in enumerate(CHANGES, 1):
+        request = make_pull_request(stack, CHANGES, Wishes(only=(change.name,), number=number))
+        assert request.changes == [change]
+    assert name_tree(stack, "task-sdk") == name_tree(checkout, "task-sdk")
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
+def test_each_change_applies_alone(checkout: Path, change: Change) -> None:
+    """A change alone is taken from a pristine checkout, together with what it needs."""
+    request = make_pull_request(checkout, CHANGES, Wishes(only=(change.name,)))
+    assert request.changes[-1] == change
+    assert request.message.startswith(f"{change.subject}\n\n")
+
+
+@pytest.mark.parametrize("change", CHANGES[:-1], ids=lambda change: change.name)
+def test_each_change_alone_passes_all_tests(tmp_path: Path, change: Change) -> None:
+    """With one change upstream's tests pass, and its own; the last change needs all, which is tested above."""
+    release = find_release("1.4.0b2")
+    checkout = unpack_checkout(fetch_sdist(release), tmp_path / "checkout")
+    request = make_pull_request(checkout, CHANGES, Wishes(only=(change.name,)))
+    assert find_broken(run_tests(checkout, request)) == {}
