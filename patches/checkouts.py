@@ -23,7 +23,10 @@ NEW_FILE_MODE = "100644"
 SHORT_DIGITS = 10
 # Settings of a user that would have format-patch write what `git am` does not take, or git ask for an identity.
 PLAIN = ("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false", "-c", "user.useConfigOnly=true")
-PATCH_OPTIONS = ("--stdout", "--no-ext-diff", "--no-attach", "--no-cover-letter", "--full-index", "--binary")
+PATCH_OPTIONS = (
+    *("--stdout", "--full-index", "--binary"),
+    *("--no-ext-diff", "--no-attach", "--no-base", "--no-cover-letter"),
+)
 
 
 @dataclass(frozen=True)

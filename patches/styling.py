@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from patches.commands import find_tool, run_command
+from patches.commands import find_tool, run_command, run_parallel
 from patches.errors import PatchError
 
 if TYPE_CHECKING:
@@ -31,21 +33,28 @@ def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, byt
     _check_configuration(checkout)
     styled = dict(files)
     problems: list[str] = []
-    for file in files:
-        if not file.endswith((".py", ".pyi")):
-            continue
-        before = checkout.read(file)
-        if before is None or _fix(checkout, file, before) == before:
-            styled[file] = _fix(checkout, file, styled[file])
-        excused = Counter(_find_faults(checkout, file, before or b""))
-        problems += [
-            f"{file}: {fault}" for fault in Counter(_find_faults(checkout, file, styled[file])) - excused
-        ]
+    modules = [file for file in files if file.endswith((".py", ".pyi"))]
+    runs = run_parallel(
+        lambda file: _style(checkout, file, files[file]), modules, workers=os.cpu_count() or 1
+    )
+    with contextlib.closing(runs):
+        for file, future in runs:
+            styled[file], faults = future.result()
+            problems += [f"{file}: {fault}" for fault in faults]
     if problems:
         raise PatchError(
             *problems, "The checkout's ruff configuration asks for more than the changes fulfil."
         )
     return styled
+
+
+def _style(checkout: Checkout, file: str, content: bytes) -> tuple[bytes, list[str]]:
+    """Return a file in style, and the faults that remain and are new."""
+    before = checkout.read(file)
+    if before is None or _fix(checkout, file, before) == before:
+        content = _fix(checkout, file, content)
+    excused = Counter(_find_faults(checkout, file, before or b""))
+    return content, list(Counter(_find_faults(checkout, file, content)) - excused)
 
 
 def _check_configuration(checkout: Checkout) -> None:

@@ -69,7 +69,6 @@ def make_options(folder: Path) -> list[str]:
     return [
         "--config-file=/dev/null",
         f"--rootdir={TESTS}",
-        f"--confcutdir={TESTS}",  # else the folder of the configuration, and beyond it no conftest counts
         f"--junit-xml={folder / 'report.xml'}",
         *("-p", "no:cacheprovider", "-o", "junit_family=xunit1"),
     ]
@@ -77,5 +76,6 @@ def make_options(folder: Path) -> list[str]:
 
 def select(release: Release, pattern: str) -> list[str]:
     """Return the paths of the release's modules that match a pattern like test_child_*.py."""
-    files = [TESTS / file for change in load_changes() for file in select_names(change.tests, release)]
-    return [str(file) for file in dict.fromkeys(files) if file.match(pattern)]
+    files = {TESTS / file for change in load_changes() for file in select_names(change.tests, release)}
+    # Sorted: pytest 9 loses a folder's conftest when it comes back to the folder.
+    return [str(file) for file in sorted(files) if file.match(pattern)]

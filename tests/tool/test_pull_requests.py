@@ -43,7 +43,12 @@ esac
 exec {git} "$@"
 """
 # What users set for the patches that they read.
-HOSTILE = {"diff.noprefix": "true", "diff.mnemonicPrefix": "true", "format.attach": "x", "color.ui": "always"}
+HOSTILE = {
+    "diff.noprefix": "true",
+    "diff.mnemonicPrefix": "true",
+    "format.attach": "x",
+    "format.useAutoBase": "true",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,10 @@ def judge_release(
 ) -> Verdict:
     """Run a suite, the path of a folder or a module in the sdist or a node id, on both wheels, and compare."""
     stock_wheel, tests = (original.wheel, original.tests) if original else (None, None)
-    stock_environment, environment = (install(release, each, progress) for each in (stock_wheel, wheel))
+    flavour = "checkout" if original else "teardown"
+    stock_environment, environment = (
+        install(release, each, progress, flavour) for each in (stock_wheel, wheel)
+    )
     stock = time_suite(stock_environment, [suite], "stock", progress, tests)
     patched = time_suite(environment, [suite], "patched", progress, tests)
     comparison = compare_results(stock.results, patched.results)
@@ -82,10 +85,10 @@ def repeat_suspects(
     return sorted(regressions)
 
 
-def install(release: Release, wheel: Path | None, progress: Progress) -> Environment:
+def install(release: Release, wheel: Path | None, progress: Progress, flavour: str) -> Environment:
     """Make the environment for a release's suite."""
     with show_task(progress, f"{release.version}-{'patched' if wheel else 'stock'}: installing", total=None):
-        return install_suite(release, wheel)
+        return install_suite(release, wheel, flavour)
 
 
 def time_suite(

@@ -86,6 +86,7 @@ def fork(main: Callable[[], Any]) -> tuple[int, list[int]]:
     pid = os.fork()
     if pid == 0:
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever other tests have installed
             pids = main() or []
             os.write(writer, b"".join(b"%d\n" % pid for pid in pids) + b"0\n")
             while True:

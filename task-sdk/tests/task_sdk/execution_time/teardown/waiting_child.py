@@ -34,7 +34,8 @@ def child(prepare: Callable[[], Any]) -> Iterator[int]:
     pid = os.fork()
     if pid == 0:
         try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.SIG_DFL)  # whatever other tests have installed
             prepare()
             os.write(writer, b".")
             while True:
