@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from airflow.sdk.execution_time import child_check, child_session, child_tree
+from airflow.sdk.execution_time import child_check, child_tree, supervisor
 from airflow.sdk.execution_time.child_tree import ProcessTree
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
@@ -232,7 +232,11 @@ class TestProof:
         assert find_wrong(change=fail).problems == ["the proof failed: the plain child did not start"]
 
     @pytest.mark.parametrize(
-        ("method", "missing"), [("kill", ["prepare_kill", "signal_task"]), ("start", ["lead_session"])]
+        ("method", "missing"),
+        [
+            ("kill", ["prepare_kill", "signal_task", "stop_before_kill"]),
+            ("start", ["lead_session", "mark_process"]),
+        ],
     )
     def test_unpatched_supervisor(self, method: str, missing: list[str]) -> None:
         """A method of the supervisor that does not call what it should is named, even where the proof succeeds."""
@@ -312,7 +316,7 @@ class TestMeans:
 
     def test_without_session(self) -> None:
         def remove() -> None:
-            child_session._open_session = lambda: False
+            supervisor.lead_session = lambda: False
 
         findings = find_wrong(change=remove)
         assert not findings.means.session
@@ -322,7 +326,9 @@ class TestMeans:
         """Where /proc belongs to another PID namespace it says that the task is not found, and what that means."""
 
         def read_another(pid: int) -> child_tree.Process | None:
-            return child_tree.Process(pid, start=1, name="x", parent=2, session=pid, stopped=False)
+            return child_tree.Process(
+                pid, start=1, name="x", parent=2, session=pid, stopped=False, dead=False
+            )
 
         def confuse() -> None:
             child_tree.read_process = read_another
