@@ -8,14 +8,17 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
+from packaging.version import Version
 
 from patches.pull_requests import Wishes, make_pull_request
 from patches.releases import find_release, last_of_lines
 from patches.rules import load_changes
 from patches.upstream import fetch_sdist, fetch_wheel
 from patches.wheels import build_wheel
-from tests.harness.checkouts import git, unpack_checkout
+from tests.harness.checkouts import commit_all, git, unpack_checkout
 from tests.harness.environments import NoInterpreterError
+from tests.sdk.running import install_release
 from tests.upstream.checkouts import build_sdk, export_parent
 from tests.upstream.results import BROKEN
 from tests.upstream.suites import install_suite, run_suite
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
 SOURCES = "task-sdk/src"
+CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
 CHANGES = [change for change in load_changes() if change.goes_upstream]
 # What a patched wheel says in the files that are derived from upstream's; in upstream's repository it has no place.
 MARK = b"# Modified by"
@@ -94,6 +98,29 @@ def test_commit_passes_all_tests(release: Release, checkout: Path) -> None:
     assert git(checkout, "status", "--porcelain") == ""
     assert git(checkout, "rev-parse", "HEAD~1") == before
     assert find_broken(run_tests(checkout, request)) == {}
+
+
+def test_configuration_reference(release: Release, checkout: Path) -> None:
+    """Before 1.4 the reference that the core brings says when the grace period counts; from there on it is right."""
+    try:
+        environment = install_release(release)
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")
+    (reference,) = environment.folder.glob(
+        "venv/lib/python*/site-packages/airflow/config_templates/config.yml"
+    )
+    copied = checkout / CONFIGURATION
+    copied.parent.mkdir(parents=True)
+    shutil.copy(reference, copied)
+    commit_all(checkout)
+    make_pull_request(checkout, CHANGES, Wishes())
+    before, after = (yaml.safe_load(path.read_text()) for path in (reference, copied))
+    option = after["core"]["options"]["killed_task_cleanup_time"]
+    if Version(release.version) < Version("1.4.0b1"):
+        former = before["core"]["options"]["killed_task_cleanup_time"]["description"]
+        assert option["description"].startswith(f"{former.rstrip()}\n\nTasks heed it only where")
+        option["description"] = former
+    assert after == before
 
 
 def test_commit_is_what_the_wheel_has(release: Release, checkout: Path, tmp_path: Path) -> None:
