@@ -18,6 +18,8 @@ SESSION_EVERY_LINKS = 10
 SESSION_EVERY_CHILDREN = 3
 BREEDING_INTERVAL = 0.05
 BREEDING_BEFORE_READY = 3
+HANDOVER_TIME = 0.2
+"""Seconds that a runaway lives on beside its successor: whoever reads /proc sees one of them at least."""
 FORK_INTERVAL = 0.005
 """Seconds that a forked child of a thread lives: with some threads one of them forks at any moment."""
 
@@ -102,6 +104,21 @@ def be_breeder() -> NoReturn:
         time.sleep(BREEDING_INTERVAL)
 
 
+def be_runaway() -> NoReturn:
+    """Be deaf, and replace oneself by a detached successor again and again, with both alive for a while."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    detach()
+    announce()
+    # Nobody could be sure to catch it: it ends with the test's folder.
+    while os.path.exists(READY):  # noqa: PTH110  # see announce()
+        time.sleep(BREEDING_INTERVAL)
+        if os.fork():
+            time.sleep(HANDOVER_TIME)
+            os._exit(0)
+        os.setsid()
+    sys.exit()
+
+
 def be_forking_threads(threads: int) -> NoReturn:
     """Be deaf, and have every thread replace its child, in a session of its own, again and again."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -164,6 +181,7 @@ ROLES: dict[str, Callable[..., NoReturn]] = {
     "daemon": be_daemon,
     "bare-daemon": be_bare_daemon,
     "breeder": be_breeder,
+    "runaway": be_runaway,
     "forking-threads": be_forking_threads,
     "phoenix": be_phoenix,
     "chain": be_chain,

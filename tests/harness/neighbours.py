@@ -58,14 +58,14 @@ def run_among_neighbours(server: ForkServer, shape: Shape, ending: Ending) -> Ne
         bystanders = make_cookie(stack)
         other, _ = start(Plan(shape, "409"))
         supervisor, cookie = start(Plan(shape, ending, bystanders))
-        wait_for_tree(other, shape.processes)
+        others_runner = wait_for_tree(other, shape.processes)
         runner = wait_for_tree(supervisor, shape.processes)
         standing_by = [process.pid for process in find_marked(bystanders)]
         if len(standing_by) != BYSTANDERS:
             raise SupervisorFailedError(f"{len(standing_by)} of {BYSTANDERS} bystanders are there")
         neighbours = {
             **dict.fromkeys(standing_by, "bystander"),
-            **dict.fromkeys(other.announced, "process of another task"),
+            **dict.fromkeys([others_runner] if shape.moves else other.announced, "process of another task"),
             other.process.pid: "supervisor of another task",
         }
         stopped = list_stopped(neighbours)

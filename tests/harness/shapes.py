@@ -28,6 +28,8 @@ class Shape:
     """Processes that stay as well, but announce nothing."""
     unsteady: bool = False
     """Further processes come, or come and go."""
+    moves: bool = False
+    """The processes announced hand over to successors, and end."""
     outlasts_grace: bool = False
     """SIGTERM does not end it, so that ending it takes the whole grace period."""
     new_session: bool = False
@@ -127,6 +129,15 @@ RARE_SHAPES = (
         actor("breeder"),
         processes=1,
         unsteady=True,
+        outlasts_grace=True,
+    ),
+    Shape(
+        "runaway",
+        "a deaf process that hands over to a detached successor every 50 ms",
+        actor("runaway"),
+        processes=1,
+        unsteady=True,
+        moves=True,
         outlasts_grace=True,
     ),
     Shape(
