@@ -82,14 +82,7 @@ class ExitWatch:
         """Make the exit of our child ``pid`` wake ``selector``, or have :meth:`select` poll for it."""
         self._started = True
         self._sockets_at_start = len(selector.get_map())
-        try:
-            self._pidfd = io.FileIO(os.pidfd_open(pid))
-        except (AttributeError, OSError):
-            # Not Linux, or older than 5.3, or a seccomp profile that does not know the call, or EMFILE, or
-            # somebody else has reaped the child already.
-            self._polls = True
-        else:
-            selector.register(self._pidfd, selectors.EVENT_READ)
+        self._polls = not self._watch(selector, pid)
 
     def follow(self, selector: selectors.BaseSelector, pid: int) -> bool:
         """
@@ -99,9 +92,14 @@ class ExitWatch:
         """
         self.close(selector)
         self._follows = True
+        return self._watch(selector, pid)
+
+    def _watch(self, selector: selectors.BaseSelector, pid: int) -> bool:
         try:
             self._pidfd = io.FileIO(os.pidfd_open(pid))
         except (AttributeError, OSError):
+            # Not Linux, or older than 5.3, or a seccomp profile that does not know the call, or EMFILE, or
+            # somebody else has reaped the process already.
             return False
         if selector.get_map() is not None:
             selector.register(self._pidfd, selectors.EVENT_READ)
@@ -151,9 +149,8 @@ class ExitWatch:
             self._sleep_without_selector(timeout)
             return []
         events = selector.select(timeout=self._limit(timeout, selector, exit_code))
-        if self._pidfd is None:
-            return events
-        on_sockets = [event for event in events if event[0].fileobj is not self._pidfd]
+        # A signal handler that kills the child may have taken the pidfd meanwhile.
+        on_sockets = [event for event in events if not isinstance(event[0].fileobj, io.FileIO)]
         if len(on_sockets) < len(events):
             # It stays readable for good, and would turn the next select() into a busy loop. Under a tracer
             # (strace, gdb) the child cannot be waited for until the tracer has collected it: poll from here.
