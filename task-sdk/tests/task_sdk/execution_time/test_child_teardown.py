@@ -62,10 +62,12 @@ def conf() -> Conf:
 @pytest.fixture
 def process(mocker: MockerFixture) -> Any:
     """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
-    tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failure=None)
+    tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failure=None, look_failure=None)
     tree.find.return_value = tree.stop.return_value = [STUBBORN]
     mocker.patch.object(child_teardown, "is_alive", autospec=True, return_value=True)
+    mocker.patch.object(child_teardown, "is_unreaped_child", autospec=True, return_value=True)
     return SimpleNamespace(
+        pid=4711,
         selector=mocker.MagicMock(),
         process_log=structlog.testing.CapturingLogger(),
         _exit_code=None,

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from airflow.sdk.execution_time.child_exit import SOCKET_GRACE
-from airflow.sdk.execution_time.child_status import is_unreaped_child
+from airflow.sdk.execution_time.child_status import is_unreaped_child, settle_exit_code
 from airflow.sdk.execution_time.child_tree import Process, ProcessTree, is_alive
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
     """
     Note that the task is being killed, and what belongs to it while its runner can still be asked.
 
+    If somebody else has collected the runner, it is settled here: asking for it can go on for as long as another
+    process has its number, and signalling it is refused, which kill() takes for the end of all.
+
     :param process: a ``WatchedSubprocess``.
     :param grace: seconds between the signals, as the caller of ``kill()`` wants it.
     :param conf: Airflow's configuration.
@@ -85,6 +88,8 @@ def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
         grace = find_grace(conf) if grace == GRACE else grace
         process._tree.remember()
     process._exit_watch.expect_exit(grace)
+    if process._new_session and not is_unreaped_child(process.pid):
+        process._exit_code = end_leftovers(process, settle_exit_code(process, None), conf)
     return grace
 
 
@@ -201,6 +206,8 @@ def wait_for(process: Any, members: Sequence[Process], deadline: float) -> None:
         watched = process._exit_watch.follow(process.selector, member.pid)
         while is_alive(member) and (left := deadline - time.monotonic()) > 0:
             process._service_subprocess(max_wait_time=left if watched else min(left, POLL_INTERVAL))
+    # It may have taken the last file descriptor, which the next look needs.
+    process._exit_watch.close(process.selector)
 
 
 def report(process: Any, ended: dict[Process, str], survivors: list[Process]) -> None:
@@ -221,6 +228,11 @@ def report(process: Any, ended: dict[Process, str], survivors: list[Process]) ->
             count=len(survivors),
             processes=[{"pid": member.pid, "name": member.name} for member in survivors[:NAMED_IN_LOG]],
             reason=explain_survival(process._tree.sudo_failure),
+        )
+    if process._tree.look_failure:
+        process.process_log.error(
+            "Processes that the task may have left running could not be looked for",
+            reason=process._tree.look_failure,
         )
 
 

@@ -94,12 +94,16 @@ class ProcessTree:
         self._settled: dict[int, int] = {}
         self.sudo_failure: str | None = None
         """Why processes of another user could not be signalled, if so."""
+        self.look_failure: str | None = None
+        """Why the last look has found nothing, if it could not be taken."""
 
     def adopt(self, pid: int) -> None:
         """Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it."""
         if not is_unreaped_child(pid):
             return
-        leader = read_process(pid)
+        leader = None
+        with contextlib.suppress(OSError):
+            leader = read_process(pid)
         # A /proc that belongs to another PID namespace knows somebody else by that number.
         if leader is None or leader.parent != os.getpid():
             return
@@ -119,7 +123,12 @@ class ProcessTree:
         """Return the processes of the tree. One pass; entries may vanish meanwhile."""
         if self._leader is None:
             return []
-        processes = self._read_candidates(self._leader)
+        self.look_failure = None
+        try:
+            processes = self._read_candidates(self._leader)
+        except OSError as error:
+            self.look_failure = error.strerror
+            return []
         members = add_descendants(processes, self._find_seeds(processes, self._leader))
         for nobodys in (0, 1, os.getpid()):
             members.pop(nobodys, None)
@@ -179,6 +188,13 @@ class ProcessTree:
             sent.update(fresh)
         return []
 
+    def signal_leader(self, sig: int) -> bool:
+        """Send ``sig`` to the leader alone; False if there is none."""
+        if self._leader is None:
+            return False
+        self.signal([self._leader], sig)
+        return True
+
     def signal(self, processes: Iterable[Process], *signals: int) -> None:
         """Send the signals to each process that still is the same; to those of another user through sudo."""
         denied = [process for process in processes if not send_signals(process, signals)]
@@ -204,7 +220,9 @@ def add_descendants(processes: dict[int, Process], seeds: dict[int, Process]) ->
 
 def mark_process() -> None:
     """Mark the calling process, a leader, and with it all that it starts from now on."""
-    own = read_process(os.getpid())
+    own = None
+    with contextlib.suppress(OSError):
+        own = read_process(os.getpid())
     if own is None:
         return
     mark = compute_mark(own)
@@ -224,12 +242,8 @@ def compute_mark(leader: Process) -> int:
 
 def has_limit(pid: int, mark: int) -> bool:
     """Whether the process carries the mark as its limit; False if it is gone, or hidden from us."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):
         return resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] == mark
-    except ProcessLookupError:
-        return False
-    except (AttributeError, OSError):
-        pass
     try:
         # Everybody may read a limit here, another user's process among them.
         with open(f"{PROC}/{pid}/limits") as limits:
@@ -252,30 +266,36 @@ def list_pids() -> Iterator[tuple[int, int | None]]:
 
     That is the number of its inode: the kernel makes one for a process when it is first looked up, and drops it when
     the process is reaped (proc_flush_pid(), Linux 5.6), so that listing alone recognises those that were read before.
+
+    :raises OSError: if /proc is there, but cannot be listed, for want of a file descriptor or of memory.
     """
     try:
         with os.scandir(PROC) as entries:
             for entry in entries:
                 if entry.name.isdigit():
                     yield int(entry.name), entry.inode()
-    except OSError:
+    except FileNotFoundError:
         for pid in psutil.pids():
             yield pid, None
 
 
 def read_process(pid: int) -> Process | None:
-    """Return the process, None if it is dead, a zombie, or hidden from us."""
+    """Return the process, None if it is dead, a zombie, or hidden from us; raises as :func:`look_at` does."""
     process = look_at(pid)
     return None if process is None or process.dead else process
 
 
 def look_at(pid: int) -> Process | None:
-    """Return the process, be it a zombie; None if there is none, or if it is hidden from us."""
+    """
+    Return the process, be it a zombie; None if there is none, or if it is hidden from us.
+
+    :raises OSError: if that cannot be told, for want of a file descriptor or of memory.
+    """
     try:
         stat = _read_file(f"{PROC}/{pid}/stat")
     except (FileNotFoundError, NotADirectoryError):
         return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid)
-    except OSError:  # gone between open and read, or hidden
+    except (ProcessLookupError, PermissionError):  # gone between open and read, or hidden
         return None
     # The name may hold anything, parentheses and spaces among it.
     name, _, rest = stat.partition(b"(")[2].rpartition(b")")
@@ -320,8 +340,11 @@ def _ask_psutil(pid: int) -> Process | None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether this very process still runs."""
-    now = read_process(process.pid)
+    """Whether this very process still runs, as far as can be told."""
+    try:
+        now = read_process(process.pid)
+    except OSError:
+        return True
     return now is not None and now.start == process.start
 
 
