@@ -234,7 +234,7 @@ class TestProof:
     @pytest.mark.parametrize(
         ("method", "missing"),
         [
-            ("kill", ["prepare_kill", "signal_task", "stop_before_kill"]),
+            ("kill", ["prepare_kill", "signal_tree"]),
             ("start", ["lead_session", "mark_process"]),
         ],
     )

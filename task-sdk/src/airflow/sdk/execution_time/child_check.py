@@ -83,8 +83,7 @@ CALLS = (
     (WatchedSubprocess, "_check_subprocess_exit", "settle_exit_code"),
     (WatchedSubprocess, "_check_subprocess_exit", "end_leftovers"),
     (WatchedSubprocess, "kill", "prepare_kill"),
-    (WatchedSubprocess, "kill", "signal_task"),
-    (WatchedSubprocess, "kill", "stop_before_kill"),
+    (WatchedSubprocess, "kill", "signal_tree"),
 )
 """Which methods of the supervisor use what, in every patched release."""
 

@@ -30,6 +30,7 @@ import math
 import os
 import signal
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -81,13 +82,13 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
         yield
         return
 
-    received: list[str] = []
+    received: Counter[str] = Counter()
 
     def forward(signum: int, _frame: object) -> None:
         # Not the place to log: the code that this interrupts may hold the logger's lock.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             forward_signal(process, signum)
-        received.append(signal.Signals(signum).name)
+        received[signal.Signals(signum).name] += 1
 
     former = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
     try:
@@ -97,4 +98,6 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
             # None stands for a handler that C code had installed; Python cannot put it back.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         if received:
-            log.info("Passed on to the task what the supervisor was sent.", signals=received, pid=process.pid)
+            log.info(
+                "Passed on to the task what the supervisor was sent.", signals=dict(received), pid=process.pid
+            )

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from airflow.sdk.execution_time.child_exit import SOCKET_GRACE
+from airflow.sdk.execution_time.child_session import signal_task
 from airflow.sdk.execution_time.child_status import is_unreaped_child, settle_exit_code
 from airflow.sdk.execution_time.child_tree import Process, ProcessTree, is_alive
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from configparser import ConfigParser
 
-__all__ = ["end_leftovers", "end_unless_started", "prepare_kill", "stop_before_kill"]
+__all__ = ["end_leftovers", "end_unless_started", "prepare_kill", "signal_tree"]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -93,18 +94,21 @@ def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
     return grace
 
 
-def stop_before_kill(process: Any, sig: int) -> int:
+def signal_tree(process: Any, sig: int) -> bool:
     """
-    Return the signal that ``kill()`` is about to send to a task; if it is SIGKILL, stop all that belongs to it first.
+    Send a signal of ``kill()`` to a task, if it has a session: to that, else to its runner, through sudo if need be.
 
-    What a process has started since the last look, and moved out of reach, could not be told for the task's when that
-    process is dead.
+    Before SIGKILL all that belongs to the task is stopped and looked for once more: what a process has started
+    since the last look, and moved out of reach, could not be told for the task's when that process is dead.
 
-    :param process: a ``WatchedSubprocess``. One that leads no session of its own has nothing stopped.
+    :param process: a ``WatchedSubprocess``.
+    :returns: False if the caller has to signal the PID itself.
     """
-    if sig == signal.SIGKILL and process._new_session and is_unreaped_child(process.pid):
+    if not process._new_session:
+        return False
+    if sig == signal.SIGKILL and is_unreaped_child(process.pid):
         process._tree.stop(STOP_TIME, with_leader=True)
-    return sig
+    return signal_task(process, sig) or process._tree.signal_leader(sig)
 
 
 def find_grace(conf: ConfigParser) -> float:
