@@ -49,6 +49,11 @@ PASS_ON_STOCK = {
 }
 # Passes from 1.3.1 on if stock notices the exit in time, which is a matter of chance.
 BY_CHANCE = {"TestGroup::test_heartbeat_conflict_takes_the_group_along"}
+# They need a private /proc, which root may have unless a sandbox forbids it. Forced counterparts run everywhere.
+NEED_NAMESPACES = {
+    *(f"TestProc::test_hidepid[{way}]" for way in ("conflict", "killed", "failed")),
+    *(f"TestRecycledNumber::test_{who}" for who in ("leader", "leftover")),
+}
 
 
 @pytest.fixture(scope="module", params=last_of_lines(), ids=lambda release: release.version)
@@ -85,15 +90,20 @@ def build(release: Release, dist: Path) -> Path:
     return build_wheel(release, fetch_wheel(release), load_changes(), dist)
 
 
-def name_unless(results: dict[str, Result], outcome: str) -> dict[str, Result]:
-    return {name: result for name, result in results.items() if result.outcome != outcome}
+def name_failures(results: dict[str, Result]) -> dict[str, Result]:
+    """Return the results other than a pass, and than a skip for want of namespaces."""
+    return {
+        name: result
+        for name, result in results.items()
+        if result.outcome != "passed" and not (result.outcome == "skipped" and name in NEED_NAMESPACES)
+    }
 
 
 def test_our_tests_pass_on_patched(release: Release, dist: Path) -> None:
-    """Every test of task-sdk/tests passes, and none is skipped."""
+    """Every test of task-sdk/tests passes, and none is skipped that could run."""
     results = run_our_tests(install(release, build(release, dist)))
     assert results
-    assert name_unless(results, "passed") == {}
+    assert name_failures(results) == {}
 
 
 @pytest.mark.parametrize(("version", "python"), FURTHER_PYTHONS)
@@ -102,7 +112,7 @@ def test_our_tests_pass_on_other_pythons(version: str, python: str, dist: Path) 
     release = find_release(version)
     results = run_our_tests(install(release, build(release, dist), python))
     assert results
-    assert name_unless(results, "passed") == {}
+    assert name_failures(results) == {}
 
 
 def test_scenarios_fail_on_stock(release: Release, stock_results: dict[str, dict[str, Result]]) -> None:

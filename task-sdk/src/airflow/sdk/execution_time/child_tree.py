@@ -50,7 +50,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 __all__ = ["Process", "ProcessTree"]
 
@@ -260,9 +260,9 @@ def has_variable(pid: int, mark: int) -> bool:
         return False
 
 
-def list_pids() -> Iterator[tuple[int, int | None]]:
+def list_pids() -> list[tuple[int, int | None]]:
     """
-    Yield the PIDs that we may see, each with what tells its process from the next one of the same number, if known.
+    Return the PIDs that we may see, each with what tells its process from the next one of the same number, if known.
 
     That is the number of its inode: the kernel makes one for a process when it is first looked up, and drops it when
     the process is reaped (proc_flush_pid(), Linux 5.6), so that listing alone recognises those that were read before.
@@ -270,13 +270,11 @@ def list_pids() -> Iterator[tuple[int, int | None]]:
     :raises OSError: if /proc is there, but cannot be listed, for want of a file descriptor or of memory.
     """
     try:
+        # To its end, for the one descriptor that this takes may be the last one, which the look at each needs.
         with os.scandir(PROC) as entries:
-            for entry in entries:
-                if entry.name.isdigit():
-                    yield int(entry.name), entry.inode()
+            return [(int(entry.name), entry.inode()) for entry in entries if entry.name.isdigit()]
     except FileNotFoundError:
-        for pid in psutil.pids():
-            yield pid, None
+        return [(pid, None) for pid in psutil.pids()]
 
 
 def read_process(pid: int) -> Process | None:

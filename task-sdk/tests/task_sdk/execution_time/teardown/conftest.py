@@ -23,13 +23,22 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from task_sdk.execution_time.teardown.supervised_task import PATIENCE, Relay, Tree, set_grace
+from task_sdk.execution_time.teardown import supervised_task
+from task_sdk.execution_time.teardown.supervised_task import (
+    GRACE_WITH_FAULTS,
+    PATIENCE,
+    PATIENCE_WITH_FAULTS,
+    Relay,
+    Tree,
+    set_grace,
+)
 
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -97,6 +106,15 @@ def quick_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
     monkeypatch.setattr(supervisor, "SOCKET_CLEANUP_TIMEOUT", 0.1)
     monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
+
+
+@pytest.fixture
+def patience_with_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit_time: None) -> None:
+    """Give supervisors with a fault time, a short grace, and a PATH without sudo, which would end what is to stay."""
+    signal.alarm(PATIENCE_WITH_FAULTS)
+    monkeypatch.setattr(supervised_task, "PATIENCE", PATIENCE_WITH_FAULTS)
+    set_grace(monkeypatch, GRACE_WITH_FAULTS)
+    monkeypatch.setenv("PATH", str(tmp_path))
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import psutil
 import structlog
 
 from airflow.sdk.api.client import ServerResponseError
@@ -52,6 +53,12 @@ if TYPE_CHECKING:
 PATIENCE = 5
 """Seconds after which an event that should come has not come."""
 
+PATIENCE_WITH_FAULTS = 30
+"""The same where a fault costs the supervisor some of its time."""
+
+GRACE_WITH_FAULTS = 0.1
+"""Seconds between SIGTERM and SIGKILL there."""
+
 NEVER = 3600
 """Seconds to wait for what must not be waited for."""
 
@@ -66,7 +73,7 @@ class Relay:
         self._unread = b""
 
     def tell(self, value: Any) -> None:
-        os.write(self.writer, json.dumps(value).encode() + b"\n")
+        os.write(self.writer, json.dumps(value, default=str).encode() + b"\n")
 
     def hear(self) -> Any:
         while b"\n" not in self._unread:
@@ -236,6 +243,12 @@ def keep_open(*kept: int) -> None:
         os.close(fd)
 
 
+def list_living() -> list[int]:
+    """Return the descendants of this process that are no zombies."""
+    children = psutil.Process().children(recursive=True)
+    return [process.pid for process in children if process.status() != psutil.STATUS_ZOMBIE]
+
+
 def wait_to_end(relay: Relay) -> None:
     """Be a runner that can be told to fail."""
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
@@ -251,11 +264,15 @@ def hear_ready(relay: Relay, processes: int = 1) -> list[int]:
 
 
 def end_task(way: str, process: ActivitySubprocess, api: Api) -> None:
+    order_end(way, process, api)
+    process.wait()
+
+
+def order_end(way: str, process: ActivitySubprocess, api: Api) -> None:
     if way == "conflict":
         api.terminate = True
-    else:
+    elif way != "signalled":
         os.kill(process.pid, {"killed": signal.SIGKILL, "failed": signal.SIGUSR1}[way])
-    process.wait()
 
 
 def set_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -265,6 +282,11 @@ def set_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def be_polite(relay: Relay) -> None:
+    relay.tell(os.getpid())
+
+
+def be_deaf(relay: Relay) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     relay.tell(os.getpid())
 
 

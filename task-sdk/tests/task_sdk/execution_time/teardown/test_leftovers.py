@@ -36,6 +36,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     Log,
     Relay,
     Tree,
+    be_deaf,
     be_polite,
     conflict,
     detach,
@@ -69,11 +70,6 @@ def be_exec(relay: Relay) -> None:
 def be_stopped(relay: Relay) -> None:
     relay.tell(os.getpid())
     os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def be_deaf(relay: Relay) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    relay.tell(os.getpid())
 
 
 def be_phoenix(relay: Relay) -> None:
