@@ -82,12 +82,5 @@ def signal_session(leader: int, sig: int) -> bool:
 
 
 def signal_task(process: _SupervisedProcess, sig: int) -> bool:
-    """
-    Send a signal of ``kill()`` to the session of a task, if it has one; see :func:`signal_session`.
-
-    :returns: False if the caller has to signal the PID itself. There is nobody to signal, which is as good as done,
-        when somebody else has collected the child.
-    """
-    if not process._new_session:
-        return False
-    return not is_unreaped_child(process.pid) or signal_session(process.pid, sig)
+    """Send a signal of ``kill()`` to the session of a task, if it has one; see :func:`signal_session`."""
+    return process._new_session and signal_session(process.pid, sig)

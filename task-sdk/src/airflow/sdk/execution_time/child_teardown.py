@@ -106,9 +106,10 @@ def signal_tree(process: Any, sig: int) -> bool:
     """
     if not process._new_session:
         return False
-    if sig == signal.SIGKILL and is_unreaped_child(process.pid):
-        process._tree.stop(STOP_TIME, with_leader=True)
-    return signal_task(process, sig) or process._tree.signal_leader(sig)
+    tree: ProcessTree = process._tree
+    if sig == signal.SIGKILL:
+        tree.stop(STOP_TIME, with_leader=True)
+    return signal_task(process, sig) or tree.signal_leader(sig)
 
 
 def find_grace(conf: ConfigParser) -> float:
