@@ -18,8 +18,8 @@ SESSION_EVERY_LINKS = 10
 SESSION_EVERY_CHILDREN = 3
 BREEDING_INTERVAL = 0.05
 BREEDING_BEFORE_READY = 3
-HANDOVER_TIME = 0.2
-"""Seconds that a runaway lives on beside its successor: whoever reads /proc sees one of them at least."""
+HANDOVER_TIME = 2.0
+"""Seconds that a runaway lives on beside its successor: who reads /proc on a busy machine must not miss all of them."""
 FORK_INTERVAL = 0.005
 """Seconds that a forked child of a thread lives: with some threads one of them forks at any moment."""
 
@@ -109,7 +109,7 @@ def be_runaway() -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     detach()
     announce()
-    # Nobody could be sure to catch it: it ends with the test's folder.
+    # Nobody could be sure to catch it: it ends when the test removes the FIFO.
     while os.path.exists(READY):  # noqa: PTH110  # see announce()
         time.sleep(BREEDING_INTERVAL)
         if os.fork():

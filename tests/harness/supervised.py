@@ -226,6 +226,8 @@ def watch_supervisor(
     os.mkfifo(ready)
     order_read, order_write = os.pipe()
     with ExitStack() as stack:
+        # A runaway ends when it is gone.
+        stack.callback(ready.unlink)
         far_end = stack.enter_context(open(order_read, "rb"))  # noqa: PTH123  # a descriptor has no path
         order = stack.enter_context(open(order_write, "wb"))  # noqa: PTH123
         # Held open at both ends: no writer waits for a reader, and the first to close is not the end of the file.

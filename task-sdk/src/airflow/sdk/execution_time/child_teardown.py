@@ -106,10 +106,9 @@ def signal_tree(process: Any, sig: int) -> bool:
     """
     if not process._new_session:
         return False
-    tree: ProcessTree = process._tree
     if sig == signal.SIGKILL:
-        tree.stop(STOP_TIME, with_leader=True)
-    return signal_task(process, sig) or tree.signal_leader(sig)
+        process._tree.stop(STOP_TIME, with_leader=True)
+    return bool(signal_task(process, sig) or process._tree.signal_leader(sig))
 
 
 def find_grace(conf: ConfigParser) -> float:
