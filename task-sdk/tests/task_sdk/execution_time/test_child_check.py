@@ -297,6 +297,9 @@ class TestMeans:
     def test_without_pidfd(self) -> None:
         def remove() -> None:
             del os.pidfd_open
+            # psutil has one of its own, and remembers whether it works.
+            if can_use_pidfd := getattr(psutil._psposix, "can_use_pidfd_open", None):
+                can_use_pidfd.cache_clear()
 
         assert find(change=remove).means.exit == "polling"
 
