@@ -65,6 +65,7 @@ class TestGroup:
             process.kill(signal.SIGTERM, escalation_delay=0.1, force=True)
             assert tree.gone(child)
 
+    @pytest.mark.usefixtures("short_grace")  # in which the end of the runner is noticed, if not at once
     def test_heartbeat_conflict_takes_the_group_along(self, relay: Relay, tree: Tree) -> None:
         """A task that the server does not want any more ends with its children, as "server terminated"."""
         api = Api()
