@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import zipfile
-from pathlib import PurePosixPath
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +14,7 @@ import yaml
 from packaging.version import Version
 
 from patches.pull_requests import Wishes, make_pull_request
-from patches.releases import find_release, last_of_lines
+from patches.releases import last_of_lines
 from patches.rules import load_changes
 from patches.upstream import fetch_sdist, fetch_wheel
 from patches.wheels import build_wheel
@@ -24,7 +26,8 @@ from tests.upstream.results import BROKEN
 from tests.upstream.suites import install_suite, run_suite
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+    from concurrent.futures import Future
 
     from patches.pull_requests import PullRequest
     from patches.releases import Release
@@ -35,6 +38,9 @@ UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
 SOURCES = "task-sdk/src"
 CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
 CHANGES = [change for change in load_changes() if change.goes_upstream]
+# The last one needs all others.
+ALONE = CHANGES[:-1]
+RUNS_AT_A_TIME = 2
 # What a patched wheel says in the files that are derived from upstream's; in upstream's repository it has no place.
 MARK = b"# Modified by"
 
@@ -65,23 +71,32 @@ def name_tree(checkout: Path, folder: str = "") -> str:
     return git(checkout, "rev-parse", f"HEAD:{folder}").strip()
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[dict[str, Result]]]]:
+    """Make all commits that are to be tested, then run the tests on them; by the names of the commits."""
+    wanted = {release.version: (release, Wishes()) for release in last_of_lines()}
+    wanted |= {change.name: (last_of_lines()[-1], Wishes(only=(change.name,))) for change in ALONE}
+    commits: dict[str, tuple[Path, PullRequest]] = {}
+    for name, (release, wishes) in wanted.items():
+        checkout = unpack_checkout(fetch_sdist(release), tmp_path_factory.mktemp("tested"))
+        commits[name] = (checkout, make_pull_request(checkout, CHANGES, wishes))
+    with ThreadPoolExecutor(RUNS_AT_A_TIME) as pool:
+        yield {name: pool.submit(run_tests, *commit) for name, commit in commits.items()}
+
+
 def run_tests(checkout: Path, request: PullRequest) -> dict[str, Result]:
     """Run upstream's tests of the supervisor and those of the commit, on the SDK that is built from the checkout."""
     name = f"{request.release.version}-{request.branch}"
-    output = checkout.with_name("dist")
-    output.mkdir()
-    try:
-        environment = install_suite(request.release, build_sdk(checkout, output), flavour=request.branch)
-    except NoInterpreterError as error:
-        pytest.skip(f"not run: {error}")
+    with tempfile.TemporaryDirectory() as output:
+        wheel = build_sdk(checkout, Path(output))
+        environment = install_suite(request.release, wheel, flavour=request.branch)
     # Sorted: pytest 9 loses a folder's conftest when it comes back to the folder.
     ours = sorted(PurePosixPath(file).relative_to("task-sdk") for file in request.files if "/test_" in file)
     results = run_suite(environment, [UPSTREAM_SUITE, *map(str, ours)], name, tests=checkout / "task-sdk")
     assert {str(file) for file in ours} < {test.partition("::")[0] for test in results}
     # Some of upstream's tests fail now and then under load.
-    broken = [test for test, result in results.items() if result.outcome in BROKEN]
-    if broken:
-        results |= run_suite(environment, broken, f"{name}-repeat", tests=checkout / "task-sdk")
+    if broken := find_broken(results):
+        results |= run_suite(environment, list(broken), f"{name}-repeat", tests=checkout / "task-sdk")
     return results
 
 
@@ -89,15 +104,26 @@ def find_broken(results: dict[str, Result]) -> dict[str, Result]:
     return {test: result for test, result in results.items() if result.outcome in BROKEN}
 
 
-def test_commit_passes_all_tests(release: Release, checkout: Path) -> None:
-    """The checkout is clean, one commit further, and passes upstream's tests and ours."""
+@pytest.mark.parametrize(
+    "name", [*(release.version for release in last_of_lines()), *(change.name for change in ALONE)]
+)
+def test_passes_all_tests(runs: dict[str, Future[dict[str, Result]]], name: str) -> None:
+    """With all changes, or one and what it needs, upstream's tests pass, and those of the commit."""
+    try:
+        results = runs[name].result()
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")
+    assert find_broken(results) == {}
+
+
+def test_commits_once(release: Release, checkout: Path) -> None:
+    """The checkout is one commit further, and clean; the release and the style were known."""
     before = git(checkout, "rev-parse", "HEAD")
     request = make_pull_request(checkout, CHANGES, Wishes())
     assert request.release == release
     assert not [notice for notice in request.notices if "style" in notice]
     assert git(checkout, "status", "--porcelain") == ""
     assert git(checkout, "rev-parse", "HEAD~1") == before
-    assert find_broken(run_tests(checkout, request)) == {}
 
 
 def test_configuration_reference(release: Release, checkout: Path) -> None:
@@ -173,12 +199,3 @@ def test_each_change_applies_alone(checkout: Path, change: Change) -> None:
     request = make_pull_request(checkout, CHANGES, Wishes(only=(change.name,)))
     assert request.changes[-1] == change
     assert request.message.startswith(f"{change.subject}\n\n")
-
-
-@pytest.mark.parametrize("change", CHANGES[:-1], ids=lambda change: change.name)
-def test_each_change_alone_passes_all_tests(tmp_path: Path, change: Change) -> None:
-    """With one change upstream's tests pass, and its own; the last change needs all, which is tested above."""
-    release = find_release("1.4.0b2")
-    checkout = unpack_checkout(fetch_sdist(release), tmp_path / "checkout")
-    request = make_pull_request(checkout, CHANGES, Wishes(only=(change.name,)))
-    assert find_broken(run_tests(checkout, request)) == {}
