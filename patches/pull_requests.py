@@ -21,7 +21,7 @@ from patches.checkouts import (
 from patches.errors import PatchError
 from patches.releases import all_releases, find_release, last_of_lines
 from patches.rules import CORE, SOURCES, TESTS, Patch, add_needed, apply_rule, compute_patch, select_names
-from patches.styling import NoStyleError, apply_style
+from patches.styling import NoStyleError, apply_style, style_new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -193,8 +193,14 @@ def _is_applied(checkout: Checkout, change: Change, release: Release) -> bool:
     """Whether all files that a change brings are there as it brings them."""
     files = select_names(change.files, release)
     return bool(files) and all(
-        checkout.read(f"{SDK_SOURCES}/{file}") == (SOURCES / file).read_bytes() for file in files
+        _is_there(checkout, f"{SDK_SOURCES}/{file}", (SOURCES / file).read_bytes()) for file in files
     )
+
+
+def _is_there(checkout: Checkout, file: str, content: bytes) -> bool:
+    """Whether the checkout has a file of ours, be it in its own style."""
+    there = checkout.read(file)
+    return there is not None and there in (content, style_new_file(checkout, file, content))
 
 
 def _collect_files(
@@ -212,10 +218,9 @@ def _collect_tests(checkout: Checkout, changes: Sequence[Change], release: Relea
     tests: dict[str, bytes] = {}
     for name in dict.fromkeys(name for change in changes for name in select_names(change.tests, release)):
         file, content = f"{SDK_TESTS}/{name}", (TESTS / name).read_bytes()
-        there = checkout.read(file)
-        if there is None:
+        if checkout.read(file) is None:
             tests[file] = content
-        elif there != content:
+        elif not _is_there(checkout, file, content):
             raise PatchError(f"{checkout.folder} has another {file}: upstream now has a test of that name.")
     return tests
 

@@ -33,7 +33,7 @@ def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, byt
     _check_configuration(checkout)
     styled = dict(files)
     problems: list[str] = []
-    modules = [file for file in files if file.endswith((".py", ".pyi"))]
+    modules = [file for file in files if _is_python(file)]
     runs = run_parallel(
         lambda file: _style(checkout, file, files[file]), modules, workers=os.cpu_count() or 1
     )
@@ -48,6 +48,15 @@ def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, byt
     return styled
 
 
+def style_new_file(checkout: Checkout, file: str, content: bytes) -> bytes:
+    """Return what apply_style makes of a new file; without a style, or with one that fails, that is the file."""
+    try:
+        _check_configuration(checkout)
+        return _fix(checkout, file, content) if _is_python(file) else content
+    except NoStyleError:
+        return content
+
+
 def _style(checkout: Checkout, file: str, content: bytes) -> tuple[bytes, list[str]]:
     """Return a file in style, and the faults that remain and are new."""
     before = checkout.read(file)
@@ -55,6 +64,10 @@ def _style(checkout: Checkout, file: str, content: bytes) -> tuple[bytes, list[s
         content = _fix(checkout, file, content)
     excused = Counter(_find_faults(checkout, file, before or b""))
     return content, list(Counter(_find_faults(checkout, file, content)) - excused)
+
+
+def _is_python(file: str) -> bool:
+    return file.endswith((".py", ".pyi"))
 
 
 def _check_configuration(checkout: Checkout) -> None:

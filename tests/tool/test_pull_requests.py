@@ -42,6 +42,9 @@ case " $* " in
 esac
 exec {git} "$@"
 """
+STYLE = {
+    "pyproject.toml": '[tool.ruff.lint]\nselect = ["F", "I"]\n[tool.ruff.format]\nquote-style = "single"\n'
+}
 # What users set for the patches that they read.
 HOSTILE = {
     "diff.noprefix": "true",
@@ -179,8 +182,15 @@ def test_takes_along_what_is_needed(checkout: Path, changes: list[Change]) -> No
     assert "politeness is needed, and so part of the commit." in request.notices
 
 
-def test_builds_on_what_is_there(checkout: Path, changes: list[Change]) -> None:
+@pytest.mark.parametrize("styled", [False, True])
+def test_builds_on_what_is_there(
+    tmp_path: Path, changes: list[Change], sources: Path, *, styled: bool
+) -> None:
     """On a branch that has what a change needs, the commit is that change alone; tests that both share stay."""
+    settings = {"ruff.toml": '[format]\nquote-style = "single"\n[lint]\nignore = ["F821"]\n'}
+    checkout = make_checkout(tmp_path / "checkout", files=settings if styled else None)
+    for file in (sources / "files" / ADDED, sources / "tests" / TEST):
+        file.write_text('BYE = "bye"\n')
     make_pull_request(checkout, changes, Wishes(only=("politeness",), number=1))
     request = make_pull_request(checkout, changes, Wishes(only=("gestures",), number=2))
     assert "politeness is needed, and there already." in request.notices
@@ -386,11 +396,6 @@ def test_refuses_wrong_folder(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
-
-
-STYLE = {
-    "pyproject.toml": '[tool.ruff.lint]\nselect = ["F", "I"]\n[tool.ruff.format]\nquote-style = "single"\n'
-}
 
 
 def restyle(tmp_path: Path, sources: Path, added: str, *, settings: dict[str, str] = STYLE) -> PullRequest:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from patches.commands import run_command
 from patches.errors import PatchError
+from tests.harness.archives import extract
 from tests.harness.environments import run_uv
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def export_parent(checkout: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         archive = _run_git(checkout, "archive", "HEAD~1", SDK, *_list_shared(checkout))
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _path: member)
-            tar.extractall(name)  # noqa: S202 - git wrote it
+            extract(tar, Path(name))
         yield Path(name)
 
 

@@ -20,6 +20,7 @@ from packaging.version import Version
 from patches.errors import PatchError
 from patches.releases import ROOT
 from patches.upstream import fetch_sdist
+from tests.harness.archives import extract
 from tests.harness.environments import clean_env, create_environment
 from tests.upstream.results import read_report
 
@@ -135,12 +136,16 @@ def make_folder(report: str) -> Iterator[Path]:
 def unpack_tests(sdist: Path, folder: Path) -> None:
     """Unpack the tests and their settings, and not the sources: what is tested is installed."""
     with tarfile.open(sdist) as archive:
-        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _path: member)
-        for member in archive:
-            path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
-            if path.parts[:1] in {("tests",), ("pyproject.toml",)}:
-                member.name = str(path)
-                archive.extract(member, folder)
+        extract(archive, folder, select_tests(archive))
+
+
+def select_tests(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the tests and their settings, named as they are below the top folder."""
+    for member in archive:
+        path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
+        if path.parts[:1] in {("tests",), ("pyproject.toml",)}:
+            member.name = str(path)
+            yield member
 
 
 def copy_tests(source: Path, folder: Path) -> None:

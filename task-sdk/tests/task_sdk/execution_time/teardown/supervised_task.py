@@ -297,7 +297,8 @@ def forked(main: Callable[[], None]) -> Iterator[int]:
     if pid == 0:
         try:
             main()
-        except BaseException:  # noqa: BLE001 - a forked copy of the test runner must not go on running tests
+        except BaseException:  # noqa: BLE001
+            # A forked copy of the test runner must not go on running tests.
             traceback.print_exc()
         finally:
             os._exit(0)
