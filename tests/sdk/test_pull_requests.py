@@ -41,7 +41,7 @@ CHANGES = [change for change in load_changes() if change.goes_upstream]
 # The last one needs all others.
 ALONE = CHANGES[:-1]
 RUNS_AT_A_TIME = 2
-# What a patched wheel says in the files that are derived from upstream's; in upstream's repository it has no place.
+# What the licence asks of a patched wheel, in the files that are derived from upstream's; upstream has no use for it.
 MARK = b"# Modified by"
 
 
@@ -150,14 +150,14 @@ def test_configuration_reference(release: Release, checkout: Path) -> None:
 
 
 def test_commit_is_what_the_wheel_has(release: Release, checkout: Path, tmp_path: Path) -> None:
-    """The sources are those of the patched wheel, but for the mark that the licence asks of derived works."""
+    """The sources are those of the patched wheel, but for its mark, and for empty lines, which are ruff's business."""
     request = make_pull_request(checkout, CHANGES, Wishes())
     wheel = build_wheel(release, fetch_wheel(release), CHANGES, tmp_path)
     shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
     for file in (PurePosixPath(file) for file in request.files if file.startswith(SOURCES)):
-        packed = (tmp_path / "wheel" / file.relative_to(SOURCES)).read_bytes().splitlines(keepends=True)
-        unmarked = [line for line in packed if not line.startswith(MARK)]
-        assert b"".join(unmarked) == (checkout / file).read_bytes(), file
+        packed = (tmp_path / "wheel" / file.relative_to(SOURCES)).read_bytes().splitlines()
+        unmarked = [line for line in packed if line and not line.startswith(MARK)]
+        assert unmarked == [line for line in (checkout / file).read_bytes().splitlines() if line], file
 
 
 def test_commit_before_builds_upstreams_wheel(release: Release, checkout: Path, tmp_path: Path) -> None:
