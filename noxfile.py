@@ -11,6 +11,8 @@ nox.options.sessions = ["lint"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 # Ctrl-C must leave a build the time to remove what it has begun.
 INTERRUPT_TIMEOUT = 10
+# The servers of an Airflow are asked to end one after the other, before they are killed.
+E2E_INTERRUPT_TIMEOUT = 60
 
 
 @nox.session
@@ -60,6 +62,13 @@ def upstream(session: nox.Session) -> None:
     """Run upstream's own tests on the stock and the patched SDK of versions, or of the last of every line."""
     install_groups(session, "tool", "tests")
     session.run("python", "-m", "tests.upstream", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """End tasks of a real Airflow, stock and patched, in the ways that users do; see --help for a part of it."""
+    install_groups(session, "tool", "tests")
+    session.run("python", "-m", "tests.e2e", *session.posargs, interrupt_timeout=E2E_INTERRUPT_TIMEOUT)
 
 
 @nox.session

@@ -58,11 +58,12 @@ class Recipe:
     bare_packages: Sequence[str]
     wheel: Path | None
     flavour: str
+    complete: bool
 
     @property
     def kind(self) -> str:
         """A name shared by the environments that differ in the patched wheel alone."""
-        flavour = self.flavour if self.wheel else "stock"
+        flavour = ("complete-" if self.complete else "") + (self.flavour if self.wheel else "stock")
         inputs = [str(self.interpreter), self.release.as_of, *self.packages, "bare", *self.bare_packages]
         digest = shorten_digest(json.dumps(inputs).encode())
         return f"{self.release.version}-{query_version(self.interpreter)}-{flavour}-{digest}"
@@ -82,9 +83,12 @@ def create_environment(
     wheel: Path | None = None,
     flavour: str = "teardown",
     python: str | None = None,
+    complete: bool = False,
 ) -> Environment:
     """Return an environment with the release's core and SDK at exact versions and `packages`, all as of its day.
 
+    `complete` adds what a deployment has, whose servers start from it: the apache-airflow distribution with the
+    providers that it needs, and bytecode, without which every `airflow` command takes three times as long.
     `bare_packages` are installed without what they depend on. `wheel` is installed over the stock SDK, as users do.
     `python` is anything that `uv python find` takes; without it, any installed interpreter serves that the release
     supports. An environment that exists with the same content is used again; those with an older wheel of the same
@@ -93,7 +97,7 @@ def create_environment(
     Raises NoInterpreterError, or EnvironmentFailedError when something cannot be installed.
     """
     interpreter = find_interpreter(release, python)
-    recipe = Recipe(release, interpreter, packages, bare_packages, wheel, flavour)
+    recipe = Recipe(release, interpreter, packages, bare_packages, wheel, flavour, complete)
     while not hold_finished(recipe.folder):
         build(recipe)
     if wheel:
@@ -176,7 +180,11 @@ def install(recipe: Recipe) -> None:
     """Create the virtual environment, in place of an unfinished one, and fill it."""
     release, folder = recipe.release, recipe.folder
     pins = [f"apache-airflow-core=={release.airflow}", f"{PROJECT}=={release.version}"]
+    if recipe.complete:
+        pins.append(f"apache-airflow=={release.airflow}")
     pip_install = ["pip", "install", "--python", str(name_python(folder)), "--exclude-newer", release.as_of]
+    if recipe.complete:
+        pip_install.append("--compile-bytecode")
     check_uv("venv", "--clear", *INSTALLED_ONLY, "--python", str(recipe.interpreter), str(folder / "venv"))
     check_uv(*pip_install, *pins, *recipe.packages)
     if recipe.bare_packages:

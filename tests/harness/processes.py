@@ -1,4 +1,4 @@
-"""Find and end processes that carry a cookie on their command line, or in their environment."""
+"""Find and end processes by a cookie on their command line or in their environment, or by the folder they work in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 COOKIE_VARIABLE = "SUPERVISED_BY_A_TEST"
 """Carries the cookie where the command line is not ours to choose: multiprocessing spawns its processes."""
@@ -26,8 +29,13 @@ class Process(NamedTuple):
 
 def find_marked(cookie: str) -> list[Process]:
     """Return the processes alive that carry `cookie`; a zombie has neither arguments nor variables any more."""
+    return find_processes(lambda pid: is_marked(pid, cookie))
+
+
+def find_processes(belongs: Callable[[int], bool]) -> list[Process]:
+    """Return the processes of which this is true."""
     pids = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return [Process(pid, read_name(pid)) for pid in pids if is_marked(pid, cookie)]
+    return [Process(pid, read_name(pid)) for pid in pids if belongs(pid)]
 
 
 def is_marked(pid: int, cookie: str) -> bool:
@@ -85,23 +93,43 @@ def kill_marked(cookie: str) -> None:
 
     Raises TimeoutError when some are still there after KILL_TIMEOUT seconds.
     """
+    kill_all(lambda pid: is_marked(pid, cookie))
+
+
+def kill_inside(folder: Path) -> None:
+    """Kill every process whose working directory is in `folder`, and those that they start meanwhile.
+
+    Raises TimeoutError when some are still there after KILL_TIMEOUT seconds.
+    """
+    kill_all(lambda pid: is_inside(pid, folder))
+
+
+def is_inside(pid: int, folder: Path) -> bool:
+    try:
+        # readlink, for the directory may have been removed.
+        return Path(f"/proc/{pid}/cwd").readlink().is_relative_to(folder)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False
+
+
+def kill_all(belongs: Callable[[int], bool]) -> None:
     deadline = time.monotonic() + KILL_TIMEOUT
-    while found := find_marked(cookie):
+    while found := find_processes(belongs):
         if time.monotonic() > deadline:
             raise TimeoutError(f"still alive after SIGKILL: {found}")
         for process in found:
-            kill_if_marked(process.pid, cookie)
+            kill_if(belongs, process.pid)
         wait_for_exit(found, deadline - time.monotonic())
 
 
-def kill_if_marked(pid: int, cookie: str) -> None:
+def kill_if(belongs: Callable[[int], bool], pid: int) -> None:
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
         # The number may have been given to somebody else before the pidfd was opened, but not after.
-        if is_marked(pid, cookie):
+        if belongs(pid):
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     finally:

@@ -1,0 +1,135 @@
+"""What came of a scenario, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+
+from tests.e2e.runs import DAG, PROCESSES
+from tests.harness.processes import Process, wait_for_exit
+from tests.harness.supervised import HEARTBEAT_INTERVAL, KILL_GRACE, SETTLE_TIMEOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.deployment import Airflow, Executor, Installation
+    from tests.e2e.runs import Run
+
+SLOTS_TIMEOUT = 90.0
+"""Seconds after which a slot counts as never free; what stock supervisors wait for takes 75 at most."""
+SLOTS_DUE = HEARTBEAT_INTERVAL + KILL_GRACE + 2.0
+"""Seconds in which a slot has to be free: the next heartbeat, the grace period, and what the contract allows."""
+LEFT_NAMED = 8
+
+ENDED_EVENT = "Ended processes that the task had left running"
+# A task that fails says so in its own log; that is no fault of whoever watches it.
+OF_THE_TASK_ITSELF = "Task failed with exception"
+TRACEBACK = "Traceback (most recent call last)"
+
+EVERY_RELEASE = SpecifierSet(">=1", prereleases=True)
+# From 1.4 on a supervisor that gets SIGTERM lets its task finish.
+ENDS_TASK_ON_SIGTERM = SpecifierSet("<1.4.0a0", prereleases=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a scenario saw. `problems` has a sentence for everything that is not as it should be."""
+
+    started: int
+    """Processes that had to end, the tasks' own among them."""
+    left: list[Process]
+    """Those that had not."""
+    seconds: float | None
+    """Until every slot was free; None if that was not awaited, or in vain."""
+    states: dict[str, str | None]
+    problems: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Scenario(NamedTuple):
+    """One way to end tasks. `run` has an Airflow of its own, and leaves nothing of it behind."""
+
+    name: str
+    title: str
+    executors: tuple[Executor, ...]
+    run: Callable[[Installation, Executor], Outcome]
+    releases: SpecifierSet = EVERY_RELEASE
+    """SDK versions that it applies to."""
+    shows_fault: bool = False
+    """Stock is known to leave something, and the scenario is worth nothing where it does not."""
+
+
+def observe_end(run: Run, *, states: tuple[str | None, ...], seconds: float | None) -> Outcome:
+    """Describe a run whose tasks have all been ended, and which should be in one of the `states`."""
+    wait_for_exit(
+        [process for processes in run.find_left().values() for process in processes], SETTLE_TIMEOUT
+    )
+    left = run.find_left()
+    run.wait_for_states(*states)
+    now = run.states()
+    problems = [
+        *name_left(left),
+        *(f"{task} is {state}" for task, state in now.items() if state not in states),
+        *judge_on_kill(run),
+        *judge_task_log(run),
+        *find_tracebacks(run.airflow),
+    ]
+    return Outcome(
+        started=sum(PROCESSES.values()) + len(PROCESSES),
+        left=[process for processes in left.values() for process in processes],
+        seconds=seconds,
+        states=now,
+        problems=problems,
+    )
+
+
+def judge_slots(seconds: float | None, due: float = SLOTS_DUE) -> Iterator[str]:
+    if seconds is None:
+        yield f"a slot was not free after {SLOTS_TIMEOUT:.0f} s"
+    elif seconds > due:
+        yield f"the last slot was free after {seconds:.1f} s, more than {due:.0f}"
+
+
+def name_left(left: dict[str, list[Process]]) -> Iterator[str]:
+    for task, processes in left.items():
+        names = ", ".join(f"{process.name} ({process.pid})" for process in processes[:LEFT_NAMED])
+        yield f"left of {task}: {names}"
+
+
+def judge_on_kill(run: Run) -> Iterator[str]:
+    """Say if on_kill has not run once, from its beginning to its end, while what it cleans up was there."""
+    said = run.read_on_kill()
+    if said != ["began", "done"]:
+        yield f"on_kill: {', '.join(said) or 'not called'}"
+
+
+def judge_task_log(run: Run, task: str = "children") -> Iterator[str]:
+    """Say if a task's log does not tell the processes that its supervisor had to end.
+
+    Of `children` those are the deaf one and the one in a session of its own.
+    """
+    named = [process for event in read_events(run, task) for process in event.get("processes", [])]
+    signals = sorted(process["signal"] for process in named)
+    if signals != ["SIGKILL", "SIGTERM"]:
+        yield f"the log of {task} names as ended: {named or 'nothing'}"
+
+
+def read_events(run: Run, task: str) -> list[dict[str, Any]]:
+    """Return what the log of a task says about what was ended."""
+    lines = run.airflow.read_task_log(DAG, run.id, task).splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    return [event for event in events if event["event"] == ENDED_EVENT]
+
+
+def find_tracebacks(airflow: Airflow) -> Iterator[str]:
+    """Say which logs have tracebacks, but for a task's report of its own failure."""
+    for name, text in airflow.read_logs().items():
+        lines = [line for line in text.splitlines() if TRACEBACK in line or '"error_detail":[{' in line]
+        found = [line for line in lines if OF_THE_TASK_ITSELF not in line]
+        if found:
+            yield f"{len(found)} tracebacks in {name}"

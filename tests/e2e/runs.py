@@ -1,0 +1,186 @@
+"""A DAG run whose tasks start processes, followed from outside: who belongs to it, and who watches it."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.e2e.servers import ServerFailedError
+from tests.harness.processes import Process, find_marked, read_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.e2e.deployment import Airflow
+
+DAG = "starts_processes"
+PROCESSES = {"bash": 3, "external_python": 2, "virtualenv": 2, "children": 4, "cleans_up": 1}
+"""What each task of the DAG starts, and announces."""
+
+ANNOUNCE_TIMEOUT = 180.0
+"""Seconds in which all tasks must have started all that they start; two busy cores take 30."""
+STATE_TIMEOUT = 60.0
+"""Seconds that the scheduler has to take notice of what came of a task."""
+POLL_INTERVAL = 0.05
+ANNOUNCEMENTS_MAX_BYTES = 1 << 16
+
+CELERY_FINISHED = re.compile(r"\[[0-9a-f-]{36}\] (?:succeeded in|raised unexpected|raised exception)")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A task's own process, and the supervisor above it, which is its parent. Descriptors outlive the numbers."""
+
+    runner: int
+    runner_pidfd: int
+    supervisor: int
+    supervisor_pidfd: int
+
+
+@dataclass
+class Run:
+    """A run of the DAG whose tasks all have started what they start."""
+
+    airflow: Airflow
+    id: str
+    cookie: str
+    folder: Path
+    announcements: int
+    members: dict[str, Member] = field(default_factory=dict)
+    _finished_before: int = 0
+
+    def wait_for_processes(self, number: int) -> None:
+        """Wait until so many more processes have announced themselves."""
+        announced = 0
+        deadline = time.monotonic() + ANNOUNCE_TIMEOUT
+        while announced < number:
+            if select.select([self.announcements], [], [], 1)[0]:
+                announced += os.read(self.announcements, ANNOUNCEMENTS_MAX_BYTES).count(b"\n")
+                continue
+            # The FIFO has no end while it is open here for writing, too: whoever should write to it has to be looked at.
+            reason = self._find_reason_to_give_up()
+            if time.monotonic() > deadline:
+                reason = f"{ANNOUNCE_TIMEOUT:.0f} s have passed"
+            if reason:
+                raise ServerFailedError(
+                    f"{announced} of {number} processes were started when {reason}: {self.states()}\n"
+                    f"{self.airflow.tail_logs()}"
+                )
+
+    def _find_reason_to_give_up(self) -> str | None:
+        for server in self.airflow.servers:
+            if server.process.poll() is not None:
+                return f"{server.name} ended"
+        for task, state in self.states().items():
+            if state in ("failed", "success"):
+                return f"{task} ended"
+        return None
+
+    def instances(self) -> dict[str, dict[str, Any]]:
+        return self.airflow.client.task_instances(DAG, self.id)
+
+    def states(self) -> dict[str, str | None]:
+        """Return the state of each task."""
+        return {task: instance["state"] for task, instance in sorted(self.instances().items())}
+
+    def wait_for_states(self, *states: str | None, tasks: Sequence[str] = tuple(PROCESSES)) -> None:
+        """Wait until each of the tasks has one of the states, or STATE_TIMEOUT has passed."""
+        deadline = time.monotonic() + STATE_TIMEOUT
+        while time.monotonic() < deadline:
+            now = self.states()
+            if all(now[task] in states for task in tasks):
+                return
+            time.sleep(POLL_INTERVAL)
+
+    def find_left(self, attempt: int = 1) -> dict[str, list[Process]]:
+        """Return who is alive of each task's try, its own process among them; tasks without anybody are left out."""
+        left = {task: find_marked(f"{self.cookie}.{task}.{attempt}") for task in PROCESSES}
+        for task, member in self.members.items():
+            if attempt == 1 and not has_ended(member.runner_pidfd):
+                left[task].append(Process(member.runner, read_name(member.runner)))
+        return {task: processes for task, processes in left.items() if processes}
+
+    def supervisors(self) -> list[int]:
+        """Return the PIDs of the supervisors, each once."""
+        return sorted({member.supervisor for member in self.members.values()})
+
+    def wait_for_slots(self, timeout: float) -> float | None:
+        """Return after how many seconds all slots of the tasks were free, or their supervisors gone; None if never."""
+        began = time.monotonic()
+        while not self.slots_free():
+            if time.monotonic() - began > timeout:
+                return None
+            time.sleep(POLL_INTERVAL)
+        return time.monotonic() - began
+
+    def slots_free(self) -> bool:
+        members = [member for member in self.members.values() if not has_ended(member.supervisor_pidfd)]
+        if self.airflow.executor == "celery":
+            ended = len(self.members) - len(members)
+            return self._count_finished() - self._finished_before + ended >= len(self.members)
+        return all(is_idle(member.supervisor) for member in members)
+
+    def read_on_kill(self, attempt: int = 1) -> list[str]:
+        """Return what on_kill of the operator has written."""
+        record = self.folder / f"on_kill.{attempt}"
+        return record.read_text().split("\n")[:-1] if record.exists() else []
+
+    def _count_finished(self) -> int:
+        return len(CELERY_FINISHED.findall(self.airflow.worker.log.read_text(errors="replace")))
+
+
+@contextmanager
+def start_run(airflow: Airflow) -> Iterator[Run]:
+    """Start a run, and yield it when every process of it has announced itself."""
+    cookie = f"e2e-{uuid.uuid4().hex}"
+    folder = airflow.folder / cookie
+    folder.mkdir()
+    ready = folder / "ready"
+    os.mkfifo(ready)
+    announcements = os.open(ready, os.O_RDWR)
+    run = Run(airflow, "", cookie, folder, announcements)
+    try:
+        conf = {"cookie": cookie, "ready": str(ready), "folder": str(folder)}
+        run.id = airflow.client.trigger(DAG, conf)
+        run.wait_for_processes(sum(PROCESSES.values()))
+        find_members(run)
+        yield run
+    finally:
+        os.close(announcements)
+        for member in run.members.values():
+            os.close(member.runner_pidfd)
+            os.close(member.supervisor_pidfd)
+
+
+def find_members(run: Run) -> None:
+    """Note the processes that run and watch the tasks."""
+    for task, instance in run.instances().items():
+        runner = instance["pid"]
+        supervisor = read_parent(runner)
+        run.members[task] = Member(runner, os.pidfd_open(runner), supervisor, os.pidfd_open(supervisor))
+    if run.airflow.executor == "celery":
+        run._finished_before = run._count_finished()
+
+
+def read_parent(pid: int) -> int:
+    # After the name, which may hold anything: the state, the parent.
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def is_idle(pid: int) -> bool:
+    """Tell whether a worker of a LocalExecutor, whose title says so, waits for a task; one that is gone does not."""
+    try:
+        return b"<idle>" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
