@@ -89,11 +89,11 @@ def test_release(
         database = prepare_database(environments[False], Path(setup))
         for scenario, executor in plan(release, executors, scenarios):
             for patched, environment in environments.items():
-                console.print(
-                    f"{'patched' if patched else 'stock'}, {executor}: {scenario.title}", highlight=False
-                )
-                outcome = scenario.run(Installation(environment, patched, database), executor)
-                results.append(Result(scenario, executor, patched, outcome))
+                side = "patched" if patched else "stock"
+                console.print(f"{side}, {executor}: {scenario.title}", highlight=False)
+                logs = folder / f"{scenario.name}-{executor}-{side}"
+                installation = Installation(environment, patched, database, logs)
+                results.append(Result(scenario, executor, patched, scenario.run(installation, executor)))
                 write_json(folder / "outcomes.json", results)
     console.print(make_table(release, results))
     for problem in list_problems(results):

@@ -50,6 +50,8 @@ class Installation:
     environment: Environment
     patched: bool
     database: Path
+    logs: Path
+    """Where every log of a deployment goes when it ends."""
 
     @property
     def release(self) -> Release:
@@ -71,15 +73,13 @@ class Airflow:
     def read_logs(self) -> dict[str, str]:
         """Return every log, those of the tasks among them, by its path in the folder."""
         return {
-            str(log.relative_to(self.folder)): log.read_text(errors="replace") for log in self._find_logs()
+            str(log.relative_to(self.folder)): log.read_text(errors="replace")
+            for log in find_logs(self.folder)
         }
 
     def tail_logs(self) -> str:
         """Return the last lines of every log, each under a heading."""
-        return "\n".join(tail(log) for log in self._find_logs())
-
-    def _find_logs(self) -> list[Path]:
-        return sorted([*self.folder.glob("*.log"), *self.folder.glob("airflow/logs/**/*.log")])
+        return "\n".join(tail(log) for log in find_logs(self.folder))
 
     def read_task_log(self, dag: str, run: str, task: str, attempt: int = 1) -> str:
         """Return what a try of a task has in its log, JSON lines; "" if there is none."""
@@ -132,6 +132,7 @@ def run_airflow(
         ExitStack() as stack,
     ):
         folder = Path(folder_name).resolve()
+        stack.callback(keep_logs, folder, installation.logs)
         stack.callback(kill_inside, folder)
         port = find_free_port()
         env = airflow_env(environment, folder, executor, port)
@@ -160,6 +161,20 @@ def run_airflow(
             wait_until(ready, *servers, what="the Celery worker is ready")
         client.log_in()
         yield Airflow(installation, executor, folder, client, worker, servers)
+
+
+def find_logs(folder: Path) -> list[Path]:
+    """Return the logs of the servers and the tasks of an Airflow."""
+    return sorted([*folder.glob("*.log"), *folder.glob("airflow/logs/**/*.log")])
+
+
+def keep_logs(folder: Path, destination: Path) -> None:
+    """Copy the logs of an Airflow, in place of those of a run before."""
+    shutil.rmtree(destination, ignore_errors=True)
+    for log in find_logs(folder):
+        copy = destination / log.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, copy)
 
 
 def start_broker(start: Callable[..., Server], env: dict[str, str]) -> Server:

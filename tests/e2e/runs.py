@@ -107,6 +107,10 @@ class Run:
                 left[task].append(Process(member.runner, read_name(member.runner)))
         return {task: processes for task, processes in left.items() if processes}
 
+    def list_left(self, attempt: int = 1) -> list[Process]:
+        """Return the same, whatever the task."""
+        return [process for processes in self.find_left(attempt).values() for process in processes]
+
     def supervisors(self) -> list[int]:
         """Return the PIDs of the supervisors, each once."""
         return sorted({member.supervisor for member in self.members.values()})

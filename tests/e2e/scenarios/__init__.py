@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.e2e.scenarios import set_failed
+from tests.e2e.scenarios import cleared, set_failed, shut_down, stolen
 
 if TYPE_CHECKING:
     from tests.e2e.outcomes import Scenario
 
-SCENARIOS: tuple[Scenario, ...] = (*set_failed.SCENARIOS,)
+SCENARIOS: tuple[Scenario, ...] = (
+    *set_failed.SCENARIOS,
+    *cleared.SCENARIOS,
+    *shut_down.SCENARIOS,
+    *stolen.SCENARIOS,
+)
