@@ -55,8 +55,11 @@ def make_table(release: Release, results: Sequence[Result]) -> Table:
 
 def describe(outcome: Outcome) -> list[str]:
     slots = "" if outcome.seconds is None else f"{outcome.seconds:.1f} s"
+    left = (
+        paint(f"{len(outcome.left)} of {outcome.started}", good=not outcome.left) if outcome.started else ""
+    )
     return [
-        paint(f"{len(outcome.left)} of {outcome.started}", good=not outcome.left),
+        left,
         slots,
         paint(str(len(outcome.problems)), good=not outcome.problems),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ SUPERVISORS_DUE = 15.0
 """Seconds from the trigger in which every supervisor has to be done; two busy cores take 10 to start the tasks."""
 STATE_TIMEOUT = 10.0
 """Seconds that the scheduler has to take notice of what came of a task."""
-SUPERVISOR_DONE = "Task finished"
-"""What a supervisor logs as its last word."""
+SUPERVISOR_DONE = re.compile(r"(?:Task|Workload) finished .*\[supervisor\]")
+"""What a supervisor logs as its last word; it begins with Workload from 1.3 on."""
 
 
 def steal(installation: Installation, executor: Executor) -> Outcome:
@@ -68,7 +69,7 @@ def wait_for_supervisors(airflow: Airflow) -> float | None:
 
 
 def count_lingering(airflow: Airflow) -> int:
-    return len(STATES) - airflow.worker.log.read_text(errors="replace").count(SUPERVISOR_DONE)
+    return len(STATES) - len(SUPERVISOR_DONE.findall(airflow.worker.log.read_text(errors="replace")))
 
 
 def wait_for_states(airflow: Airflow, run: str) -> dict[str, str | None]:

@@ -1,0 +1,98 @@
+"""A real Airflow whose tasks are set to failed: the patched one ends everything, and the stock one shows why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from patches.errors import PatchError
+from patches.releases import find_release
+from patches.rules import load_changes
+from patches.upstream import fetch_wheel
+from patches.wheels import build_wheel
+from tests.e2e.__main__ import main
+from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, prepare_database
+from tests.e2e.outcomes import Outcome
+from tests.e2e.report import Result, find_failures
+from tests.e2e.scenarios import SCENARIOS
+from tests.harness.environments import NoInterpreterError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.e2e.deployment import Executor
+    from tests.harness.environments import Environment
+
+VERSION = "3.1.8"
+SET_FAILED = next(scenario for scenario in SCENARIOS if scenario.name == "set-failed")
+
+Sides = dict[bool, "Environment"]
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
+    """Return the stock environment under False and the patched one under True."""
+    release = find_release(VERSION)
+    wheel = build_wheel(release, fetch_wheel(release), load_changes(), tmp_path_factory.mktemp("dist"))
+    try:
+        return {False: install(release, None), True: install(release, wheel)}
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")
+
+
+@pytest.fixture(scope="module")
+def database(sides: Sides, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_database(sides[False], tmp_path_factory.mktemp("setup"))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
+def test_tasks_set_to_failed(
+    sides: Sides, database: Path, executor: Executor, tmp_path: Path, *, patched: bool
+) -> None:
+    """Of tasks that are set to failed the patched SDK leaves nothing, with on_kill done and the log telling it.
+
+    The stock SDK leaves processes behind, and its supervisors crash: otherwise this would prove nothing.
+    """
+    try:
+        check_tools([executor])
+    except PatchError as error:
+        pytest.skip(f"not run: {error}")
+    outcome = SET_FAILED.run(Installation(sides[patched], patched, database, tmp_path / "logs"), executor)
+
+    if patched:
+        assert drop_timing(outcome) == []
+        assert outcome.left == []
+    else:
+        assert len(outcome.left) >= 4
+        assert any("tracebacks" in problem for problem in outcome.problems)
+
+
+def drop_timing(outcome: Outcome) -> list[str]:
+    """Return the problems other than a slot that was free late, which busy processors cause, too."""
+    return [problem for problem in outcome.problems if not problem.startswith("the last slot was free after")]
+
+
+def make_outcome(problems: list[str]) -> Outcome:
+    return Outcome(started=1, left=[], seconds=1.0, states={}, problems=problems)
+
+
+def test_failed_scenario_is_told() -> None:
+    """A patched side with a problem fails the run, and so does a stock side that shows nothing."""
+    well = make_outcome(problems=[])
+    ill = make_outcome(problems=["left of bash: bash (4711)"])
+
+    assert not list(find_failures([Result(SET_FAILED, "local", patched=True, outcome=well)]))
+    assert list(find_failures([Result(SET_FAILED, "local", patched=True, outcome=ill)]))
+    assert list(find_failures([Result(SET_FAILED, "local", patched=False, outcome=well)]))
+
+
+@pytest.mark.parametrize("arguments", [["9.9.9"], ["kubernetes"]], ids=" ".join)
+def test_bad_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is neither a supported version nor an executor gets one sentence, and the exit status 2."""
+    assert main(arguments) == 2
+
+    message = capsys.readouterr().err
+    assert arguments[0] in message
+    assert len(message.splitlines()) == 1
