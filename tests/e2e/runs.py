@@ -42,6 +42,8 @@ class Member:
     runner_pidfd: int
     supervisor: int
     supervisor_pidfd: int
+    title: bytes
+    """The supervisor's; a worker of a LocalExecutor has the task instance in it."""
 
 
 @dataclass
@@ -129,7 +131,7 @@ class Run:
         if self.airflow.executor == "celery":
             ended = len(self.members) - len(members)
             return self._count_finished() - self._finished_before + ended >= len(self.members)
-        return all(is_idle(member.supervisor) for member in members)
+        return not any(read_title(member.supervisor) == member.title for member in members)
 
     def read_on_kill(self, attempt: int = 1) -> list[str]:
         """Return what on_kill of the operator has written."""
@@ -168,7 +170,8 @@ def find_members(run: Run) -> None:
     for task, instance in run.instances().items():
         runner = instance["pid"]
         supervisor = read_parent(runner)
-        run.members[task] = Member(runner, os.pidfd_open(runner), supervisor, os.pidfd_open(supervisor))
+        pidfds = os.pidfd_open(runner), os.pidfd_open(supervisor)
+        run.members[task] = Member(runner, pidfds[0], supervisor, pidfds[1], read_title(supervisor))
     if run.airflow.executor == "celery":
         run._finished_before = run._count_finished()
 
@@ -182,9 +185,9 @@ def has_ended(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
 
 
-def is_idle(pid: int) -> bool:
-    """Tell whether a worker of a LocalExecutor, whose title says so, waits for a task; one that is gone does not."""
+def read_title(pid: int) -> bytes:
+    """Return what ps(1) shows of a process; nothing if it is gone."""
     try:
-        return b"<idle>" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return b""
