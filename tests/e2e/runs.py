@@ -129,8 +129,8 @@ class Run:
     def slots_free(self) -> bool:
         members = [member for member in self.members.values() if not has_ended(member.supervisor_pidfd)]
         if self.airflow.executor == "celery":
-            ended = len(self.members) - len(members)
-            return self._count_finished() - self._finished_before + ended >= len(self.members)
+            # Not the sum: a worker that is being stopped has its processes end as their tasks finish.
+            return not members or self._count_finished() - self._finished_before >= len(self.members)
         return not any(read_title(member.supervisor) == member.title for member in members)
 
     def read_on_kill(self, attempt: int = 1) -> list[str]:

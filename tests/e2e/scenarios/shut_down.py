@@ -21,8 +21,6 @@ from tests.e2e.runs import DAG, PROCESSES, start_run
 if TYPE_CHECKING:
     from tests.e2e.deployment import Executor, Installation
 
-# Nobody kills a task that was sent SIGTERM by its supervisor: it fails, is up for no retry, or runs on.
-ENDED = ("failed",)
 WARM_TIME = 5.0
 """Seconds in which a warm stop must not have ended anything."""
 STOP_TIMEOUT = 60.0
@@ -35,7 +33,7 @@ def signal_supervisors(installation: Installation, executor: Executor) -> Outcom
         for supervisor in run.supervisors():
             os.kill(supervisor, signal.SIGTERM)
         seconds = run.wait_for_slots(SLOTS_TIMEOUT)
-        outcome = observe_end(run, states=ENDED, seconds=seconds)
+        outcome = observe_end(run, states=("failed",), seconds=seconds)
         return replace(outcome, problems=[*judge_slots(seconds), *outcome.problems])
 
 
@@ -71,8 +69,8 @@ def stop_cold(installation: Installation, executor: Executor) -> Outcome:
     """Send SIGQUIT to the Celery worker, which waits for nobody."""
     with run_airflow(installation, executor) as airflow, start_run(airflow) as run:
         airflow.worker.process.send_signal(signal.SIGQUIT)
-        stopped = airflow.worker.wait(STOP_TIMEOUT)
         seconds = run.wait_for_slots(SLOTS_TIMEOUT)
+        stopped = airflow.worker.wait(STOP_TIMEOUT)
         outcome = observe_end(run, states=("failed", "running"), seconds=seconds)
         return replace(outcome, problems=[*judge_slots(seconds), *judge_stop(stopped), *outcome.problems])
 
