@@ -16,9 +16,7 @@
 # under the License.
 from __future__ import annotations
 
-import signal
 from configparser import RawConfigParser
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +128,6 @@ class TestSurvivors:
         assert call.method_name == "error"
         assert call.kwargs["processes"] == [{"pid": STUBBORN.pid, "name": "stubborn"}]
         assert reason in call.kwargs["reason"]
-
-    def test_children_are_killed_before_their_parents(self, conf: Conf, process: Any) -> None:
-        """A stopped group whose last tie to its session dies is continued: it must be as good as dead by then."""
-        child, grandchild = replace(STUBBORN, start=2), replace(STUBBORN, pid=STUBBORN.pid + 1, start=2)
-        process._tree.stop.return_value = [child, STUBBORN, grandchild]
-        end_leftovers(process, -9, conf)
-        process._tree.signal.assert_called_with([grandchild, child, STUBBORN], signal.SIGKILL)
 
     def test_sockets_are_given_up(self, conf: Conf, process: Any) -> None:
         """Whoever is left may hold them for as long as it likes, but the time is up."""

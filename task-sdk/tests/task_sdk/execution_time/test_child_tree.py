@@ -299,6 +299,16 @@ class TestStop:
         tree.stop(PATIENCE, with_leader=True)
         assert read_process(leader).stopped
 
+    def test_children_come_before_their_parents(self) -> None:
+        """A stopped group whose last tie to its session dies is continued: it must be as good as dead by then."""
+        tree, leader, started = lead(*STARTS)
+        stopped = tree.stop(PATIENCE, with_leader=True)
+        assert [process.start for process in stopped] == sorted(
+            (read_process(pid).start for pid in [leader, *started]), reverse=True
+        )
+        assert stopped[-1].pid == leader
+        assert stopped.index(read_process(started[0])) > stopped.index(read_process(started[1]))
+
     def test_what_does_not_stop_is_not_waited_for(self, mocker: MockerFixture) -> None:
         """It does not wait for ever, as for a process that does not get to run."""
         tree, _, [pid] = lead(start_child)

@@ -192,9 +192,6 @@ def terminate(process: Any, deadline: float, ended: dict[Process, str]) -> None:
 def kill(process: Any, deadline: float, ended: dict[Process, str]) -> list[Process]:
     """Kill leftovers until nothing is left; return those that are there at the deadline all the same."""
     while members := process._tree.stop(max(0, deadline - KILL_WAIT - time.monotonic())):
-        # Children before parents: a group that loses its last tie to its session is orphaned, and the kernel then
-        # continues those of it that are stopped (setpgid(2)), so that they could fork until their own turn comes.
-        members.sort(key=lambda member: (member.start, member.pid), reverse=True)
         process._tree.signal(members, signal.SIGKILL)
         ended.update(dict.fromkeys(members, signal.SIGKILL.name))
         wait_for(process, members, min(deadline, time.monotonic() + KILL_WAIT))

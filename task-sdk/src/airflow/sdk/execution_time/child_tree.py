@@ -169,7 +169,10 @@ class ProcessTree:
 
     def stop(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
         """
-        Stop the processes of the tree, so that none can start another, and return them.
+        Stop the processes of the tree, so that none can start another, and return them in the order to kill them in.
+
+        Children come before their parents: a group that loses its last tie to its session is orphaned, and the kernel
+        then continues those of it that are stopped (setpgid(2)), which could fork until their own turn comes.
 
         :param time_limit: seconds to wait for those that do not get to run, on a machine that is busy, or do not
             stop, in an uninterruptible sleep.
@@ -182,7 +185,7 @@ class ProcessTree:
             # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
             # child appears. So the last look is one that began when all had been seen stopped.
             if not fresh and (all_stopped or time.monotonic() > deadline):
-                return members
+                return sorted(members, key=lambda member: (member.start, member.pid), reverse=True)
             all_stopped = not fresh and all(member.stopped for member in members)
             self.signal(fresh, signal.SIGSTOP)
             sent.update(fresh)
