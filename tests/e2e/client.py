@@ -9,6 +9,8 @@ from typing import Any
 
 REQUEST_TIMEOUT = 30.0
 """Seconds; the first request to a part of the API has it imported."""
+SET_FAILED_ATTEMPTS = 3
+DATABASE_ERROR = "Database error"
 
 
 class ApiError(Exception):
@@ -57,7 +59,15 @@ class Client:
     def set_failed(self, dag: str, run: str, task: str) -> None:
         """Set a task instance to failed."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}"
-        self.request("PATCH", path, {"new_state": "failed"})
+        for attempt in range(SET_FAILED_ATTEMPTS):
+            try:
+                self.request("PATCH", path, {"new_state": "failed"})
+            except ApiError as error:
+                # SQLite has one writer; a request that cannot write for 5 s fails, and a user would try again.
+                if DATABASE_ERROR not in str(error) or attempt == SET_FAILED_ATTEMPTS - 1:
+                    raise
+            else:
+                return
 
     def clear(self, dag: str, run: str, tasks: list[str]) -> None:
         """Have task instances run again, whatever they are doing."""
