@@ -39,7 +39,7 @@ def breeze(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Show what the stock and the patched SDK of a version (3.1.8 unless given) leave running."""
-    install_groups(session, "tool")
+    install_groups(session, "tool", "bench")  # to draw, and what drawing is shared with
     session.run("python", "-m", "tests.demo", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
 
 

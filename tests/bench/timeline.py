@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from tests.harness.shapes import Shape, shell
 from tests.harness.supervised import end_task, start_supervisor, wait_for_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from tests.bench.setup import Setup
     from tests.harness.environments import Environment
@@ -69,12 +70,28 @@ class Timeline:
 
 def measure_timeline(setup: Setup) -> list[Series]:
     """Watch the same task on both sides, draw it, and return how long its processes outlived the 409."""
-    timelines = []
-    for number, (side, environment) in enumerate(setup.sides.items(), 1):
-        timelines.append(record(f"{side} {environment.release.airflow}", environment, setup.settings))
-        setup.on_progress(number / len(setup.sides))
-    draw_timelines(timelines, setup.folder / "timeline.svg")
+    watched = itertools.count(1)
+
+    def on_watched() -> None:
+        setup.on_progress(next(watched) / len(setup.sides))
+
+    timelines = draw_task(setup.sides, setup.settings, setup.folder / "timeline.svg", on_watched)
     return [describe(timeline) for timeline in timelines]
+
+
+def draw_task(
+    sides: Mapping[str, Environment],
+    settings: Mapping[str, str],
+    file: Path,
+    on_watched: Callable[[], object],
+) -> list[Timeline]:
+    """Watch the same task on all sides, each with its name, and draw what became of its processes."""
+    timelines = []
+    for side, environment in sides.items():
+        timelines.append(record(f"{side} {environment.release.airflow}", environment, settings))
+        on_watched()
+    draw_timelines(timelines, file)
+    return timelines
 
 
 def describe(timeline: Timeline) -> Series:

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
+from tests.bench.timeline import draw_task
 from tests.demo.report import print_report
-from tests.demo.runs import build_patched_wheel, install_both, plan_runs, run_all
+from tests.demo.runs import DIST, build_patched_wheel, install_both, plan_runs, run_all
 from tests.harness.supervised import SupervisorFailedError
 
 if TYPE_CHECKING:
@@ -60,13 +61,17 @@ def run_demo(version: str, console: Console) -> dict[Run, Outcome]:
         building = progress.add_task(f"Building the patched SDK {release.version}", total=1)
         installing = progress.add_task(f"Installing Airflow {release.airflow}, stock and patched", total=2)
         running = progress.add_task("Ending tasks and looking for what is left", total=None)
+        drawing = progress.add_task("Drawing the processes of one task", total=2)
         wheel = build_patched_wheel(release)
         progress.advance(building)
         sides = install_both(release, wheel, lambda: progress.advance(installing))
         runs = plan_runs(sides)
         progress.update(running, total=len(runs))
         outcomes = run_all(runs, lambda: progress.advance(running))
-    print_report(console, release, wheel, outcomes)
+        picture = DIST / f"timeline-{release.airflow}.svg"
+        named = {"stock": sides[False], "patched": sides[True]}
+        draw_task(named, {}, picture, lambda: progress.advance(drawing))
+    print_report(console, release, wheel, picture, outcomes)
     return outcomes
 
 

@@ -30,7 +30,9 @@ NOT_ENDED = (
 )
 
 
-def print_report(console: Console, release: Release, wheel: Path, outcomes: Mapping[Run, Outcome]) -> None:
+def print_report(
+    console: Console, release: Release, wheel: Path, picture: Path, outcomes: Mapping[Run, Outcome]
+) -> None:
     """Print a table for each ending, what its words mean, and how it went."""
     for ending, title in TITLES.items():
         runs = {run: outcome for run, outcome in outcomes.items() if run.ending == ending}
@@ -45,6 +47,9 @@ def print_report(console: Console, release: Release, wheel: Path, outcomes: Mapp
     console.print(summarize("Stock", outcomes, patched=False), style="bold", highlight=False)
     console.print(summarize("Patched", outcomes, patched=True), style="bold", highlight=False)
     console.print(f"The patched wheel: {wheel}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Every process of one task, from birth to death: {picture}", soft_wrap=True, highlight=False
+    )
 
 
 def make_table(title: str, outcomes: Mapping[Run, Outcome]) -> Table:
@@ -100,7 +105,6 @@ def explain(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
         f"that does not end within {KILL_GRACE} s and gives up on open sockets after {SOCKET_CLEANUP_TIMEOUT} s. "
         "Airflow's defaults are 5 s, 60 s (before Airflow 3.4 always 5 s) and 60 s."
     )
-    yield "[yellow]Not ended by this version:[/] processes that leave the task's group or session, or ignore SIGTERM."
 
 
 def summarize(name: str, outcomes: Mapping[Run, Outcome], *, patched: bool) -> str:
