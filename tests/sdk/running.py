@@ -12,6 +12,8 @@ from tests.harness.environments import clean_env, create_environment
 from tests.upstream.results import read_report
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from patches.releases import Release
     from tests.harness.environments import Environment
     from tests.upstream.results import Result
@@ -35,7 +37,7 @@ def install_release(release: Release, *, wheel: Path | None = None, python: str 
     return create_environment(release, packages=PACKAGES, wheel=wheel, python=python)
 
 
-def run_our_tests(environment: Environment, pattern: str = "test_*.py") -> dict[str, Result]:
+def run_our_tests(environment: Environment, *patterns: str) -> dict[str, Result]:
     """Run the modules of task-sdk/tests that are for the release, and return the results by "TestA::test_b".
 
     Raises RuntimeError with the end of pytest's output when the run itself failed.
@@ -48,7 +50,7 @@ def run_our_tests(environment: Environment, pattern: str = "test_*.py") -> dict[
                 "-m",
                 "pytest",
                 *make_options(folder),
-                *select(environment.release, pattern),
+                *select(environment.release, patterns or ("test_*.py",)),
             ],
             cwd=folder,
             env=clean_env(folder, python=environment.python),
@@ -74,8 +76,8 @@ def make_options(folder: Path) -> list[str]:
     ]
 
 
-def select(release: Release, pattern: str) -> list[str]:
-    """Return the paths of the release's modules that match a pattern like test_child_*.py."""
+def select(release: Release, patterns: Sequence[str]) -> list[str]:
+    """Return the paths of the release's modules that match one of the patterns, like test_child_*.py."""
     files = {TESTS / file for change in load_changes() for file in select_names(change.tests, release)}
     # Sorted: pytest 9 loses a folder's conftest when it comes back to the folder.
-    return [str(file) for file in sorted(files) if file.match(pattern)]
+    return [str(file) for file in sorted(files) if any(map(file.match, patterns))]
