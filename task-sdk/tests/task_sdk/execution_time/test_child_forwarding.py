@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 from task_sdk.execution_time.teardown.waiting_child import child, ended_by
 
 from airflow.sdk.execution_time import child_forwarding
@@ -65,12 +66,13 @@ class TestForwardSignals:
             assert ended_by(pid) == signum
 
     def test_child_is_gone(self) -> None:
-        """A signal that comes after the task's end is nothing that the supervisor dies of."""
+        """A signal that comes after the task's end is nothing that the supervisor dies of, or boasts of."""
         with child(lead_session) as pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            with forward_signals(supervise(pid)):
+            with structlog.testing.capture_logs() as logs, forward_signals(supervise(pid)):
                 signal.raise_signal(signal.SIGTERM)
+            assert logs == []
 
     def test_former_handlers_return(self) -> None:
         """They do so however the monitoring ends."""

@@ -16,9 +16,11 @@
 # under the License.
 from __future__ import annotations
 
+import signal
 from configparser import RawConfigParser
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 import structlog
@@ -27,6 +29,8 @@ from airflow.sdk.execution_time import child_teardown
 from airflow.sdk.execution_time.child_exit import ExitWatch
 from airflow.sdk.execution_time.child_teardown import (
     GRACE,
+    MAX_GRACE,
+    MIN_GRACE,
     end_leftovers,
     find_grace,
     prepare_kill,
@@ -85,17 +89,29 @@ class TestGrace:
         conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
         assert find_grace(conf) == 17
 
-    @pytest.mark.parametrize(("value", "grace"), [("soon", GRACE), ("", GRACE), ("-1", 0)])
+    @pytest.mark.parametrize(
+        ("value", "grace"),
+        [
+            ("soon", GRACE),
+            ("", GRACE),
+            ("-1", MIN_GRACE),
+            ("0", MIN_GRACE),
+            ("inf", MAX_GRACE),
+            ("nan", MIN_GRACE),
+        ],
+    )
     def test_bad_value(self, conf: Conf, value: str, grace: float) -> None:
         """A task must end also where somebody has mistyped how."""
         conf.read_dict({"core": {"killed_task_cleanup_time": value}})
         assert find_grace(conf) == grace
 
-    @pytest.mark.parametrize("suffix", ["", "_CMD", "_SECRET"])
-    def test_in_environment(self, conf: Conf, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-        """How the value is found then is the configuration's business."""
+    @pytest.mark.parametrize(("suffix", "grace"), [("", 60), ("_CMD", GRACE), ("_SECRET", GRACE)])
+    def test_in_environment(
+        self, conf: Conf, monkeypatch: pytest.MonkeyPatch, suffix: str, grace: float
+    ) -> None:
+        """How the value is found then is the configuration's business; the suffixes are for secrets, and not heeded."""
         monkeypatch.setenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", "x")
-        assert find_grace(conf) == 60
+        assert find_grace(conf) == grace
 
     def test_argument_wins(self, conf: Conf, process: Any) -> None:
         """A caller of kill() that names a grace gets it."""
@@ -128,6 +144,13 @@ class TestSurvivors:
         assert call.method_name == "error"
         assert call.kwargs["processes"] == [{"pid": STUBBORN.pid, "name": "stubborn"}]
         assert reason in call.kwargs["reason"]
+
+    def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
+        """What goes wrong with a request of the task does not end the teardown."""
+        process._service_subprocess = Mock(side_effect=RuntimeError)
+        assert end_leftovers(process, -9, conf) == -9
+        assert process._service_subprocess.called
+        process._tree.signal.assert_called_with([STUBBORN], signal.SIGKILL)
 
     def test_sockets_are_given_up(self, conf: Conf, process: Any) -> None:
         """Whoever is left may hold them for as long as it likes, but the time is up."""

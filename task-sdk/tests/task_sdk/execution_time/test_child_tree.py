@@ -223,6 +223,22 @@ class TestFind:
         tree._mark = 1
         assert find(tree) == []
 
+    def test_recycled_session(self) -> None:
+        """When leader and session are gone, whoever has their number from then on is a stranger."""
+        tree, leader, _ = lead()
+        end(leader)
+        assert find(tree) == []
+
+        def open_session() -> list[int]:
+            os.setsid()
+            return [start_child()]
+
+        stranger, [child] = fork(open_session)
+        end(stranger)
+        tree._leader = replace(tree._leader, pid=stranger)
+        assert os.getsid(child) == stranger
+        assert find(tree) == []
+
     def test_leader_that_is_gone_before(self) -> None:
         """A leader that could not be adopted has no tree."""
         pid, _ = fork(os.setsid)
@@ -315,8 +331,37 @@ class TestStop:
         mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
         assert [process.pid for process in tree.stop(0.1)] == [pid]
 
+    def test_time_is_limited_whatever_appears(self, mocker: MockerFixture) -> None:
+        """Processes that cannot be stopped, and start others all the time, do not keep it from an end."""
+        tree, _, [pid] = lead(start_child)
+        process = read_process(pid)
+        given_up_at = time.monotonic() + PATIENCE
+
+        def find_another(_tree: ProcessTree, **_: bool) -> list[child_tree.Process]:
+            assert time.monotonic() < given_up_at
+            return [replace(process, start=time.monotonic())]
+
+        mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=find_another)
+        assert len(tree.stop(0.1)) == 1
+
 
 class TestFallbacks:
+    def test_limit_is_capped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A hard limit below the mark, as a container or a service may have, leaves the variable."""
+        monkeypatch.delenv(MARK_VARIABLE, raising=False)
+
+        def main() -> list[int]:
+            resource.setrlimit(resource.RLIMIT_RTTIME, (10**6, 10**6))
+            os.setsid()
+            mark_process()
+            return [start_daemon()]
+
+        leader, started = fork(main)
+        tree = ProcessTree()
+        tree.adopt(leader)
+        end(leader)
+        assert find(tree) == started
+
     def test_without_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the limit cannot be set a variable marks whatever keeps its environment."""
 
@@ -469,6 +514,13 @@ class TestSudo:
     def test_as_root_where_not_as_the_user(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.install_sudo(monkeypatch, tmp_path, '[ "$2" = kill ] || exit 1')
         tree, _, _ = lead(start_child)
+        tree.signal(tree.find(), signal.SIGTERM)
+        assert tree.sudo_failure is None
+
+    def test_process_that_ends_meanwhile(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Kill fails when one of many is gone; that is no refusal, and sudo is asked again for the rest."""
+        tree, _, [polite, _] = lead(start_child, start_child)
+        self.install_sudo(monkeypatch, tmp_path, f"kill -9 {polite}; echo No such process >&2; exit 1")
         tree.signal(tree.find(), signal.SIGTERM)
         assert tree.sudo_failure is None
 

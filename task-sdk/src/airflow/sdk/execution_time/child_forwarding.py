@@ -82,13 +82,13 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
         yield
         return
 
-    received: Counter[str] = Counter()
+    passed_on: Counter[str] = Counter()
 
     def forward(signum: int, _frame: object) -> None:
         # Not the place to log: the code that this interrupts may hold the logger's lock.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             forward_signal(process, signum)
-        received[signal.Signals(signum).name] += 1
+            passed_on[signal.Signals(signum).name] += 1
 
     former = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
     try:
@@ -97,7 +97,9 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
         for signum, handler in former.items():
             # None stands for a handler that C code had installed; Python cannot put it back.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-        if received:
+        if passed_on:
             log.info(
-                "Passed on to the task what the supervisor was sent.", signals=dict(received), pid=process.pid
+                "Passed on to the task what the supervisor was sent.",
+                signals=dict(passed_on),
+                pid=process.pid,
             )

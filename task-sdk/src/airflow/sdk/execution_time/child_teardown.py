@@ -55,7 +55,11 @@ GRACE = 5.0
 GRACE_OPTION = ("core", "killed_task_cleanup_time")
 
 GRACE_VARIABLE = "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"
-"""With _CMD and _SECRET after it, too."""
+"""Without _CMD or _SECRET after it, which serve options that are secret."""
+
+MIN_GRACE = 0.05
+MAX_GRACE = 7 * 24 * 3600.0
+"""Seconds; select() takes no infinite timeout, and none much longer."""
 
 STOP_TIME = 0.2
 """Seconds that the processes of a task have to stop before the SIGKILL of a kill() is sent to its runner."""
@@ -86,7 +90,7 @@ def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
     :returns: the seconds that hold.
     """
     if process._new_session:
-        grace = find_grace(conf) if grace == GRACE else grace
+        grace = find_grace(conf) if grace == GRACE else limit_grace(grace)
         process._tree.remember()
     process._exit_watch.expect_exit(grace)
     if process._new_session and not is_unreaped_child(process.pid):
@@ -121,18 +125,22 @@ def find_grace(conf: ConfigParser) -> float:
         return GRACE
     value = conf.get(*GRACE_OPTION)
     try:
-        return max(0.0, float(value))
+        return limit_grace(float(value))
     except (TypeError, ValueError):
         # A task must end also where somebody has mistyped how.
         log.warning("[core] killed_task_cleanup_time is not a number of seconds.", value=value, used=GRACE)
         return GRACE
 
 
+def limit_grace(grace: float) -> float:
+    """Return a grace that kill() can wait for: in no time at all it would not collect what it has killed."""
+    return min(max(MIN_GRACE, grace), MAX_GRACE)
+
+
 def is_grace_set(conf: ConfigParser) -> bool:
     """Whether the deployment sets the option, in the file or in the environment."""
     # Not conf.has_option(), which knows the defaults, too.
-    in_file = RawConfigParser.has_option(conf, *GRACE_OPTION)
-    return in_file or any(name.startswith(GRACE_VARIABLE) for name in os.environ)
+    return RawConfigParser.has_option(conf, *GRACE_OPTION) or GRACE_VARIABLE in os.environ
 
 
 def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> int | None:
@@ -206,9 +214,19 @@ def wait_for(process: Any, members: Sequence[Process], deadline: float) -> None:
     for member in reversed(members):
         watched = process._exit_watch.follow(process.selector, member.pid)
         while is_alive(member) and (left := deadline - time.monotonic()) > 0:
-            process._service_subprocess(max_wait_time=left if watched else min(left, POLL_INTERVAL))
+            serve_sockets(process, left if watched else min(left, POLL_INTERVAL))
     # It may have taken the last file descriptor, which the next look needs.
     process._exit_watch.close(process.selector)
+
+
+def serve_sockets(process: Any, seconds: float) -> None:
+    """Handle what the task and its children say within some seconds, or until the process that is watched ends."""
+    try:
+        process._service_subprocess(max_wait_time=seconds)
+    except Exception:
+        # A request can fail in any way, as when the API is down, and must not keep alive who has made it.
+        log.exception("What a task that is being ended has said could not be handled.")
+        time.sleep(min(seconds, POLL_INTERVAL))
 
 
 def report(process: Any, ended: dict[Process, str], survivors: list[Process]) -> None:

@@ -92,6 +92,7 @@ class ProcessTree:
         self._has_mark = has_limit
         self._remembered: dict[int, float] = {}
         self._settled: dict[int, int] = {}
+        self._session_over = False
         self.sudo_failure: str | None = None
         """Why processes of another user could not be signalled, if so."""
         self.look_failure: str | None = None
@@ -109,7 +110,8 @@ class ProcessTree:
             return
         self._leader = leader
         self._mark = compute_mark(leader)
-        with contextlib.suppress(AttributeError, OSError):
+        # A hard limit below the mark raises ValueError.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             # The child does the same (mark_process); one that was spawned cannot.
             _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
             resource.prlimit(pid, resource.RLIMIT_RTTIME, (self._mark, hard))
@@ -157,8 +159,11 @@ class ProcessTree:
 
     def _find_seeds(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
         now = processes.get(leader.pid)
-        # A session has its leader's number, which is free again when the session is empty.
-        recycled = now is not None and now != leader
+        # A session has its leader's number, which is free again when leader and session are gone: whoever has it from
+        # then on is a stranger.
+        if not any(process.session == leader.pid for process in processes.values()):
+            self._session_over |= not is_unreaped_child(leader.pid)
+        recycled = self._session_over or (now is not None and now != leader)
 
         def belongs(process: Process) -> bool:
             if process == leader or self._remembered.get(process.pid) == process.start:
@@ -184,7 +189,8 @@ class ProcessTree:
             fresh = [member for member in members if member not in sent]
             # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
             # child appears. So the last look is one that began when all had been seen stopped.
-            if not fresh and (all_stopped or time.monotonic() > deadline):
+            overdue = bool(sent) and time.monotonic() > deadline
+            if overdue or (all_stopped and not fresh):
                 return sorted(members, key=lambda member: (member.start, member.pid), reverse=True)
             all_stopped = not fresh and all(member.stopped for member in members)
             self.signal(fresh, signal.SIGSTOP)
@@ -383,19 +389,23 @@ def send_by_sudo(processes: Iterable[Process], sig: int) -> str | None:
     if sudo is None:
         return "there is no sudo"
     failure = None
-    for uid, pids in group_by_owner(processes).items():
-        kill = ["kill", f"-{int(sig)}", *map(str, pids)]
-        if run_sudo([sudo, "-n", "-u", f"#{uid}", *kill]) is not None:
-            failure = run_sudo([sudo, "-n", *kill]) or failure
+    for uid, owned in group_by_owner(processes).items():
+        kill = ["kill", f"-{int(sig)}", *(str(process.pid) for process in owned)]
+        if run_sudo([sudo, "-n", "-u", f"#{uid}", *kill]) is None:
+            continue
+        complaint = run_sudo([sudo, "-n", *kill])
+        # kill fails also when one of them has ended meanwhile, and has signalled the others then.
+        if complaint and all(map(is_alive, owned)):
+            failure = complaint
     return failure
 
 
-def group_by_owner(processes: Iterable[Process]) -> dict[int, list[int]]:
-    """Return the PIDs of those that still run, by the user that they run as."""
-    groups: dict[int, list[int]] = {}
+def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
+    """Return those that still run, by the user that they run as."""
+    groups: dict[int, list[Process]] = {}
     for process in filter(is_alive, processes):
         with contextlib.suppress(psutil.Error):
-            groups.setdefault(psutil.Process(process.pid).uids().effective, []).append(process.pid)
+            groups.setdefault(psutil.Process(process.pid).uids().effective, []).append(process)
     return groups
 
 

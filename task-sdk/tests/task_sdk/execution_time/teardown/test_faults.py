@@ -290,6 +290,24 @@ class TestDescriptors:
         assert len(outcome.left) == 1, "the daemon"
 
 
+class TestRequests:
+    """What the task's processes ask of the supervisor while they are being ended."""
+
+    def test_nonsense(self, relay: Relay) -> None:
+        """A daemon that writes anything into the socket for requests is ended all the same."""
+
+        def babble(*_: Any) -> None:
+            os.write(0, b"\x00\x00\x00\x02\xc1\n" * 2)
+
+        def be_babbler(relay: Relay) -> None:
+            signal.signal(signal.SIGTERM, babble)
+            relay.tell(os.getpid())
+
+        outcome = end_supervised(relay, "killed", be_babbler)
+        assert outcome.left == []
+        assert outcome.code == -signal.SIGKILL
+
+
 class TestStolenStatus:
     """Somebody else in the supervisor's process collects the runner."""
 
