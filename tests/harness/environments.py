@@ -59,6 +59,7 @@ class Recipe:
     wheel: Path | None
     flavour: str
     complete: bool
+    cache: Path
 
     @property
     def kind(self) -> str:
@@ -72,7 +73,7 @@ class Recipe:
     def folder(self) -> Path:
         """Where the environment belongs."""
         suffix = f"-{shorten_digest(self.wheel.read_bytes())}" if self.wheel else ""
-        return CACHE / f"{self.kind}{suffix}"
+        return self.cache / f"{self.kind}{suffix}"
 
 
 def create_environment(
@@ -84,6 +85,7 @@ def create_environment(
     flavour: str = "teardown",
     python: str | None = None,
     complete: bool = False,
+    cache: Path = CACHE,
 ) -> Environment:
     """Return an environment with the release's core and SDK at exact versions and `packages`, all as of its day.
 
@@ -92,12 +94,12 @@ def create_environment(
     `bare_packages` are installed without what they depend on. `wheel` is installed over the stock SDK, as users do.
     `python` is anything that `uv python find` takes; without it, any installed interpreter serves that the release
     supports. An environment that exists with the same content is used again; those with an older wheel of the same
-    `flavour` are removed.
+    `flavour` are removed. `cache` is the folder that all of them are in.
 
     Raises NoInterpreterError, or EnvironmentFailedError when something cannot be installed.
     """
     interpreter = find_interpreter(release, python)
-    recipe = Recipe(release, interpreter, packages, bare_packages, wheel, flavour, complete)
+    recipe = Recipe(release, interpreter, packages, bare_packages, wheel, flavour, complete, cache)
     while not hold_finished(recipe.folder):
         build(recipe)
     if wheel:
@@ -196,7 +198,7 @@ def install(recipe: Recipe) -> None:
 
 def remove_outdated(recipe: Recipe) -> None:
     """Remove the environments with an older wheel in place of this one, unless some process holds them."""
-    for folder in CACHE.glob(f"{recipe.kind}-*"):
+    for folder in recipe.cache.glob(f"{recipe.kind}-*"):
         if folder == recipe.folder:
             continue
         descriptor = os.open(folder, os.O_RDONLY)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import subprocess
 import sys
 import tempfile
 import uuid
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from patches.releases import ROOT, find_release
+from patches.releases import find_release
 from patches.rules import load_changes
 from patches.upstream import fetch_wheel
 from patches.wheels import build_wheel
-from tests.harness import environments
 from tests.harness.environments import NoInterpreterError, clean_env, create_environment
 from tests.harness.processes import COOKIE_VARIABLE, find_marked, kill_marked, wait_for_exit
 from tests.harness.shapes import Shape
@@ -32,6 +30,7 @@ from tests.harness.supervised import (
     wait_for_tree,
     watch_supervisor,
 )
+from tests.harness.users import OTHER, PYTHON, WORKER, check_users, find_admin_tool, make_place, permit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,14 +44,6 @@ pytestmark = [
 ]
 
 VERSION = "1.1.8"
-# The system's own interpreter, for others may not see one in root's home.
-PYTHON = "/usr/bin/python3"
-# Every system has these, and nobody else runs as them.
-WORKER, OTHER = "daemon", "nobody"
-SUDOERS = Path("/etc/sudoers.d/task-sdk-teardown-test")
-SUDOERS_MODE = 0o440
-ADMIN_PATH = os.pathsep.join(["/usr/sbin", "/sbin", os.defpath])
-
 GRACE = 1
 # The contract says one second more than the grace period; the rest is for a busy machine.
 MARGIN = 1.5
@@ -62,50 +53,20 @@ PATIENCE = 5
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     """Return a folder that everybody may read, with as much of the repository as a supervisor needs."""
-    with tempfile.TemporaryDirectory(prefix="another-user-") as name:
-        place = Path(name)
-        place.chmod(0o755)
-        for package in ("tests", "tests/harness"):
-            (place / package).mkdir()
-            for module in (ROOT / package).glob("*.py"):
-                shutil.copy(module, place / package)
+    with make_place(["tests", "tests/harness"]) as place:
         yield place
 
 
 @pytest.fixture(scope="module")
-def environment(place: Path) -> Iterator[Environment]:
+def environment(place: Path) -> Environment:
     """Return an environment that others may use, wherever the repository is."""
+    check_users()
     release = find_release(VERSION)
     wheel = build_wheel(release, fetch_wheel(release), load_changes(), place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environments, "CACHE", place)
-        try:
-            yield create_environment(release, wheel=wheel, python=PYTHON)
-        except NoInterpreterError as error:
-            pytest.skip(f"not run: {error}")
-
-
-@contextmanager
-def permit(commands: str) -> Iterator[None]:
-    """Let the worker run commands as the other user, and nothing else."""
-    visudo = find_admin_tool("visudo")
-    with tempfile.NamedTemporaryFile("w") as file:
-        file.write(f"{WORKER} ALL=({OTHER}) NOPASSWD: {commands}\n")
-        file.flush()
-        subprocess.run([visudo, "--check", "--quiet", f"--file={file.name}"], check=True)
-        shutil.copyfile(file.name, SUDOERS)
     try:
-        SUDOERS.chmod(SUDOERS_MODE)
-        yield
-    finally:
-        SUDOERS.unlink()
-
-
-def find_admin_tool(name: str) -> str:
-    tool = shutil.which(name, path=ADMIN_PATH)
-    if tool is None:
-        pytest.fail(f"There is no {name}: install sudo, on Debian by `apt-get install sudo`.")
-    return tool
+        return create_environment(release, wheel=wheel, python=PYTHON, cache=place)
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")
 
 
 def make_shape(environment: Environment, place: Path, role: str, *, processes: int = 1) -> Shape:
