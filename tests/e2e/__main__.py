@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     executors = [word for word in options.what if word in EXECUTORS] or list(EXECUTORS)
     versions = [word for word in options.what if word not in EXECUTORS] or DEFAULT_VERSIONS
-    scenarios = [scenario for scenario in SCENARIOS if scenario.name in (options.scenarios or names)]
     console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     if not console.is_terminal:
         console.width = COLUMNS_IN_FILE
@@ -61,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         releases = [find_release(version) for version in versions]
         check_tools(executors)
+        scenarios = list(choose(options.scenarios, errors))
         for release in releases:
             failures += test_release(release, executors, scenarios, console)
     except (PatchError, ServerFailedError, ApiError) as error:
@@ -73,6 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(failure, style="bold red", highlight=False)
     console.print(f"Took {time.monotonic() - began:.0f} s.")
     return PROBLEM if failures else 0
+
+
+def choose(names: Sequence[str] | None, errors: Console) -> Iterator[Scenario]:
+    """Yield the scenarios named; without names all that this system has what they need for, and say which it has not."""
+    for scenario in SCENARIOS:
+        if names and scenario.name not in names:
+            continue
+        try:
+            scenario.check()
+        except PatchError as error:
+            if names:
+                raise
+            errors.print(f"Not run: {scenario.name}. {error}")
+            continue
+        yield scenario
 
 
 def test_release(

@@ -14,12 +14,12 @@ from patches.errors import PatchError
 from patches.releases import ROOT
 from tests.e2e.client import ApiError, Client
 from tests.e2e.servers import Server, find_free_port, is_listening, run_server, tail, wait_until
-from tests.harness.environments import clean_env, create_environment
+from tests.harness.environments import CACHE, clean_env, create_environment
 from tests.harness.processes import kill_inside
 from tests.harness.supervised import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from patches.releases import Release
     from tests.harness.environments import Environment
@@ -28,7 +28,7 @@ Executor = Literal["local", "celery"]
 EXECUTORS: tuple[Executor, ...] = get_args(Executor)
 
 EXECUTOR_CLASSES: dict[Executor, str] = {"local": "LocalExecutor", "celery": "CeleryExecutor"}
-DAGS = Path(__file__).with_name("dags")
+DAGS = "tests/e2e/dags"
 PACKAGES = ("apache-airflow-providers-celery",)
 
 SLOTS = 12
@@ -52,6 +52,8 @@ class Installation:
     database: Path
     logs: Path
     """Where every log of a deployment goes when it ends."""
+    place: Path = ROOT
+    """Where the tasks find the DAGs and what these import from the repository."""
 
     @property
     def release(self) -> Release:
@@ -87,9 +89,13 @@ class Airflow:
         return self.read_logs().get(path, "")
 
 
-def install(release: Release, wheel: Path | None, python: str | None = None) -> Environment:
+def install(
+    release: Release, wheel: Path | None, python: str | None = None, cache: Path = CACHE
+) -> Environment:
     """Return an environment from which all servers can be started; patched if there is a `wheel`."""
-    return create_environment(release, packages=PACKAGES, wheel=wheel, python=python, complete=True)
+    return create_environment(
+        release, packages=PACKAGES, wheel=wheel, python=python, complete=True, cache=cache
+    )
 
 
 def prepare_database(environment: Environment, folder: Path) -> Path:
@@ -117,30 +123,28 @@ def prepare_database(environment: Environment, folder: Path) -> Path:
 
 @contextmanager
 def run_airflow(
-    installation: Installation, executor: Executor, *, worker_prefix: Sequence[str] = ()
+    installation: Installation,
+    executor: Executor,
+    *,
+    worker_prefix: Sequence[str] = (),
+    user: str | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Airflow]:
     """Run an Airflow until the block ends; then nothing that it has started is there any more.
 
     `worker_prefix` is a command that starts the worker (see Airflow.worker) with a change of its own, such as env(1).
-    Everything of an Airflow has its working directory in the Airflow's folder, and is known by it.
+    `user` is the one that every server runs as, this process's unless it is given, and `variables` are in the environment
+    of all of them. Everything of an Airflow has its working directory in the Airflow's folder, and is known by it.
 
     Raises ServerFailedError when a server does not get ready.
     """
     environment = installation.environment
-    with (
-        tempfile.TemporaryDirectory(prefix="e2e-", ignore_cleanup_errors=True) as folder_name,
-        ExitStack() as stack,
-    ):
-        folder = Path(folder_name).resolve()
-        stack.callback(keep_logs, folder, installation.logs)
-        stack.callback(kill_inside, folder)
-        port = find_free_port()
-        env = airflow_env(environment, folder, executor, port)
-        shutil.copy(installation.database, folder / "airflow" / "airflow.db")
+    with make_home(installation, executor, user) as (folder, env, client), ExitStack() as stack:
+        env.update(variables or {})
         airflow = [str(environment.python), "-m", "airflow"]
 
         def start(name: str, *command: str) -> Server:
-            return stack.enter_context(run_server(name, command, folder=folder, env=env))
+            return stack.enter_context(run_server(name, command, folder=folder, env=env, user=user))
 
         servers = []
         if executor == "celery":
@@ -151,16 +155,45 @@ def run_airflow(
         servers += [api, scheduler]
         worker = scheduler
         if executor == "celery":
-            options = ("--skip-serve-logs", "--concurrency", str(SLOTS))
-            worker = start("worker", *worker_prefix, *airflow, "celery", "worker", *options)
+            worker = start("worker", *worker_prefix, *airflow, "celery", "worker", "--skip-serve-logs")
             servers.append(worker)
-        client = Client(f"http://127.0.0.1:{port}")
         wait_until(lambda: is_api_ready(client), *servers, what="the API server answers")
         if executor == "celery":
             ready = lambda: " ready." in worker.log.read_text(errors="replace")  # noqa: E731
             wait_until(ready, *servers, what="the Celery worker is ready")
         client.log_in()
         yield Airflow(installation, executor, folder, client, worker, servers)
+
+
+@contextmanager
+def make_home(
+    installation: Installation, executor: Executor, user: str | None = None
+) -> Iterator[tuple[Path, dict[str, str], Client]]:
+    """Yield a folder with the database, a user's own if one is given, the variables and a client of an Airflow in it.
+
+    When the block ends, the logs are kept, and every process in the folder is killed.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="e2e-", ignore_cleanup_errors=True) as folder_name,
+        ExitStack() as stack,
+    ):
+        folder = Path(folder_name).resolve()
+        stack.callback(keep_logs, folder, installation.logs)
+        stack.callback(kill_inside, folder)
+        port = find_free_port()
+        env = airflow_env(installation.environment, folder, executor, port, installation.place)
+        shutil.copy(installation.database, folder / "airflow" / "airflow.db")
+        if user:
+            give_to(user, folder)
+        yield folder, env, Client(f"http://127.0.0.1:{port}")
+
+
+def give_to(user: str, folder: Path) -> None:
+    """Make an Airflow's folder a user's own, which those may enter that the tasks run as."""
+    for path in (folder, *folder.rglob("*")):
+        shutil.chown(path, user)
+    folder.chmod(0o755)
+    (folder / "tmp").chmod(0o1777)
 
 
 def find_logs(folder: Path) -> list[Path]:
@@ -213,13 +246,15 @@ def is_api_ready(client: Client) -> bool:
     return True
 
 
-def airflow_env(environment: Environment, folder: Path, executor: Executor, port: int) -> dict[str, str]:
+def airflow_env(
+    environment: Environment, folder: Path, executor: Executor, port: int, place: Path = ROOT
+) -> dict[str, str]:
     """Return the environment variables of every command of an Airflow whose home is below `folder`."""
     database = folder / "airflow" / "airflow.db"
     env = clean_env(folder, python=environment.python)
     settings: dict[str, dict[str, object]] = {
         "CORE": {
-            "DAGS_FOLDER": DAGS,
+            "DAGS_FOLDER": place / DAGS,
             "LOAD_EXAMPLES": False,
             "EXECUTOR": EXECUTOR_CLASSES[executor],
             "PARALLELISM": SLOTS,
@@ -244,11 +279,15 @@ def airflow_env(environment: Environment, folder: Path, executor: Executor, port
         "LOGGING": {"WORKER_LOG_SERVER_PORT": find_free_port()},
         # The other method is uv, which would fetch the seeds of a virtual environment from a package index.
         "STANDARD": {"VENV_INSTALL_METHOD": "pip"},
-        "CELERY": {"RESULT_BACKEND": f"db+sqlite:///{folder}/results.db", "SYNC_PARALLELISM": 1},
+        "CELERY": {
+            "RESULT_BACKEND": f"db+sqlite:///{folder}/results.db",
+            "SYNC_PARALLELISM": 1,
+            "WORKER_CONCURRENCY": SLOTS,
+        },
     }
     return {
         **env,
-        "PYTHONPATH": str(ROOT),  # the DAGs use the actors of the harness
+        "PYTHONPATH": str(place),  # the DAGs use the actors of the harness
         "C_FORCE_ROOT": "1",
         **SETTINGS,
         **{

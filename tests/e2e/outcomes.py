@@ -13,7 +13,7 @@ from tests.harness.processes import Process, wait_for_exit
 from tests.harness.supervised import HEARTBEAT_INTERVAL, KILL_GRACE, SETTLE_TIMEOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tests.e2e.deployment import Airflow, Executor, Installation
     from tests.e2e.runs import Run
@@ -23,6 +23,9 @@ SLOTS_TIMEOUT = 90.0
 SLOTS_DUE = HEARTBEAT_INTERVAL + KILL_GRACE + 2.0
 """Seconds in which a slot has to be free: the next heartbeat, the grace period, and what the contract allows."""
 LEFT_NAMED = 8
+
+SIGNALS_OF_CHILDREN = ("SIGKILL", "SIGTERM")
+"""What the task's deaf child needs, and the one in a session of its own; the others end with the task's group."""
 
 ENDED_EVENT = "Ended processes that the task had left running"
 # A task that fails says so in its own log; that is no fault of whoever watches it.
@@ -62,10 +65,21 @@ class Scenario(NamedTuple):
     """SDK versions that it applies to."""
     shows_fault: bool = False
     """Stock is known to leave something, and the scenario is worth nothing where it does not."""
+    check: Callable[[], None] = lambda: None
+    """Raises PatchError where the system lacks what the scenario needs."""
 
 
-def observe_end(run: Run, *, states: tuple[str | None, ...], seconds: float | None) -> Outcome:
-    """Describe a run whose tasks have all been ended, and which should be in one of the `states`."""
+def observe_end(
+    run: Run,
+    *,
+    states: tuple[str | None, ...],
+    seconds: float | None,
+    signals: Sequence[str] = SIGNALS_OF_CHILDREN,
+) -> Outcome:
+    """Describe a run whose tasks have all been ended, and which should be in one of the `states`.
+
+    `signals` are the ones that the log of `children` has to name.
+    """
     wait_for_exit(
         [process for processes in run.find_left().values() for process in processes], SETTLE_TIMEOUT
     )
@@ -76,7 +90,7 @@ def observe_end(run: Run, *, states: tuple[str | None, ...], seconds: float | No
         *name_left(left),
         *(f"{task} is {state}" for task, state in now.items() if state not in states),
         *judge_on_kill(run),
-        *judge_task_log(run),
+        *judge_task_log(run, signals),
         *find_tracebacks(run.airflow),
     ]
     return Outcome(
@@ -108,14 +122,10 @@ def judge_on_kill(run: Run) -> Iterator[str]:
         yield f"on_kill: {', '.join(said) or 'not called'}"
 
 
-def judge_task_log(run: Run, task: str = "children") -> Iterator[str]:
-    """Say if a task's log does not tell the processes that its supervisor had to end.
-
-    Of `children` those are the deaf one and the one in a session of its own.
-    """
+def judge_task_log(run: Run, signals: Sequence[str], task: str = "children") -> Iterator[str]:
+    """Say if a task's log does not tell the processes that its supervisor had to end, and by which signals."""
     named = [process for event in read_events(run, task) for process in event.get("processes", [])]
-    signals = sorted(process["signal"] for process in named)
-    if signals != ["SIGKILL", "SIGTERM"]:
+    if sorted(process["signal"] for process in named) != list(signals):
         yield f"the log of {task} names as ended: {named or 'nothing'}"
 
 

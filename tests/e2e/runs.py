@@ -139,30 +139,41 @@ class Run:
         return record.read_text().split("\n")[:-1] if record.exists() else []
 
     def _count_finished(self) -> int:
-        return len(CELERY_FINISHED.findall(self.airflow.worker.log.read_text(errors="replace")))
+        return count_finished(self.airflow)
 
 
 @contextmanager
 def start_run(airflow: Airflow) -> Iterator[Run]:
     """Start a run, and yield it when every process of it has announced itself."""
+    with open_announcements(airflow) as (conf, announcements):
+        run = Run(airflow, "", conf["cookie"], Path(conf["folder"]), announcements)
+        try:
+            run.id = airflow.client.trigger(DAG, conf)
+            run.wait_for_processes(sum(PROCESSES.values()))
+            find_members(run)
+            yield run
+        finally:
+            for member in run.members.values():
+                os.close(member.runner_pidfd)
+                os.close(member.supervisor_pidfd)
+
+
+@contextmanager
+def open_announcements(airflow: Airflow) -> Iterator[tuple[dict[str, str], int]]:
+    """Yield the `conf` of a run, with a cookie and a folder of its own, and the FIFO that it names, open."""
     cookie = f"e2e-{uuid.uuid4().hex}"
     folder = airflow.folder / cookie
     folder.mkdir()
     ready = folder / "ready"
     os.mkfifo(ready)
+    # For tasks of another user; nobody else may enter the folder above.
+    folder.chmod(0o777)
+    ready.chmod(0o666)
     announcements = os.open(ready, os.O_RDWR)
-    run = Run(airflow, "", cookie, folder, announcements)
     try:
-        conf = {"cookie": cookie, "ready": str(ready), "folder": str(folder)}
-        run.id = airflow.client.trigger(DAG, conf)
-        run.wait_for_processes(sum(PROCESSES.values()))
-        find_members(run)
-        yield run
+        yield {"cookie": cookie, "ready": str(ready), "folder": str(folder)}, announcements
     finally:
         os.close(announcements)
-        for member in run.members.values():
-            os.close(member.runner_pidfd)
-            os.close(member.supervisor_pidfd)
 
 
 def find_members(run: Run) -> None:
@@ -174,6 +185,11 @@ def find_members(run: Run) -> None:
         run.members[task] = Member(runner, pidfds[0], supervisor, pidfds[1], read_title(supervisor))
     if run.airflow.executor == "celery":
         run._finished_before = run._count_finished()
+
+
+def count_finished(airflow: Airflow) -> int:
+    """Return how many tasks a Celery worker has done with."""
+    return len(CELERY_FINISHED.findall(airflow.worker.log.read_text(errors="replace")))
 
 
 def read_parent(pid: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import signal
 import socket
 import subprocess
@@ -58,9 +59,10 @@ class Server:
 
 @contextmanager
 def run_server(
-    name: str, command: Sequence[str], *, folder: Path, env: Mapping[str, str]
+    name: str, command: Sequence[str], *, folder: Path, env: Mapping[str, str], user: str | None = None
 ) -> Iterator[Server]:
-    """Run a server in `folder`, its log beside it, until the block ends."""
+    """Run a server in `folder`, its log beside it, until the block ends; as a `user` if one is given."""
+    account = pwd.getpwnam(user) if user else None
     log = folder / f"{name}.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -71,6 +73,9 @@ def run_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            user=account and account.pw_uid,
+            group=account and account.pw_gid,
+            extra_groups=[] if account else None,
         )
     server = Server(name, process, log)
     try:

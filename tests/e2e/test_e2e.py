@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import os
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
 from patches.errors import PatchError
 from patches.releases import find_release
 from patches.rules import load_changes
 from patches.upstream import fetch_wheel
 from patches.wheels import build_wheel
-from tests.e2e.__main__ import main
+from tests.e2e.__main__ import choose, main
 from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, prepare_database
 from tests.e2e.outcomes import Outcome
 from tests.e2e.report import Result, find_failures
 from tests.e2e.scenarios import SCENARIOS
+from tests.harness import users
 from tests.harness.environments import NoInterpreterError
 
 if TYPE_CHECKING:
@@ -96,3 +100,31 @@ def test_bad_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     message = capsys.readouterr().err
     assert arguments[0] in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("lack", ["root", "sudo"])
+def test_scenario_beyond_this_system(
+    lack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever asks for tasks of another user without being root, or without sudo, is told so in one sentence."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1 if lack == "root" else 0)
+    monkeypatch.setattr(users, "ADMIN_PATH", str(tmp_path))
+
+    assert main(["--scenario", "another-user", "local"]) == 2
+
+    message = capsys.readouterr().err
+    assert lack in message
+    assert len(message.splitlines()) == 1
+
+
+def test_scenarios_beyond_this_system_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for no scenario gets those that can be run, and is told which cannot."""
+    monkeypatch.setattr(users, "ADMIN_PATH", str(tmp_path))
+    errors = Console(file=io.StringIO(), soft_wrap=True)
+
+    names = [scenario.name for scenario in choose(None, errors)]
+
+    assert "set-failed" in names
+    assert "another-user" not in names
+    assert isinstance(errors.file, io.StringIO)
+    assert "Not run: another-user." in errors.file.getvalue()
