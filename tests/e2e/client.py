@@ -9,8 +9,9 @@ from typing import Any
 
 REQUEST_TIMEOUT = 30.0
 """Seconds; the first request to a part of the API has it imported."""
-SET_FAILED_ATTEMPTS = 3
-DATABASE_ERROR = "Database error"
+
+PAGE_SIZE = 100
+"""What the API gives at most."""
 
 
 class ApiError(Exception):
@@ -53,21 +54,24 @@ class Client:
 
     def task_instances(self, dag: str, run: str) -> dict[str, dict[str, Any]]:
         """Return the task instances of a run by task id; `state`, `pid` (the runner's) and `try_number` are there."""
-        found = self.request("GET", f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances")
-        return {instance["task_id"]: instance for instance in found["task_instances"]}
+        return {instance["task_id"]: instance for instance in self.list_task_instances(dag, run)}
 
-    def set_failed(self, dag: str, run: str, task: str) -> None:
+    def list_task_instances(self, dag: str, run: str) -> list[dict[str, Any]]:
+        """Return all task instances of a run, also where there are many of a task, told apart by `map_index`."""
+        instances: list[dict[str, Any]] = []
+        while True:
+            page = f"limit={PAGE_SIZE}&offset={len(instances)}&order_by=map_index"
+            found = self.request("GET", f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances?{page}")
+            instances += found["task_instances"]
+            if len(instances) >= found["total_entries"]:
+                return instances
+
+    def set_failed(self, dag: str, run: str, task: str, map_index: int | None = None) -> None:
         """Set a task instance to failed."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}"
-        for attempt in range(SET_FAILED_ATTEMPTS):
-            try:
-                self.request("PATCH", path, {"new_state": "failed"})
-            except ApiError as error:
-                # SQLite has one writer; a request that cannot write for 5 s fails, and a user would try again.
-                if DATABASE_ERROR not in str(error) or attempt == SET_FAILED_ATTEMPTS - 1:
-                    raise
-            else:
-                return
+        if map_index is not None:
+            path = f"{path}/{map_index}"
+        self.request("PATCH", path, {"new_state": "failed"})
 
     def clear(self, dag: str, run: str, tasks: list[str]) -> None:
         """Have task instances run again, whatever they are doing."""

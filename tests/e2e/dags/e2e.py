@@ -42,7 +42,8 @@ def become_actor(python: str, *arguments: str) -> None:
 
 def start_actor(context: Mapping[str, Any], role: str, **options: Any) -> subprocess.Popen[bytes]:
     conf, ti = context["dag_run"].conf, context["ti"]
-    cookie = f"{conf['cookie']}.{ti.task_id}.{ti.try_number}"
+    task = ti.task_id if ti.map_index < 0 else ti.map_index
+    cookie = f"{conf['cookie']}.{task}.{ti.try_number}"
     return subprocess.Popen([sys.executable, "-I", "-S", str(ACTOR), role, cookie, conf["ready"]], **options)
 
 
@@ -128,3 +129,18 @@ with DAG("ends_itself", schedule=None):
     fails()
     is_rescheduled()
     Defers(task_id="defers")
+
+
+with DAG("many_tasks", schedule=None):
+
+    @task
+    def many(number: int, **context: Any) -> None:
+        """End at once, or, every third, start two children, and fail when one ends."""
+        if number % 3:
+            return
+        plain = start_actor(context, "sleeper")
+        start_actor(context, "sleeper", start_new_session=True)
+        plain.wait()
+        raise RuntimeError("A child has ended.")
+
+    many.expand(number=list(range(300)))
