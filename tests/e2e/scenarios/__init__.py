@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.e2e.scenarios import another_user, cleared, load, set_failed, shut_down, stolen
+from tests.e2e.scenarios import another_user, cleared, interrupted, load, set_failed, shut_down, stolen
 
 if TYPE_CHECKING:
     from tests.e2e.outcomes import Scenario
@@ -15,5 +15,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     *shut_down.SCENARIOS,
     *stolen.SCENARIOS,
     *another_user.SCENARIOS,
+    *interrupted.SCENARIOS,
     *load.SCENARIOS,
 )
