@@ -129,11 +129,11 @@ def judge_task_log(run: Run, signals: Sequence[str], task: str = "children") -> 
         yield f"the log of {task} names as ended: {named or 'nothing'}"
 
 
-def read_events(run: Run, task: str) -> list[dict[str, Any]]:
-    """Return what the log of a task says about what was ended."""
+def read_events(run: Run, task: str, name: str = ENDED_EVENT) -> list[dict[str, Any]]:
+    """Return the events of a name in the log of a task; by default what it says about what was ended."""
     lines = run.airflow.read_task_log(DAG, run.id, task).splitlines()
     events = [json.loads(line) for line in lines if line.startswith("{")]
-    return [event for event in events if event["event"] == ENDED_EVENT]
+    return [event for event in events if event["event"] == name]
 
 
 def find_tracebacks(airflow: Airflow) -> Iterator[str]:

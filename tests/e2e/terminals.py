@@ -70,6 +70,7 @@ def open_terminal(name: str, *, folder: Path, env: Mapping[str, str]) -> Iterato
     ours, theirs = os.openpty()
     closing = threading.Event()
     log = folder / f"{name}.log"
+    log.touch()
 
     def keep_screen() -> None:
         with log.open("ab", buffering=0) as screen:

@@ -19,6 +19,7 @@ from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, 
 from tests.e2e.outcomes import Outcome
 from tests.e2e.report import Result, find_failures
 from tests.e2e.scenarios import SCENARIOS
+from tests.e2e.scenarios.load import KILLED, TASKS, judge_states
 from tests.harness import users
 from tests.harness.environments import NoInterpreterError
 
@@ -90,6 +91,18 @@ def test_failed_scenario_is_told() -> None:
     assert not list(find_failures([Result(SET_FAILED, "local", patched=True, outcome=well)]))
     assert list(find_failures([Result(SET_FAILED, "local", patched=True, outcome=ill)]))
     assert list(find_failures([Result(SET_FAILED, "local", patched=False, outcome=well)]))
+
+
+def test_wrong_state_under_load_is_told() -> None:
+    """A task that was killed and has succeeded is a problem, and so is one that is missing."""
+    due: dict[int, str | None] = {index: "failed" if index in KILLED else "success" for index in range(TASKS)}
+    missing = {index: state for index, state in due.items() if index}
+
+    assert list(judge_states(due)) == []
+    assert list(judge_states({**due, KILLED[1]: "success"})) == [
+        f"many {KILLED[1]} is success and not failed"
+    ]
+    assert list(judge_states(missing)) == [f"there are {TASKS - 1} tasks and not {TASKS}"]
 
 
 @pytest.mark.parametrize("arguments", [["9.9.9"], ["kubernetes"]], ids=" ".join)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pwd
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -11,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from tests.demo.runs import build_patched_wheel
 from tests.e2e.deployment import DAGS, install, run_airflow
-from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, find_tracebacks, judge_slots, observe_end
+from tests.e2e.outcomes import (
+    SLOTS_TIMEOUT,
+    Outcome,
+    Scenario,
+    find_tracebacks,
+    judge_slots,
+    observe_end,
+    read_events,
+)
 from tests.e2e.runs import DAG, PROCESSES, start_run
 from tests.harness.processes import find_processes, is_inside
 from tests.harness.users import OTHER, PYTHON, WORKER, check_users, make_place, permit
@@ -111,8 +118,7 @@ def judge_refusals(run: Run, left: list[Process]) -> Iterator[str]:
     """Say if what is left is not told by one error, in the log of its task, with what sudo said."""
     told = set()
     for task in PROCESSES:
-        lines = run.airflow.read_task_log(DAG, run.id, task).splitlines()
-        events = [event for event in map(json.loads, lines) if event["event"] == REFUSED_EVENT]
+        events = read_events(run, task, REFUSED_EVENT)
         if len(events) > 1 or any("sudoers must permit" not in event["reason"] for event in events):
             yield f"the log of {task} has {len(events)} errors: {events}"
         told |= {process["pid"] for event in events for process in event["processes"]}
