@@ -114,5 +114,6 @@ SCENARIOS = (
         ("local",),
         interrupt,
         releases=ENDS_TASK_ON_SIGTERM,
+        shows_fault=True,
     ),
 )
