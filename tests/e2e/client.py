@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from typing import Any
 
 REQUEST_TIMEOUT = 30.0
@@ -14,8 +16,16 @@ PAGE_SIZE = 100
 """What the API gives at most."""
 
 
+BUSY_TIMEOUT = 60.0
+"""Seconds for which a change is tried again that the API could not write."""
+
+
 class ApiError(Exception):
     """The API answered with an error; the message has the request, the status and the answer."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Client:
@@ -45,7 +55,7 @@ class Client:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             answer = error.read().decode(errors="replace")
-            raise ApiError(f"{method} {path}: {error.code} {answer}") from None
+            raise ApiError(f"{method} {path}: {error.code} {answer}", error.code) from None
 
     def trigger(self, dag: str, conf: dict[str, str]) -> str:
         """Start a run and return its id."""
@@ -71,7 +81,16 @@ class Client:
         path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}"
         if map_index is not None:
             path = f"{path}/{map_index}"
-        self.request("PATCH", path, {"new_state": "failed"})
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        while True:
+            try:
+                self.request("PATCH", path, {"new_state": "failed"})
+            except ApiError as error:
+                # SQLite was locked by another writer for the five seconds that sqlite3 waits; nothing was written.
+                if error.status != HTTPStatus.INTERNAL_SERVER_ERROR or time.monotonic() > deadline:
+                    raise
+            else:
+                return
 
     def clear(self, dag: str, run: str, tasks: list[str]) -> None:
         """Have task instances run again, whatever they are doing."""
