@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from packaging.specifiers import SpecifierSet
+
 from tests.e2e.deployment import run_airflow
 from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, find_tracebacks, judge_slots, name_left
 from tests.e2e.runs import (
@@ -33,6 +35,8 @@ KILLED = range(0, TASKS, 3)
 CHILDREN = 2
 """What each of those that are killed starts."""
 SLOTS = 16
+# From 3.3 on 16 tasks, the scheduler and the API write more than SQLite's one writer at a time can: requests fail.
+SQLITE_KEEPS_UP = SpecifierSet("<1.3.0a0", prereleases=True)
 VARIABLES = {
     "AIRFLOW__CORE__PARALLELISM": str(SLOTS),
     "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": str(SLOTS),
@@ -158,5 +162,6 @@ SCENARIOS = (
         ("celery",),
         kill_many,
         shows_fault=True,
+        releases=SQLITE_KEEPS_UP,
     ),
 )

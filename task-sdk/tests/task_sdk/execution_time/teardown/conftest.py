@@ -30,6 +30,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     PATIENCE_WITH_FAULTS,
     Relay,
     Tree,
+    is_living,
     set_grace,
 )
 
@@ -84,7 +85,7 @@ def leave_nothing(adopt_orphans: None) -> Iterator[Callable[[], set[psutil.Proce
 @pytest.fixture
 def list_left(leave_nothing: Callable[[], set[psutil.Process]]) -> Callable[[], list[int]]:
     """Return a function that lists what is left of all trees; :func:`adopt_orphans` makes them all ours."""
-    return lambda: [process.pid for process in leave_nothing() if process.status() != psutil.STATUS_ZOMBIE]
+    return lambda: [process.pid for process in leave_nothing() if is_living(process)]
 
 
 @pytest.fixture(autouse=True)

@@ -245,8 +245,14 @@ def keep_open(*kept: int) -> None:
 
 def list_living() -> list[int]:
     """Return the descendants of this process that are no zombies."""
-    children = psutil.Process().children(recursive=True)
-    return [process.pid for process in children if process.status() != psutil.STATUS_ZOMBIE]
+    return [process.pid for process in psutil.Process().children(recursive=True) if is_living(process)]
+
+
+def is_living(process: psutil.Process) -> bool:
+    """Whether a process is there, and no zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def wait_to_end(relay: Relay) -> None:
