@@ -520,7 +520,10 @@ class TestSudo:
     def test_process_that_ends_meanwhile(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Kill fails when one of many is gone; that is no refusal, and sudo is asked again for the rest."""
         tree, _, [polite, _] = lead(start_child, start_child)
-        self.install_sudo(monkeypatch, tmp_path, f"kill -9 {polite}; echo No such process >&2; exit 1")
+        wait = f"until grep -q '^State:.Z' /proc/{polite}/status; do :; done"
+        self.install_sudo(
+            monkeypatch, tmp_path, f"kill -9 {polite}; {wait}; echo No such process >&2; exit 1"
+        )
         tree.signal(tree.find(), signal.SIGTERM)
         assert tree.sudo_failure is None
 
