@@ -41,6 +41,7 @@ what: The supervisor's kill() signals nobody.
 why: A harness that does not notice is worth nothing.
 upstream: Not there.
 files: []
+tests: []
 ---
 id: deaf-kill
 language: python
@@ -162,9 +163,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Result]]:
     """Stand in for the environments: every run takes its results from the front of this list."""
     results: list[dict[str, Result]] = []
     monkeypatch.setattr(
-        judging, "install_suite", lambda release, _wheel: Environment(release, Path(), Path())
+        judging, "install_suite", lambda release, *_arguments: Environment(release, Path(), Path())
     )
-    monkeypatch.setattr(judging, "run_suite", lambda *_arguments: results.pop(0))
+    monkeypatch.setattr(judging, "run_suite", lambda *_arguments, **_options: results.pop(0))
     return results
 
 
