@@ -201,20 +201,27 @@ def start_supervisor(
     }
 
     def launch(order: int) -> subprocess.Popen[bytes]:
-        with (folder / "supervisor.log").open("wb") as output:
-            return subprocess.Popen(
-                [environment.python, "-m", "tests.harness.scenario", cookie, folder],
-                env=variables,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[order],
-                start_new_session=True,
-            )
+        return launch_scenario(environment, cookie, folder, order, env=variables)
 
     with watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder) as supervisor:
         yield supervisor
+
+
+def launch_scenario(
+    environment: Environment, cookie: str, folder: Path, order: int, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start scenario.py in a session of its own, with what it says in the folder; `options` are Popen's."""
+    with (folder / "supervisor.log").open("wb") as output:
+        return subprocess.Popen(
+            [environment.python, "-m", "tests.harness.scenario", cookie, folder],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[order],
+            start_new_session=True,
+            **options,
+        )
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import subprocess
 import sys
 import tempfile
 import uuid
@@ -26,6 +25,7 @@ from tests.harness.supervised import (
     SETTINGS,
     Plan,
     end_task,
+    launch_scenario,
     observe,
     wait_for_tree,
     watch_supervisor,
@@ -33,6 +33,7 @@ from tests.harness.supervised import (
 from tests.harness.users import OTHER, PYTHON, WORKER, check_users, find_admin_tool, make_place, permit
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator
 
     from tests.harness.environments import Environment
@@ -120,20 +121,8 @@ def make_launch(
             os.chown(path, account.pw_uid, account.pw_gid)
         folder.chmod(0o755)
         (folder / "ready").chmod(0o666)
-        with (folder / "supervisor.log").open("wb") as output:
-            return subprocess.Popen(
-                [environment.python, "-m", "tests.harness.scenario", cookie, folder],
-                user=account.pw_uid,
-                group=account.pw_gid,
-                extra_groups=[],
-                env=variables,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[order],
-                start_new_session=True,
-            )
+        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        return launch_scenario(environment, cookie, folder, order, env=variables, **user)
 
     return launch
 
