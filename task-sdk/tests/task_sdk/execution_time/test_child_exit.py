@@ -211,6 +211,16 @@ class TestReleaseSockets:
         assert received[-1] == b""
         assert not selector.get_map()
 
+    def test_the_end_is_told_once(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        """A reader that logs an unfinished last line at the end is not asked again, which would repeat the line."""
+        ours, theirs = pair
+        received: list[bytes] = []
+        selector.register(ours, selectors.EVENT_READ, collect(received))
+        theirs.sendall(b"last line")
+        theirs.close()
+        release_sockets(selector, {ours: "stdout"})
+        assert received.count(b"") == 1
+
     def test_requests_are_not_read(self, selector: selectors.BaseSelector, pair: Any) -> None:
         """Each would cost a call of the API, whose answer nobody waits for."""
         ours, theirs = pair
@@ -242,12 +252,15 @@ class TestReleaseSockets:
         release_sockets(selector, {ours: "stdout"})
         assert not selector.get_map()
 
-    def test_reader_that_fails(self, selector: selectors.BaseSelector, pair: Any) -> None:
+    @pytest.mark.parametrize("error", [RuntimeError("bad line"), OSError(errno.ENOSPC, "disk full")])
+    def test_reader_that_fails(
+        self, selector: selectors.BaseSelector, pair: Any, error: Exception
+    ) -> None:
         """A reader's exception costs the rest of that socket, not the supervisor."""
         ours, theirs = pair
 
         def read(sock: socket.socket) -> bytes:
-            raise RuntimeError("no disk left")
+            raise error
 
         selector.register(ours, selectors.EVENT_READ, (read, None))
         theirs.sendall(b"line")

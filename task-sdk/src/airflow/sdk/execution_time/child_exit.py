@@ -222,20 +222,27 @@ def _drain(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> None
     """Feed ``handle`` with what is in ``sock``, and with its end, on which it logs an unfinished last line."""
     sock.setblocking(False)
     try:
-        _read(sock, handle)
+        if _read(sock, handle):
+            return
         # From here on a writer that is still there gets EPIPE, and reading comes to an end. Not before, for other
         # systems than Linux discard with it what has not been read.
-        sock.shutdown(socket.SHUT_RD)
+        with contextlib.suppress(OSError):  # not connected any more
+            sock.shutdown(socket.SHUT_RD)
         _read(sock, handle)
-    except OSError:  # reset by a peer that died with unread data, or not connected any more
+    except ConnectionError:  # reset by a peer that died with unread data
         return
     except Exception:
         log.exception("The rest of what a task has written could not be logged.")
 
 
-def _read(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> None:
-    """Feed ``handle`` from ``sock`` until nothing is left, the stream ends, or its writer proves endless."""
+def _read(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> bool:
+    """
+    Feed ``handle`` from ``sock`` until nothing is left, the stream ends, or its writer proves endless.
+
+    :returns: whether the stream has ended. ``handle`` would log an unfinished last line again if asked once more.
+    """
     with contextlib.suppress(BlockingIOError):
         for _ in range(MAX_DRAIN_READS):
             if not handle(sock):
-                return
+                return True
+    return False
