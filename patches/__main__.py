@@ -129,6 +129,8 @@ def _build_wheels(
             try:
                 progress.console.print(f"Airflow {release.airflow}: {future.result()}")
             except PatchError as error:
+                # What to do about it is said once, in the end.
+                problems = [problem for problem in problems if problem not in error.sentences]
                 problems += error.sentences
     if problems:
         raise PatchError(*problems)

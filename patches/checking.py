@@ -31,7 +31,10 @@ def check_version(version: str, changes: Sequence[Change]) -> str:
             _check_wheel(fetch_wheel(release), release, changes)
             return f"All changes apply to SDK {sdk_version}."
     line = _check_newcomer(sdk_version, changes)
-    return f"All changes apply to SDK {sdk_version}. To support it, add to pyproject.toml:\n{line}"
+    return (
+        f"All changes apply to SDK {sdk_version}. To support it, add to pyproject.toml, with the day on which it came out "
+        f"as its as-of:\n{line}"
+    )
 
 
 def _check_newcomer(version: str, changes: Sequence[Change]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import tempfile
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ def open_checkout(folder: Path) -> Checkout:
     """Return the checkout whose top folder this is, or say in a PatchError why nothing can be committed there."""
     if not folder.is_dir():
         raise PatchError(f"{folder} is no folder: give the top folder of an apache/airflow checkout.")
+    if shutil.which("git") is None:
+        raise PatchError("git is not installed: install it, and try again.")
     result = run_command(["git", "-C", str(folder), "rev-parse", "--show-toplevel"])
     if result.returncode:
         raise PatchError(
@@ -83,10 +86,12 @@ def check_branch(checkout: Checkout, branch: str) -> None:
         raise PatchError(
             f"{branch!r} cannot be the name of a branch: give another one with --branch."
         ) from None
-    if checkout.git("branch", "--list", "--", branch).strip():
-        raise PatchError(
-            f"{checkout.folder} has a branch {branch} already: delete it, or name another one with --branch."
-        )
+    for taken in checkout.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads").splitlines():
+        if _exclude_each_other(taken, branch):
+            reason = "already" if taken == branch else f"beside which git cannot have {branch}"
+            raise PatchError(
+                f"{checkout.folder} has a branch {taken} {reason}: delete it, or name another one with --branch."
+            )
 
 
 def check_identity(checkout: Checkout) -> None:
@@ -111,15 +116,14 @@ def commit_files(
     """
     with _hold_interrupts():
         commit = _write_commit(checkout, files, message)
-        if patch_file:
-            _write_patch(checkout, commit, patch_file)
-        try:
+        with _write_patch(checkout, commit, patch_file) if patch_file else contextlib.nullcontext():
             _check_out(checkout, commit, branch)
-        except BaseException:
-            if patch_file:
-                patch_file.unlink()
-            raise
     return commit[:SHORT_DIGITS]
+
+
+def _exclude_each_other(branch: str, other: str) -> bool:
+    """Whether git cannot have branches of both names: a/b needs a folder where a is a file."""
+    return f"{branch}/".startswith(f"{other}/") or f"{other}/".startswith(f"{branch}/")
 
 
 def _refuse_changes(checkout: Checkout) -> None:
@@ -166,13 +170,19 @@ def _write_blob(checkout: Checkout, content: bytes) -> str:
     return checkout.git("hash-object", "-w", "--stdin", stdin=content).strip()
 
 
-def _write_patch(checkout: Checkout, commit: str, file: Path) -> None:
+@contextlib.contextmanager
+def _write_patch(checkout: Checkout, commit: str, file: Path) -> Iterator[None]:
+    """Write the commit as a mail; unless it gets there whole, and the block succeeds, there is no such file."""
     mail = checkout.git("format-patch", *PATCH_OPTIONS, "-1", commit)
-    try:
-        with file.open("xb") as stream:
-            stream.write(mail.encode(errors="surrogateescape"))
-    except OSError as error:
-        raise PatchError(f"{file} cannot take the patch ({error.strerror}): name another file.") from None
+    with contextlib.ExitStack() as undo:
+        try:
+            with file.open("xb") as stream:
+                undo.callback(file.unlink)
+                stream.write(mail.encode(errors="surrogateescape"))
+        except OSError as error:
+            raise PatchError(f"{file} cannot take the patch ({error.strerror}): name another file.") from None
+        yield
+        undo.pop_all()
 
 
 def _check_out(checkout: Checkout, commit: str, branch: str) -> None:

@@ -20,7 +20,17 @@ from patches.checkouts import (
 )
 from patches.errors import PatchError
 from patches.releases import all_releases, find_release, last_of_lines
-from patches.rules import CORE, SOURCES, TESTS, Patch, add_needed, apply_rule, compute_patch, select_names
+from patches.rules import (
+    ADVICE,
+    CORE,
+    SOURCES,
+    TESTS,
+    Patch,
+    add_needed,
+    apply_rule,
+    compute_patch,
+    select_names,
+)
 from patches.styling import NoStyleError, apply_style, style_new_file
 
 if TYPE_CHECKING:
@@ -230,16 +240,16 @@ def _edit_core(
 ) -> dict[str, bytes]:
     """Return the files of the core that rules edit; a checkout of the SDK's folder alone has none."""
     patch = Patch()
-    problems: list[str] = []
+    failures: list[str] = []
     for rule in (rule for change in changes for rule in change.rules if rule.file.startswith(CORE)):
         if not rule.count_expected(release):
             continue
         if checkout.read(rule.file) is None:
             notices.append(f"Left out: rule {rule.id}, for there is no {rule.file}.")
         else:
-            problems += apply_rule(checkout.folder, patch, rule, release)
-    if problems:
-        raise PatchError(*problems)
+            failures += apply_rule(checkout.folder, patch, rule, release)
+    if failures:
+        raise PatchError(*failures, ADVICE)
     return patch.changed
 
 

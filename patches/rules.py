@@ -41,6 +41,8 @@ RULE_KEYS = {"id", "language", "message", "note", "rule", "fix", "metadata"}
 OPTIONAL_RULE_KEYS = {"constraints", "utils", "transform", "rewriters"}
 METADATA_KEYS = {"file"}
 OPTIONAL_METADATA_KEYS = {"matches", "releases"}
+# Follows the rules that fail.
+ADVICE = 'Where upstream\'s code has changed, CONTRIBUTING.md says what to do, under "Add a release".'
 NEW_FILE_MODE = 0o644
 QUOTED_LENGTH = 40
 
@@ -162,11 +164,14 @@ def compute_patch(tree: Tree, release: Release, changes: Sequence[Change], sourc
     """Return what the changes make of a tree, which may be an open wheel, without writing anything."""
     patch = Patch()
     problems: list[str] = []
+    failures: list[str] = []
     for change in changes:
         problems += _add_files(tree, patch, change, release, sources)
         for rule in change.rules:
             if rule.file.startswith(SDK):
-                problems += apply_rule(tree, patch, rule, release)
+                failures += apply_rule(tree, patch, rule, release)
+    if failures:
+        problems += [*failures, ADVICE]
     if not problems:
         problems = list(_find_broken_files(patch, release))
     if problems:

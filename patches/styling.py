@@ -26,8 +26,8 @@ class NoStyleError(PatchError):
 def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Return the files as the checkout's ruff configuration wants them.
 
-    New files, and files that were in style before, are fixed and formatted. Others stay as they are, for a commit must
-    not restyle code that it does not change. Raises a PatchError that lists what a file is blamed for and was not
+    New files, and files that were in style before, are fixed and formatted. Others are not, for a commit must not restyle
+    code that it does not change. Raises a PatchError that lists what a file is blamed for and was not
     before, and a NoStyleError where there is no configuration, or ruff does not take it.
     """
     _check_configuration(checkout)
@@ -43,7 +43,9 @@ def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, byt
             problems += [f"{file}: {fault}" for fault in faults]
     if problems:
         raise PatchError(
-            *problems, "The checkout's ruff configuration asks for more than the changes fulfil."
+            *problems,
+            "The checkout's ruff configuration asks for that: mend these files where this repository has them "
+            "(task-sdk/, patches/changes/), and run this again.",
         )
     return styled
 

@@ -13,6 +13,7 @@ import pytest
 
 from patches.__main__ import main
 from patches.releases import all_releases, find_release
+from patches.rules import ADVICE
 from patches.upstream import fetch_wheel, wheel_name
 from patches.wheels import patched_name
 from tests.tool import made_up
@@ -81,19 +82,24 @@ def test_builds_named_releases(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_builds_what_can_be_built(clone: Path) -> None:
-    """A rule that does not match in one release is reported, and the others are built all the same."""
-    rule = made_up.write_rule(metadata="releases: '>=1.3.2'")
+    """A rule that does not match in some releases is reported for each, and the others are built all the same."""
+    rule = made_up.write_rule(metadata="releases: '!=1.3.1'")
     made_up.write_change(clone / "patches" / "changes", rule.replace(made_up.FILE, "airflow/sdk/absent.py"))
     (clone / ".cache" / "upstream").mkdir(parents=True)
-    for release in (find_release("1.3.1"), find_release("1.3.2")):
-        shutil.copy(fetch_wheel(release), clone / ".cache" / "upstream")
-    with start(clone, "wheel", "1.3.2", "1.3.1") as process:
+    for version in ("1.2.2", "1.3.1", "1.3.2"):
+        shutil.copy(fetch_wheel(find_release(version)), clone / ".cache" / "upstream")
+    with start(clone, "wheel", "1.3.2", "1.3.1", "1.2.2") as process:
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
-    assert stderr.startswith("Rule say-moin (10-politeness.yml) on airflow/sdk/absent.py of SDK 1.3.2: ")
+    *failures, advice = stderr.splitlines()
+    assert [failure.partition(":")[0] for failure in failures] == [
+        f"Rule say-moin (10-politeness.yml) on airflow/sdk/absent.py of SDK {version}"
+        for version in ("1.3.2", "1.2.2")
+    ]
+    assert advice == ADVICE
     assert stdout.startswith("Airflow 3.3.1: ")
-    assert {path.suffix for path in (clone / "dist").iterdir()} == {".whl", ".diff"}
-    assert not list((clone / "dist").glob("*1.3.2*"))
+    wheel = clone / "dist" / patched_name(find_release("1.3.1"))
+    assert set((clone / "dist").iterdir()) == {wheel, wheel.with_suffix(".diff")}
 
 
 def test_lint_passes(clone: Path) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import select
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from patches.__main__ import main
+from patches.breeze import COMPATIBLE_WITH
 from patches.errors import PatchError
-from patches.pull_requests import NEWS, Wishes, make_pull_request
-from patches.rules import load_changes
-from tests.harness.checkouts import NEWSFRAGMENTS, commit_all, git, isolate_git, record_state
+from patches.pull_requests import NEWS, NEWSFRAGMENTS, Wishes, make_pull_request
+from patches.releases import last_of_lines
+from patches.rules import ADVICE, load_changes
+from tests.harness.checkouts import commit_all, git, isolate_git, record_state
 from tests.tool.made_up import ADDED, FILE, SOURCE, write_change, write_rule, write_tree
 from tests.tool.running import TIMEOUT, interrupt, start
 
@@ -34,6 +39,7 @@ CONFIGURATION_RULE = (
     .replace(FILE, CONFIGURATION)
     .replace("language: python", "language: yaml")
 )
+MEBIBYTE = 1 << 20
 # A git that waits at the command in the variable BLOCKED until it is told to go on.
 BLOCKING_GIT = """\
 #!/bin/sh
@@ -145,7 +151,7 @@ def test_our_subjects_are_short() -> None:
 
 
 def test_keeps_the_mode(checkout: Path, changes: list[Change]) -> None:
-    """A file that can be executed stays so, and the line ends of others stay what they are."""
+    """A file that can be executed stays so."""
     (checkout / SDK_FILE).chmod(0o755)
     git(checkout, "commit", "--all", "--quiet", "--message", "Make it a program")
     make_pull_request(checkout, changes, Wishes())
@@ -197,18 +203,22 @@ def test_builds_on_what_is_there(
     assert sorted(request.files) == [f"{NEWSFRAGMENTS}/2.bugfix.rst", SDK_FILE]
 
 
+LAST = {".".join(release.version.split(".")[:2]): release.version for release in last_of_lines()}
+NEWEST = last_of_lines()[-1].version
+
+
 @pytest.mark.parametrize(
     ("version", "line", "expected"),
     [
-        ("1.3.2", None, "1.3.2"),
-        ("1.3.9", None, "1.3.2"),
-        ("1.4.0", None, "1.4.0b2"),
-        ("1.4.0.dev0", None, "1.4.0b2"),
-        ("1.9.0", None, "1.4.0b2"),
-        ("1.3.2", "main", "1.4.0b2"),
-        ("1.3.2", "v3-0-test", "1.0.6"),
-        ("1.3.2", "v3-2-stable", "1.2.2"),
-        ("1.3.2", "3.1", "1.1.8"),
+        ("1.3.1", None, "1.3.1"),
+        ("1.3.99", None, LAST["1.3"]),
+        ("1.4.99", None, LAST["1.4"]),
+        ("1.4.0.dev0", None, LAST["1.4"]),
+        ("1.99.0", None, NEWEST),
+        ("1.3.2", "main", NEWEST),
+        ("1.3.2", "v3-0-test", LAST["1.0"]),
+        ("1.3.2", "v3-2-stable", LAST["1.2"]),
+        ("1.3.2", "3.1", LAST["1.1"]),
         ("1.3.2", "3.1.4", "1.1.4"),
     ],
 )
@@ -244,7 +254,9 @@ def test_edits_the_core_where_it_is(tmp_path: Path) -> None:
     make_pull_request(whole, changes, Wishes())
     assert (whole / CONFIGURATION).read_text() == "default: loud\n"
     other = make_checkout(tmp_path / "other", files={CONFIGURATION: "default: shy\n"})
-    assert "0 matches instead of 1" in refuse(other, changes, Wishes())
+    failure, advice = refuse(other, changes, Wishes()).splitlines()
+    assert failure.endswith(f"{CONFIGURATION} of SDK 1.3.2: 0 matches instead of 1.")
+    assert advice == ADVICE
     part = make_checkout(tmp_path / "part")
     request = make_pull_request(part, changes, Wishes())
     assert f"Left out: rule be-loud, for there is no {CONFIGURATION}." in request.notices
@@ -297,7 +309,10 @@ def commit_text(file: str, text: str) -> Callable[[Path], None]:
         (dirty, "is not clean (1 files, task-sdk/src/airflow/sdk/greeting.py among them): commit them, or"),
         (litter, "is not clean (1 files, stray.py among them)"),
         (take_branch, "has a branch task-sdk-teardown already: delete it, or name another one with --branch"),
-        (take_prefix_of_branch, "git update-ref failed in"),
+        (
+            take_prefix_of_branch,
+            "has a branch task-sdk-teardown/more beside which git cannot have task-sdk-teardown: delete it, or",
+        ),
         (drop_identity, "git does not know who commits: set your name and address"),
         (
             commit_text(SDK_FILE, "pass\n"),
@@ -336,6 +351,10 @@ def test_refusal_changes_nothing(
         ),
         (Wishes(branch="--all"), "'--all' cannot be the name of a branch"),
         (Wishes(branch="main"), "has a branch main already"),
+        (
+            Wishes(branch="main/more"),
+            "has a branch main beside which git cannot have main/more: delete it, or",
+        ),
     ],
 )
 def test_refuses_bad_wishes(checkout: Path, changes: list[Change], wishes: Wishes, message: str) -> None:
@@ -359,13 +378,37 @@ def test_refuses_patch_file(tmp_path: Path, checkout: Path, changes: list[Change
     assert "is in the checkout" in refuse(checkout, changes, Wishes(patch_file=checkout / "x.patch"))
 
 
+@pytest.mark.parametrize("lock", ["refs/heads/task-sdk-teardown.lock", "index.lock"])
 def test_failure_at_the_end_takes_the_patch_back(
-    tmp_path: Path, checkout: Path, changes: list[Change]
+    tmp_path: Path, checkout: Path, changes: list[Change], lock: str
 ) -> None:
-    """When the branch cannot be made after all, no patch file stays either."""
-    take_prefix_of_branch(checkout)
-    refuse(checkout, changes, Wishes(patch_file=tmp_path / "it.patch"))
+    """When the branch cannot be made after all, or not be checked out, no patch file stays either, and no branch."""
+    (checkout / ".git" / lock).touch()  # as another git has it that is at work there
+    assert f"{lock}'" in refuse(checkout, changes, Wishes(patch_file=tmp_path / "it.patch"))
     assert not (tmp_path / "it.patch").exists()
+
+
+def test_patch_is_written_whole_or_not_at_all(tmp_path: Path, checkout: Path, sources: Path) -> None:
+    """Where there is no room for it no part stays, which would be in the way of the next try, and nothing is committed."""
+    # Longer than a file may be; git's objects, which are compressed, are not.
+    (sources / "files" / ADDED).write_text(f"# {'long ' * MEBIBYTE}\n")
+    write_change(tmp_path / "changes", write_rule(), files=f"[{ADDED}]")
+    changes, wishes = load_changes(tmp_path / "changes"), Wishes(patch_file=tmp_path / "it.patch")
+    with limit_files(MEBIBYTE):
+        assert "it.patch cannot take the patch (File too large)" in refuse(checkout, changes, wishes)
+    make_pull_request(checkout, changes, wishes)
+    assert (tmp_path / "it.patch").stat().st_size > MEBIBYTE
+
+
+@contextmanager
+def limit_files(size: int) -> Iterator[None]:
+    """Let no file that is written here grow beyond a number of bytes."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +441,15 @@ def test_refuses_wrong_folder(
     assert message in err
 
 
+def test_says_that_there_is_no_git(
+    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without git one sentence says so."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["pr", str(checkout)]) == 1
+    assert capsys.readouterr() == ("", "git is not installed: install it, and try again.\n")
+
+
 def restyle(tmp_path: Path, sources: Path, added: str, *, settings: dict[str, str] = STYLE) -> PullRequest:
     """Commit a change with a whole file in a checkout that asks for a style."""
     (sources / "files" / ADDED).write_text(added)
@@ -427,8 +479,9 @@ def test_refuses_what_the_style_cannot_mend(tmp_path: Path, sources: Path) -> No
     """A fault that ruff finds and cannot fix is named with its file, and nothing is committed."""
     with pytest.raises(PatchError) as refusal:
         restyle(tmp_path, sources, "print(undefined)\n")
-    fault, _ = refusal.value.sentences
+    fault, advice = refusal.value.sentences
     assert fault.startswith(f"task-sdk/src/{ADDED}: F821 ")
+    assert "mend these files where this repository has them" in advice
     assert git(tmp_path / "checkout", "branch", "--list").split() == ["*", "main"]
 
 
@@ -444,11 +497,13 @@ def test_tells_what_it_did_and_what_comes_next(
 ) -> None:
     """The branch, every file, the notices, and the commands that test and send the commit are printed."""
     monkeypatch.setattr("patches.__main__.load_changes", lambda: changes)
+    release = last_of_lines()[0]
     assert main(["pr", str(checkout), "--line", "v3-0-test"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     commit = git(checkout, "rev-parse", "--short=10", "HEAD").strip()
     assert head == (
-        f"Commit {commit} on the new branch task-sdk-teardown, with the rules for SDK 1.0.6: politeness, noise, gestures."
+        f"Commit {commit} on the new branch task-sdk-teardown, with the rules for SDK {release.version}: "
+        "politeness, noise, gestures."
     )
     assert [line for line in lines if line.startswith(("  A ", "  M "))] == [
         f"  A {FRAGMENT}",
@@ -459,11 +514,7 @@ def test_tells_what_it_did_and_what_comes_next(
     assert f"Next, in {checkout}:" in lines
     assert "  pre-commit run --from-ref 'HEAD~1' --to-ref HEAD" in lines
     assert "  breeze testing task-sdk-tests" in lines
-    assert [
-        version
-        for version in ("2.11.0", "3.0.6", "3.1.8")
-        if f"--use-airflow-version {version} " in str(lines)
-    ]
+    assert re.findall(r"--use-airflow-version (\S+) ", "\n".join(lines)) == [*COMPATIBLE_WITH]
     assert "  git push YOUR-FORK task-sdk-teardown" in lines
 
 
@@ -479,10 +530,11 @@ def fake_programs(folder: Path, *names: str) -> dict[str, str]:
 
 
 def test_breeze_says_what_is_missing(
-    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without Docker or Breeze nothing runs, and what can be run without them is named."""
-    monkeypatch.setattr("patches.breeze.shutil.which", {"docker": "/bin/docker", "prek": "/bin/prek"}.get)
+    there = {name: f"/bin/{name}" for name in ("git", "docker", "prek")}
+    monkeypatch.setattr("patches.breeze.shutil.which", there.get)
     assert main(["breeze", str(checkout)]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from patches.errors import PatchError
-from patches.rules import apply_changes, write_files
+from patches.rules import ADVICE, apply_changes, write_files
 from tests.tool import made_up
 from tests.tool.made_up import ADDED, FILE, SOURCE, load, write_rule
 
@@ -83,15 +83,16 @@ def test_refuses_another_number_of_matches(tree: Path, folder: Path, metadata: s
     expected = 3 if metadata else 1
     message = refuse(tree, folder, write_rule(BOTH, "'x($$$WORDS)'", metadata=metadata))
     assert message == (
-        f"Rule say-moin (10-politeness.yml) on {FILE} of SDK 1.1.8: {found} matches instead of {expected}."
+        f"Rule say-moin (10-politeness.yml) on {FILE} of SDK 1.1.8: {found} matches instead of {expected}.\n{ADVICE}"
     )
 
 
 def test_lists_every_rule_that_does_not_match(tree: Path, folder: Path) -> None:
-    """One message names all rules that fail, and nothing is written although others match."""
+    """One message names all rules that fail, then what to do, and nothing is written although others match."""
     first, second = (write_rule("{pattern: absent()}", "x", id=name) for name in ("first", "second"))
-    message = refuse(tree, folder, first, write_rule(), second)
-    assert [line.split()[1] for line in message.splitlines()] == ["first", "second"]
+    *failures, advice = refuse(tree, folder, first, write_rule(), second).splitlines()
+    assert [line.split()[1] for line in failures] == ["first", "second"]
+    assert advice == ADVICE
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_applies_once_only(tree: Path, folder: Path, tmp_path: Path) -> None:
     assert (tree / ADDED).read_text() == "BYE = 1\n"
     with pytest.raises(PatchError) as refusal:
         apply_changes(tree, made_up.release(), changes, sources)
-    there, unmatched = refusal.value.sentences
+    there, unmatched, _ = refusal.value.sentences
     assert "is there already: patch pristine upstream only" in there
     assert "0 matches instead of 1" in unmatched
 

@@ -11,6 +11,7 @@ import pytest
 
 from patches.checking import check_version
 from patches.errors import PatchError
+from patches.rules import ADVICE
 from patches.upstream import fetch_sdist, fetch_wheel, hash_file
 from tests.tool import made_up
 from tests.tool.made_up import FILE, INDEX_PATH, load, write_rule
@@ -115,7 +116,9 @@ def test_refuses_cache_that_cannot_be_written(release: Release, tmp_path: Path) 
 def test_check_gives_line_for_new_release(release: Release, tmp_path: Path) -> None:
     """For a release that the table lacks and that the changes apply to, the table's line is the answer."""
     answer = check_version("3.9.0", load(tmp_path / "changes", write_rule()))
-    assert answer.startswith("All changes apply to SDK 1.9.0.")
+    assert answer.startswith(
+        "All changes apply to SDK 1.9.0. To support it, add to pyproject.toml, with the day"
+    )
     line = answer.splitlines()[1]
     assert line.startswith('"1.9.0" = { airflow = "3.9.0", python = ">=3.9,<3.99", as-of = "20')
     assert line.endswith(f'wheel = "{release.wheel}", sdist = "{release.sdist}" }}')
@@ -127,10 +130,12 @@ def test_check_lists_rules_that_do_not_match_new_release(tmp_path: Path) -> None
     rules = [write_rule("{pattern: absent()}", "x", id=name) for name in ("first", "second")]
     with pytest.raises(PatchError) as refusal:
         check_version(VERSION, load(tmp_path / "changes", *rules))
-    assert refusal.value.sentences == tuple(
+    *failures, advice = refusal.value.sentences
+    assert failures == [
         f"Rule {name} (10-politeness.yml) on {FILE} of SDK 1.9.0: 0 matches instead of 1."
         for name in ("first", "second")
-    )
+    ]
+    assert advice == ADVICE
 
 
 @pytest.mark.parametrize("version", ["latest", "3.x", ""])
