@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from typing import TYPE_CHECKING
 
+from patches.pull_requests import NEWSFRAGMENTS
 from tests.harness.archives import extract
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 IDENTITY = {"NAME": "A Contributor", "EMAIL": "contributor@example.org"}
 TIMEOUT = 60
-NEWSFRAGMENTS = "airflow-core/newsfragments"
+"""Seconds."""
 # Asks for about what upstream asks for.
 RUFF_SETTINGS = """\
 [tool.ruff]

@@ -63,6 +63,7 @@ rule: {rule}
 fix: {fix}
 """
 TIMEOUT = 60
+"""Seconds."""
 
 INDEX_PATH = "apache-airflow-task-sdk"
 SDIST_BACKEND = '''\

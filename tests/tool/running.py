@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 TIMEOUT = 60
+"""Seconds."""
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     Build = Callable[[Release], Path]
 
 TIMEOUT = 120
+"""Seconds."""
 EACH_RELEASE = pytest.mark.parametrize("release", all_releases(), ids=lambda release: release.version)
 EACH_LINE = pytest.mark.parametrize("release", last_of_lines(), ids=lambda release: release.version)
 # Upstream's own settings as far as they concern a single file.
@@ -89,8 +90,9 @@ def count_violations(folder: Path) -> collections.Counter[str]:
 def list_unformatted(folder: Path) -> set[str]:
     """Return the files below a folder that ruff would format otherwise."""
     command = [find_tool("ruff"), "format", "--diff", "--isolated", "--line-length", "110", str(folder)]
-    diff = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return {line.split(str(folder))[-1] for line in diff.splitlines() if line.startswith("+++ ")}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    assert result.returncode in (0, 1), result.stderr  # 2 says that it could not run
+    return {line.split(str(folder))[-1] for line in result.stdout.splitlines() if line.startswith("+++ ")}
 
 
 @EACH_RELEASE
@@ -190,6 +192,16 @@ def test_style_check_sees_a_violation(tmp_path: Path) -> None:
     assert count_violations(tmp_path) == {"sorted.py: F401": 2}
     (tmp_path / "sorted.py").write_text("from __future__ import annotations\n\nimport sys\nimport os\n")
     assert count_violations(tmp_path) == {"sorted.py: F401": 2, "sorted.py: I001": 1}
+
+
+def test_format_check_sees_a_difference(tmp_path: Path) -> None:
+    """The comparison of the formats would notice a file that is not formatted, and a formatter that cannot run."""
+    (tmp_path / "neat.py").write_text("x = [1, 2]\n")
+    (tmp_path / "untidy.py").write_text("x = [1,2]\n")
+    assert list_unformatted(tmp_path) == {"/untidy.py"}
+    (tmp_path / "untidy.py").write_text("x = [")
+    with pytest.raises(AssertionError, match=r"untidy\.py"):
+        list_unformatted(tmp_path)
 
 
 @EACH_LINE
