@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from patches.releases import Release
 
-# The releases that upstream's CI runs the providers' tests with, beside its own sources.
+# As in PROVIDERS_COMPATIBILITY_TESTS_MATRIX of dev/breeze/src/airflow_breeze/global_constants.py.
 COMPATIBLE_WITH = ("2.11.0", "3.0.6", "3.1.8")
 # The providers that start or run tasks.
 PROVIDERS = "Providers[celery,cncf.kubernetes,edge3,standard]"
@@ -25,17 +25,19 @@ NEEDED = ("docker", "breeze")
 
 
 def list_commands(release: Release) -> list[list[str]]:
-    """Return the static checks, the SDK's tests and the providers' tests, to be run in the checkout."""
+    """Return the static checks, the SDK's tests and the providers' tests, to be run in the checkout.
+
+    The tests of the providers run with the checkout's SDK, then with that of each released Airflow, as upstream's CI has it.
+    """
     # Upstream changed from pre-commit to prek with 3.1.
     checker = "prek" if Version(release.version) >= Version("1.1") else "pre-commit"
+    test_providers = ["breeze", "testing", "providers-tests", "--test-type", PROVIDERS]
     return [
         [checker, "run", "--from-ref", "HEAD~1", "--to-ref", "HEAD"],
         ["breeze", "testing", "task-sdk-tests"],
+        test_providers,
         *(
-            [
-                *("breeze", "testing", "providers-tests", "--test-type", PROVIDERS),
-                *("--use-airflow-version", version, "--mount-sources", "providers-and-tests"),
-            ]
+            [*test_providers, "--use-airflow-version", version, "--mount-sources", "providers-and-tests"]
             for version in COMPATIBLE_WITH
         ),
     ]

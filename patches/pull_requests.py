@@ -47,7 +47,10 @@ MESSAGE_WIDTH = 72
 
 # What the commit of several changes says; one alone has its own words in its change file.
 SUBJECT = "Stop tasks completely, whatever processes they have started"
-NEWS = "End everything that a task has started when it is killed, crashes or fails, and notice the end of a task at once."
+NEWS = (
+    "End everything that a task has started when it is killed, crashes or fails, and notice the end of a task at once. "
+    "What is meant to outlive such a task is started by ``prlimit --rttime=unlimited setsid --fork``."
+)
 NUMBER = 65505
 BRANCH = "task-sdk-teardown"
 
