@@ -42,6 +42,17 @@ def test_lines_end_with_their_last_release() -> None:
     assert releases.last_of_lines() == list(last.values())
 
 
+def test_documents_name_the_local_version() -> None:
+    """A command that is copied from a document installs the wheel that is built."""
+    documents = [releases.ROOT / "README.md", *(releases.ROOT / "docs").glob("*.md")]
+    named = {
+        document.name: set(re.findall(r"\bteardown\.\d+", document.read_text("utf-8")))
+        for document in documents
+    }
+    assert named["README.md"]
+    assert {name for name, versions in named.items() if versions - {releases.local_version()}} == set()
+
+
 @pytest.mark.parametrize("release", releases.all_releases(), ids=lambda release: release.version)
 def test_local_version_satisfies_exact_pin(release: Release) -> None:
     """Whoever pins the SDK to a release accepts the patched one."""
