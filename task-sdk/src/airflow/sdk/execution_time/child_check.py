@@ -20,7 +20,7 @@ Say by which means the supervisor of this environment ends tasks, and prove that
 ``python -m airflow.sdk.execution_time.child_check`` starts a task of a few stubborn processes under the real
 supervisor, with a stand-in for the API client, kills it, and looks. It needs no database and no API server, runs
 as any user, and takes half a second besides the import of Airflow. The exit status is 0, or 1 when something is
-wrong, or 2 when an argument is; an SDK without this module answers "No module named".
+wrong, or 2 when an argument is, or 130 when interrupted; an SDK without this module answers "No module named".
 
 Each process is held by a socket pair. Its end of file tells the check that the process is gone, whatever
 ``/proc`` says, and tells the process that the check is gone, so that none outlives a check that is killed.
