@@ -31,7 +31,7 @@ def pr(session: nox.Session) -> None:
 
 @nox.session
 def breeze(session: nox.Session) -> None:
-    """Run upstream's own checks on the checkout given, where Docker and Breeze are installed."""
+    """Run upstream's own checks on the checkout given, where Docker, Breeze and prek are installed."""
     install_groups(session, "tool")
     session.run("python", "-m", "patches", "breeze", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
 
@@ -39,7 +39,8 @@ def breeze(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Show what the stock and the patched SDK of a version (3.1.8 unless given) leave running."""
-    install_groups(session, "tool", "bench")  # to draw, and what drawing is shared with
+    # matplotlib draws; psutil is for the modules shared with the bench
+    install_groups(session, "tool", "bench")
     session.run("python", "-m", "tests.demo", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
 
 
