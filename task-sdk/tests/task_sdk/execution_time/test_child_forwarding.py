@@ -92,6 +92,23 @@ class TestForwardSignals:
         finally:
             signal.signal(signal.SIGTERM, former)
 
+    def test_former_handlers_return_also_half_installed(self, mocker: MockerFixture) -> None:
+        """A signal that comes while they are replaced may have its former handler raise."""
+        former = [signal.getsignal(signum) for signum in child_forwarding.FORWARDED_SIGNALS]
+        install = signal.signal
+        interrupted = iter([False, True])
+
+        def interrupt(signum: int, handler: Any) -> Any:
+            if next(interrupted, False):
+                raise KeyboardInterrupt
+            return install(signum, handler)
+
+        with child(lead_session) as pid:
+            mocker.patch("signal.signal", autospec=True, side_effect=interrupt)
+            with pytest.raises(KeyboardInterrupt), forward_signals(supervise(pid)):
+                pass
+        assert [signal.getsignal(signum) for signum in child_forwarding.FORWARDED_SIGNALS] == former
+
     def test_other_threads_install_nothing(self) -> None:
         """Python lets the main thread alone handle signals; elsewhere the task is monitored without."""
         seen = []

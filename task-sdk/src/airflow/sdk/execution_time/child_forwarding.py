@@ -90,8 +90,11 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
             forward_signal(process, signum)
             passed_on[signal.Signals(signum).name] += 1
 
-    former = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
+    former = {}
     try:
+        # One that has arrived for the former handler is handled in between, which may raise.
+        for signum in FORWARDED_SIGNALS:
+            former[signum] = signal.signal(signum, forward)
         yield
     finally:
         for signum, handler in former.items():
