@@ -23,6 +23,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -221,6 +222,20 @@ class TestReleaseSockets:
         release_sockets(selector, {ours: "stdout"})
         assert received.count(b"") == 1
 
+    def test_sockets_stay_with_the_caller(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        """A supervisor's mapping has weak keys, which nothing else than the selector holds."""
+        ours, theirs = pair
+        sock = socket.socket(fileno=os.dup(ours.fileno()))
+        sockets = weakref.WeakKeyDictionary({sock: "stdout"})
+        selector.register(sock, selectors.EVENT_READ, collect([]))
+        del sock
+        theirs.close()
+        released = release_sockets(selector, sockets)
+        assert list(released.values()) == list(sockets.values()) == ["stdout"]
+        assert not selector.get_map()
+        for sock in released:
+            sock.close()
+
     def test_requests_are_not_read(self, selector: selectors.BaseSelector, pair: Any) -> None:
         """Each would cost a call of the API, whose answer nobody waits for."""
         ours, theirs = pair
@@ -253,9 +268,7 @@ class TestReleaseSockets:
         assert not selector.get_map()
 
     @pytest.mark.parametrize("error", [RuntimeError("bad line"), OSError(errno.ENOSPC, "disk full")])
-    def test_reader_that_fails(
-        self, selector: selectors.BaseSelector, pair: Any, error: Exception
-    ) -> None:
+    def test_reader_that_fails(self, selector: selectors.BaseSelector, pair: Any, error: Exception) -> None:
         """A reader's exception costs the rest of that socket, not the supervisor."""
         ours, theirs = pair
 

@@ -124,6 +124,11 @@ class ExitWatch:
         """Whether somebody has asked the child to end."""
         return self._kill_ends is not None
 
+    @property
+    def kill_expected(self) -> bool:
+        """Whether it is also going to be killed, should it not end."""
+        return self._kill_ends not in (None, math.inf)
+
     def grace_ends(self, default: float) -> float:
         """Return when the grace period ends, by time.monotonic(); where there is none, ``default`` s from now."""
         return time.monotonic() + default if self._kill_ends in (None, math.inf) else self._kill_ends
@@ -191,7 +196,9 @@ class ExitWatch:
         self._pidfd = None
 
 
-def release_sockets(selector: selectors.BaseSelector, sockets: Mapping[socket.socket, str]) -> None:
+def release_sockets(
+    selector: selectors.BaseSelector, sockets: Mapping[socket.socket, str]
+) -> dict[socket.socket, str]:
     """
     Log what the child wrote before it died, then take its sockets out of ``selector``; closing is the caller's.
 
@@ -199,10 +206,12 @@ def release_sockets(selector: selectors.BaseSelector, sockets: Mapping[socket.so
     and a registration that outlives its socket collides with the next one of the same number.
 
     :param sockets: with what they are for. Requests are not read any more: nobody waits for the answers.
+    :returns: the same; a mapping with weak keys loses those that the selector alone has held.
     """
+    held = dict(sockets)
     if selector.get_map() is None:
-        return
-    for sock, purpose in list(sockets.items()):
+        return held
+    for sock, purpose in held.items():
         try:
             key = selector.get_key(sock)
         except (KeyError, ValueError):  # never registered, or closed by now
@@ -210,6 +219,7 @@ def release_sockets(selector: selectors.BaseSelector, sockets: Mapping[socket.so
         if purpose != REQUESTS:
             _drain(sock, key.data[0] if isinstance(key.data, tuple) else key.data)
         unregister(selector, sock)
+    return held
 
 
 def unregister(selector: selectors.BaseSelector, file: socket.socket | io.FileIO) -> None:

@@ -25,6 +25,7 @@ from functools import partialmethod
 from uuid import uuid4
 
 import pytest
+import structlog
 from task_sdk.execution_time.teardown.supervised_task import (
     HOLDERS,
     NEVER,
@@ -86,8 +87,11 @@ class TestSockets:
         process = start_task(lambda: leave_holder(relay, held))
         relay.hear()
         os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        with structlog.testing.capture_logs() as logs:
+            assert process.wait() == -signal.SIGKILL
         assert not process._open_sockets
+        [closed] = [entry["sockets"] for entry in logs if entry["event"] == "Force-closed stuck sockets"]
+        assert {"stdin": "requests"}.get(held, held) in [name.partition("(")[0] for name in closed]
 
     def test_last_lines_arrive(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """What the task wrote before it died is in its log, also when its sockets have to be closed."""
