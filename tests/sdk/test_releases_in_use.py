@@ -38,7 +38,10 @@ UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
 UNCHANGED = {
     "TestUnchanged::test_other_types_stay_in_the_group",
     "TestUnchanged::test_other_types_are_killed_alone",
-    "TestUnchanged::test_success_leaves_processes_alone",
+    *(
+        f"TestUnchanged::test_success_leaves_processes_alone[{state}]"
+        for state in (None, "success", "deferred", "up_for_reschedule", "skipped")
+    ),
     "TestUnchanged::test_opt_out",
     "TestLeftovers::test_log_is_silent_when_nothing_was_left",
 }
@@ -48,11 +51,13 @@ FORGOTTEN = {f"TestSockets::test_overdue_sockets_are_closed[{held}]" for held in
 NO_CRASH = FORGOTTEN | {f"TestSockets::test_overdue_sockets_are_closed[{held}]" for held in ("stdin", "logs")}
 # From 1.3.1 on the runner has a process group.
 GROUP = {"TestGroup::test_kill_takes_the_group_along"}
+# From 1.3 on signals are passed on, and end nothing but the runner.
+PASSED_ON = {"TestForwarding::test_success_all_the_same"}
 PASS_ON_STOCK = {
     "1.0.6": UNCHANGED | FORGOTTEN,
     "1.1.8": UNCHANGED | FORGOTTEN,
     "1.2.2": UNCHANGED | NO_CRASH,
-    "1.3.2": UNCHANGED | NO_CRASH | GROUP,
+    "1.3.2": UNCHANGED | NO_CRASH | GROUP | PASSED_ON,
     "1.4.0b2": UNCHANGED | NO_CRASH | GROUP,
 }
 # Passes from 1.3.1 on if stock notices the exit in time, which is a matter of chance.

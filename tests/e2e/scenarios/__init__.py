@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.e2e.scenarios import another_user, cleared, interrupted, load, set_failed, shut_down, stolen
+from tests.e2e.scenarios import (
+    another_user,
+    cleared,
+    interrupted,
+    load,
+    raises,
+    set_failed,
+    shut_down,
+    stolen,
+)
 
 if TYPE_CHECKING:
     from tests.e2e.outcomes import Scenario
 
 SCENARIOS: tuple[Scenario, ...] = (
     *set_failed.SCENARIOS,
+    *raises.SCENARIOS,
     *cleared.SCENARIOS,
     *shut_down.SCENARIOS,
     *stolen.SCENARIOS,

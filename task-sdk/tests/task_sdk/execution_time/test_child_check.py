@@ -334,7 +334,7 @@ class TestMeans:
             )
 
         def confuse() -> None:
-            child_tree.read_process = read_another
+            child_tree.look_at = read_another
 
         findings = find_wrong(change=confuse)
         assert findings.means.mark == "none"

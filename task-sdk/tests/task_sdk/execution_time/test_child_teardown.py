@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import signal
-from configparser import RawConfigParser
+from configparser import ConfigParser
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
@@ -30,10 +30,12 @@ from airflow.sdk.execution_time.child_exit import ExitWatch
 from airflow.sdk.execution_time.child_teardown import (
     GRACE,
     MAX_GRACE,
+    MAX_GRACE_UNASKED,
     MIN_GRACE,
     end_leftovers,
     find_grace,
     prepare_kill,
+    signal_tree,
 )
 from airflow.sdk.execution_time.child_tree import Process, ProcessTree
 
@@ -49,11 +51,11 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", raising=False)
 
 
-class Conf(RawConfigParser):
+class Conf(ConfigParser):
     """Airflow's, as far as the grace goes: what is set in the file, and a default that nobody has set."""
 
     def get(self, section: str, option: str, **kwargs: Any) -> str:
-        return dict(self.items(section)).get(option, "60") if self.has_section(section) else "60"
+        return super().get(section, option, **kwargs) if self.has_option(section, option) else "60"
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def conf() -> Conf:
 @pytest.fixture
 def process(mocker: MockerFixture) -> Any:
     """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
-    tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failure=None, look_failure=None)
+    tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failures={}, look_failure=None)
     tree.find.return_value = tree.stop.return_value = [STUBBORN]
     mocker.patch.object(child_teardown, "is_alive", autospec=True, return_value=True)
     mocker.patch.object(child_teardown, "is_unreaped_child", autospec=True, return_value=True)
@@ -76,6 +78,7 @@ def process(mocker: MockerFixture) -> Any:
         _exit_watch=ExitWatch(),
         _new_session=True,
         _service_subprocess=lambda max_wait_time: None,
+        _terminal_state=None,
         _tree=tree,
     )
 
@@ -98,11 +101,12 @@ class TestGrace:
             ("0", MIN_GRACE),
             ("inf", MAX_GRACE),
             ("nan", MIN_GRACE),
+            ("60%", GRACE),
         ],
     )
     def test_bad_value(self, conf: Conf, value: str, grace: float) -> None:
         """A task must end also where somebody has mistyped how."""
-        conf.read_dict({"core": {"killed_task_cleanup_time": value}})
+        conf.read_string(f"[core]\nkilled_task_cleanup_time = {value}")
         assert find_grace(conf) == grace
 
     @pytest.mark.parametrize(("suffix", "grace"), [("", 60), ("_CMD", GRACE), ("_SECRET", GRACE)])
@@ -134,16 +138,32 @@ class TestSurvivors:
         conf.read_dict({"core": {"killed_task_cleanup_time": "0"}})
 
     @pytest.mark.parametrize(
-        ("sudo_failure", "reason"), [(None, "SIGKILL"), ("a password is required", "a password is required")]
+        ("refused", "reason"), [(4711, "after SIGKILL"), (4712, "a password is required")]
     )
-    def test_survivor_is_named(self, conf: Conf, process: Any, sudo_failure: str | None, reason: str) -> None:
-        """What cannot be ended is named once, with the reason, and the supervisor goes on."""
-        process._tree.sudo_failure = sudo_failure
+    def test_survivor_is_named(
+        self, conf: Conf, process: Any, mocker: MockerFixture, refused: int, reason: str
+    ) -> None:
+        """What cannot be ended is named once, with its own reason, and the supervisor goes on."""
+        owners = mocker.patch.object(child_teardown, "group_by_owner", autospec=True)
+        owners.return_value = {4712: [STUBBORN]}
+        process._tree.sudo_failures = {refused: "a password is required"}
         assert end_leftovers(process, -9, conf) == -9
         [call] = process.process_log.calls
         assert call.method_name == "error"
         assert call.kwargs["processes"] == [{"pid": STUBBORN.pid, "name": "stubborn"}]
         assert reason in call.kwargs["reason"]
+
+    def test_survivor_that_cannot_be_looked_for(self, conf: Conf, process: Any) -> None:
+        """Nobody is said to have ended whom a look that fails has merely not found."""
+
+        def fail(*_: Any, **__: Any) -> list[Process]:
+            process._tree.look_failure = "Too many open files"
+            return []
+
+        process._tree.stop.side_effect = fail
+        conf.read_dict({"core": {"killed_task_cleanup_time": "0.05"}})
+        end_leftovers(process, -9, conf)
+        assert [call.method_name for call in process.process_log.calls] == ["error", "error"]
 
     def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
         """What goes wrong with a request of the task does not end the teardown."""
@@ -158,6 +178,23 @@ class TestSurvivors:
         assert process._exit_watch.sockets_overdue(-9)
         assert process._exit_watch.exit_expected
         assert process._exit_watch.grace_ends(default=60) <= process._exit_watch.grace_ends(default=0) + 0.1
+
+
+class TestKill:
+    def test_settled_exit_code_stands(self, process: Any) -> None:
+        """A runner that is gone is not signalled, which would let kill() take it for one that failed."""
+        process._tree.signal_leader.return_value = False
+        process._exit_code = 0
+        assert signal_tree(process, signal.SIGTERM)
+        assert not process._tree.mock_calls
+
+    def test_nobody_waits_for_long_unasked(self, conf: Conf, process: Any, mocker: MockerFixture) -> None:
+        """What a crash has left gets a minute of a longer grace, for the server is not told of the end before."""
+        grace_ends = mocker.patch.object(ExitWatch, "grace_ends", autospec=True, side_effect=InterruptedError)
+        conf.read_dict({"core": {"killed_task_cleanup_time": "600"}})
+        with pytest.raises(InterruptedError):
+            end_leftovers(process, -9, conf)
+        grace_ends.assert_called_once_with(process._exit_watch, default=MAX_GRACE_UNASKED)
 
 
 class TestNothingToEnd:

@@ -261,13 +261,14 @@ class TestFind:
         pid, _ = fork(lambda: (os.setsid(), [start_child()])[1])
 
         def read_another(number: int) -> Process | None:
-            process = read_process(number)
+            process = look_at(number)
             return replace(process, parent=2) if process and number == pid else process
 
-        mocker.patch.object(child_tree, "read_process", autospec=True, side_effect=read_another)
+        mocker.patch.object(child_tree, "look_at", autospec=True, side_effect=read_another)
         tree = ProcessTree()
         tree.adopt(pid)
         assert find(tree) == []
+        assert tree.look_failure
 
     def test_leader_that_did_not_mark_itself(self) -> None:
         """A leader that was spawned is marked by its parent."""
@@ -506,7 +507,7 @@ class TestSudo:
         tree.signal(processes, signal.SIGKILL)
         pids = " ".join(map(str, sorted(started)))
         assert (tmp_path / "calls").read_text() == f"-n -u #{os.geteuid()} kill -9 {pids}\n"
-        assert tree.sudo_failure is None
+        assert tree.sudo_failures == {}
         deadline = time.monotonic() + 5
         while any(map(is_alive, processes)):
             assert time.monotonic() < deadline
@@ -515,7 +516,7 @@ class TestSudo:
         self.install_sudo(monkeypatch, tmp_path, '[ "$2" = kill ] || exit 1')
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failure is None
+        assert tree.sudo_failures == {}
 
     def test_process_that_ends_meanwhile(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Kill fails when one of many is gone; that is no refusal, and sudo is asked again for the rest."""
@@ -525,13 +526,13 @@ class TestSudo:
             monkeypatch, tmp_path, f"kill -9 {polite}; {wait}; echo No such process >&2; exit 1"
         )
         tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failure is None
+        assert tree.sudo_failures == {}
 
     def test_failure_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.install_sudo(monkeypatch, tmp_path, "echo a password is required >&2; exit 1")
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failure == "a password is required"
+        assert tree.sudo_failures == {os.geteuid(): "a password is required"}
 
     def test_one_failure_is_enough(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """A sudo that may not is not asked again, which every time would be logged and take its time."""
@@ -540,20 +541,52 @@ class TestSudo:
         for sig in (signal.SIGTERM, signal.SIGKILL):
             tree.signal(tree.find(), sig)
         assert (tmp_path / "calls").read_text() == "call\n" * 2, "as the user, and as root"
-        assert tree.sudo_failure == "sudo ended with 1"
+        assert tree.sudo_failures == {os.geteuid(): "sudo ended with 1"}
+
+    def test_failure_of_one_user_is_not_all_users(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mocker: MockerFixture
+    ) -> None:
+        """The sudoers may permit one user and not another."""
+        self.install_sudo(
+            monkeypatch, tmp_path, f'echo "$3 $4 $5" >>{tmp_path}/calls; [ "$3" = "#4712" ] || exit 1'
+        )
+        tree, _, _ = lead(start_child, start_child)
+        one, other = tree.find()
+        by_owner = {4711: [one], 4712: [other]}
+        mocker.patch.object(child_tree, "group_by_owner", autospec=True, return_value=by_owner)
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            tree.signal([one, other], sig)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert [call for call in calls if call.startswith("#4712")] == ["#4712 kill -15", "#4712 kill -9"]
+        assert list(tree.sudo_failures) == [4711]
 
     def test_sudo_that_hangs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """It is not waited for, nor asked again but for the SIGKILL, for it may have been slow just once."""
         monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
-        self.install_sudo(monkeypatch, tmp_path, "exec sleep 600")
+        self.install_sudo(monkeypatch, tmp_path, f'echo "$5" >>{tmp_path}/calls; exec sleep 600')
         tree, _, _ = lead(start_child)
+        for sig in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
+            tree.signal(tree.find(), sig)
+        assert (tmp_path / "calls").read_text().split() == ["-15", "-9"]
+        assert tree.sudo_failures == {os.geteuid(): child_tree.SUDO_TIMED_OUT}
+
+    def test_sudo_that_hangs_and_may_not_be_killed(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mocker: MockerFixture
+    ) -> None:
+        """Sudo becomes root before it runs a command; nobody waits for it then."""
+        monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
+        self.install_sudo(monkeypatch, tmp_path, f"echo $$ >{tmp_path}/pid; exec sleep 600")
+        tree, _, _ = lead(start_child)
+        refuse = mocker.patch.object(subprocess.Popen, "kill", autospec=True, side_effect=PermissionError)
         tree.signal(tree.find(), signal.SIGTERM)
-        assert "timed out" in tree.sudo_failure
+        assert refuse.called
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
     def test_no_sudo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failure == "there is no sudo"
+        assert tree.sudo_failures == {os.geteuid(): "there is no sudo"}
 
 
 class TestMark:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["is_unreaped_child", "settle_exit_code"]
+__all__ = ["find_reported_state", "is_unreaped_child", "settle_exit_code"]
 
 NOT_REPORTED = "server_terminated"
 """What the supervisor itself notes as the state of a task that the server does not want any more."""
@@ -51,9 +51,7 @@ def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
     """
     if exit_code is not None or not hasattr(process, "_terminal_state"):
         return exit_code
-    state = process._terminal_state
-    if str(state).lower() == NOT_REPORTED:
-        state = None
+    state = find_reported_state(process)
     process.process_log.warning(
         "The exit status of the task process was taken by somebody else in the supervisor's process; "
         "relying on the state that the task had reported, or assuming failure.",
@@ -61,6 +59,13 @@ def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
         reported_state=state,
     )
     return UNKNOWN_BUT_REPORTED if state else UNKNOWN
+
+
+def find_reported_state(process: Any) -> str | None:
+    """Return the terminal state that a task process has told, None if it has told none."""
+    state = process._terminal_state
+    name = None if state is None else str(getattr(state, "value", state)).lower()
+    return None if name == NOT_REPORTED else name
 
 
 def is_unreaped_child(pid: int) -> bool:

@@ -31,6 +31,7 @@ import contextlib
 import os
 import signal
 import time
+from configparser import Error as ConfigError
 from configparser import RawConfigParser
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,15 @@ import structlog
 
 from airflow.sdk.execution_time.child_exit import SOCKET_GRACE
 from airflow.sdk.execution_time.child_session import signal_task
-from airflow.sdk.execution_time.child_status import is_unreaped_child, settle_exit_code
-from airflow.sdk.execution_time.child_tree import Process, ProcessTree, is_alive
+from airflow.sdk.execution_time.child_status import (
+    find_reported_state,
+    is_unreaped_child,
+    settle_exit_code,
+)
+from airflow.sdk.execution_time.child_tree import Process, ProcessTree, group_by_owner, is_alive
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from configparser import ConfigParser
 
 __all__ = ["end_leftovers", "end_unless_started", "prepare_kill", "signal_tree"]
@@ -56,6 +61,12 @@ GRACE_OPTION = ("core", "killed_task_cleanup_time")
 
 GRACE_VARIABLE = "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"
 """Without _CMD or _SECRET after it, which serve options that are secret."""
+
+MAX_GRACE_UNASKED = 60.0
+"""Seconds for what a task has left that nobody has asked to end: no heartbeat is sent meanwhile."""
+
+FAILURES = ("failed", "up_for_retry")
+"""States that a task reports itself, and exits with 0, after an exception."""
 
 MIN_GRACE = 0.05
 MAX_GRACE = 7 * 24 * 3600.0
@@ -110,6 +121,8 @@ def signal_tree(process: Any, sig: int) -> bool:
     """
     if not process._new_session:
         return False
+    if process._exit_code is not None:  # settled by prepare_kill()
+        return True
     if sig == signal.SIGKILL:
         process._tree.stop(STOP_TIME, with_leader=True)
     return bool(signal_task(process, sig) or process._tree.signal_leader(sig))
@@ -123,12 +136,13 @@ def find_grace(conf: ConfigParser) -> float:
     """
     if not is_grace_set(conf):
         return GRACE
-    value = conf.get(*GRACE_OPTION)
     try:
-        return limit_grace(float(value))
-    except (TypeError, ValueError):
+        return limit_grace(float(conf.get(*GRACE_OPTION)))
+    except (TypeError, ValueError, ConfigError) as error:
         # A task must end also where somebody has mistyped how.
-        log.warning("[core] killed_task_cleanup_time is not a number of seconds.", value=value, used=GRACE)
+        log.warning(
+            "[core] killed_task_cleanup_time is not a number of seconds.", error=str(error), used=GRACE
+        )
         return GRACE
 
 
@@ -155,11 +169,11 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     """
     if exit_code is None or not process._new_session:
         return exit_code
-    if exit_code == 0 and not process._exit_watch.exit_expected:
+    if exit_code == 0 and ended_well(process):
         return exit_code
     # Serving the sockets below asks for the exit code again, which can be collected only once.
     process._exit_code = exit_code
-    deadline = process._exit_watch.grace_ends(default=find_grace(conf))
+    deadline = process._exit_watch.grace_ends(default=min(find_grace(conf), MAX_GRACE_UNASKED))
     ended: dict[Process, str] = {}
     terminate(process, deadline, ended)
     survivors = kill(process, max(deadline, time.monotonic()) + KILL_TIME, ended)
@@ -168,6 +182,16 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     # Sockets that are open still are held by somebody beyond reach. With survivors that is certain, and time is up.
     process._exit_watch.expect_exit(-SOCKET_GRACE if survivors else 0)
     return exit_code
+
+
+def ended_well(process: Any) -> bool:
+    """Whether a task whose runner has exited with 0 may keep what it has left running."""
+    watch = process._exit_watch
+    state = find_reported_state(process)
+    if state is None:
+        # A signal that was forwarded has ended it, if there was one; a task that goes on reports how it ends.
+        return not watch.exit_expected
+    return not watch.kill_expected and state not in FAILURES
 
 
 @contextlib.contextmanager
@@ -205,7 +229,9 @@ def kill(process: Any, deadline: float, ended: dict[Process, str]) -> list[Proce
         wait_for(process, members, min(deadline, time.monotonic() + KILL_WAIT))
         if time.monotonic() >= deadline:
             break
-    return [member for member in members if is_alive(member)]
+    # A look that could not be taken has found nobody.
+    suspects = ended if process._tree.look_failure else members
+    return [member for member in suspects if is_alive(member)]
 
 
 def wait_for(process: Any, members: Sequence[Process], deadline: float) -> None:
@@ -246,7 +272,7 @@ def report(process: Any, ended: dict[Process, str], survivors: list[Process]) ->
             "Processes of the task could not be ended",
             count=len(survivors),
             processes=[{"pid": member.pid, "name": member.name} for member in survivors[:NAMED_IN_LOG]],
-            reason=explain_survival(process._tree.sudo_failure),
+            reason=explain_survival(survivors, process._tree.sudo_failures),
         )
     if process._tree.look_failure:
         process.process_log.error(
@@ -255,9 +281,11 @@ def report(process: Any, ended: dict[Process, str], survivors: list[Process]) ->
         )
 
 
-def explain_survival(sudo_failure: str | None) -> str:
-    if sudo_failure is None:
+def explain_survival(survivors: Sequence[Process], sudo_failures: Mapping[int, str]) -> str:
+    """Return why processes are still there."""
+    failures = [sudo_failures[uid] for uid in group_by_owner(survivors) if uid in sudo_failures]
+    if not failures:
         return "they did not end after SIGKILL"
     return (
-        f"they belong to another user, and the sudoers must permit `sudo -n kill`, which said: {sudo_failure}"
+        f"they belong to another user, and the sudoers must permit `sudo -n kill`, which said: {failures[0]}"
     )

@@ -50,7 +50,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["Process", "ProcessTree"]
 
@@ -64,8 +64,12 @@ STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 STAT_MAX_BYTES = 4096
 
+LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is another PID namespace's"
+
 SUDO_TIMEOUT = 1.0
 """Seconds; ``sudo -n`` asks nobody, but may look for its rules in the network."""
+
+SUDO_TIMED_OUT = f"sudo did not answer within {SUDO_TIMEOUT:g} s"
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,25 @@ class ProcessTree:
         self._remembered: dict[int, float] = {}
         self._settled: dict[int, int] = {}
         self._session_over = False
-        self.sudo_failure: str | None = None
-        """Why processes of another user could not be signalled, if so."""
+        self.sudo_failures: dict[int, str] = {}
+        """Why processes of other users could not be signalled, by their uids."""
         self.look_failure: str | None = None
-        """Why the last look has found nothing, if it could not be taken."""
+        """Why the last look, or any, has found nothing, if it could not be taken."""
 
     def adopt(self, pid: int) -> None:
         """Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it."""
         if not is_unreaped_child(pid):
             return
-        leader = None
-        with contextlib.suppress(OSError):
-            leader = read_process(pid)
+        try:
+            leader = look_at(pid)
+        except OSError as error:
+            self.look_failure = error.strerror
+            return
         # A /proc that belongs to another PID namespace knows somebody else by that number.
         if leader is None or leader.parent != os.getpid():
+            self.look_failure = LEADER_NOT_SEEN
+            return
+        if leader.dead:
             return
         self._leader = leader
         self._mark = compute_mark(leader)
@@ -207,9 +216,19 @@ class ProcessTree:
     def signal(self, processes: Iterable[Process], *signals: int) -> None:
         """Send the signals to each process that still is the same; to those of another user through sudo."""
         denied = [process for process in processes if not send_signals(process, signals)]
-        for sig in signals:
-            if denied and self.sudo_failure is None:
-                self.sudo_failure = send_by_sudo(denied, sig)
+        for uid, owned in group_by_owner(denied).items():
+            for sig in signals:
+                failure = self.sudo_failures.get(uid)
+                # It reports to the administrator who asks in vain. One that was slow may have been so just once, and
+                # is asked again when it matters most.
+                if failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL):
+                    self._note_sudo(uid, send_by_sudo(uid, owned, sig))
+
+    def _note_sudo(self, uid: int, failure: str | None) -> None:
+        if failure is None:
+            self.sudo_failures.pop(uid, None)
+        else:
+            self.sudo_failures[uid] = failure
 
 
 def add_descendants(processes: dict[int, Process], seeds: dict[int, Process]) -> dict[int, Process]:
@@ -379,25 +398,21 @@ def send_signals(process: Process, signals: Iterable[int]) -> bool:
     return True
 
 
-def send_by_sudo(processes: Iterable[Process], sig: int) -> str | None:
+def send_by_sudo(uid: int, processes: Sequence[Process], sig: int) -> str | None:
     """
-    Signal processes of other users, as those users or as root, whichever the sudoers permit.
+    Signal processes of another user, as that user or as root, whichever the sudoers permit.
 
     :returns: why that failed, None if it did not.
     """
     sudo = shutil.which("sudo")
     if sudo is None:
         return "there is no sudo"
-    failure = None
-    for uid, owned in group_by_owner(processes).items():
-        kill = ["kill", f"-{int(sig)}", *(str(process.pid) for process in owned)]
-        if run_sudo([sudo, "-n", "-u", f"#{uid}", *kill]) is None:
-            continue
-        complaint = run_sudo([sudo, "-n", *kill])
-        # kill fails also when one of them has ended meanwhile, and has signalled the others then.
-        if complaint and all(map(is_alive, owned)):
-            failure = complaint
-    return failure
+    kill = ["kill", f"-{int(sig)}", *(str(process.pid) for process in processes)]
+    failure = run_sudo([sudo, "-n", "-u", f"#{uid}", *kill])
+    if failure and failure != SUDO_TIMED_OUT:
+        failure = run_sudo([sudo, "-n", *kill])
+    # kill fails also when one of them has ended meanwhile, and has signalled the others then.
+    return failure if failure and all(map(is_alive, processes)) else None
 
 
 def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
@@ -412,15 +427,22 @@ def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
 def run_sudo(command: list[str]) -> str | None:
     """Run sudo; return why that failed, None if it did not."""
     try:
-        result = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=SUDO_TIMEOUT,
-            check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         return str(error)
-    return (result.stderr.strip() or f"sudo ended with {result.returncode}") if result.returncode else None
+    try:
+        _, complaint = process.communicate(timeout=SUDO_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        # subprocess.run() would wait for it without a limit, if it may not kill it: sudo becomes root altogether.
+        with contextlib.suppress(PermissionError):
+            process.kill()
+            process.wait()
+        return SUDO_TIMED_OUT
+    return (complaint.strip() or f"sudo ended with {process.returncode}") if process.returncode else None

@@ -56,3 +56,25 @@ class TestForwarding:
             os.kill(supervising, signal.SIGTERM)
             assert relay.hear() == ["ended", 0]
             assert tree.gone(daemon, timeout=0)
+
+    def test_success_all_the_same(self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A task that goes on, as one without an on_kill does, and succeeds, keeps what it has left running."""
+
+        def target() -> None:
+            detach(lambda: be_polite(relay))
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            relay.tell("ready")
+            signal.sigwaitinfo({signal.SIGTERM})
+
+        def supervise() -> None:
+            tell_when_monitoring(relay, monkeypatch)
+            process = start_task(target)
+            process._terminal_state = "success"
+            relay.tell(["ended", process.wait()])
+
+        with forked(supervise) as supervising:
+            told = [relay.hear(), relay.hear(), relay.hear()]
+            daemon = tree.add(next(pid for pid in told if isinstance(pid, int)))
+            os.kill(supervising, signal.SIGTERM)
+            assert relay.hear() == ["ended", 0]
+            assert tree.runs(daemon)

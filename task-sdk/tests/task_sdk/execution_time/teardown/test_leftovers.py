@@ -131,6 +131,17 @@ class TestLeftovers:
         end_task("failed", process, Api())
         assert list_left() == []
 
+    @pytest.mark.parametrize("state", ["failed", "up_for_retry"])
+    def test_daemon_of_a_task_that_reports_its_failure_ends(
+        self, relay: Relay, list_left: Callable[[], list[int]], state: str
+    ) -> None:
+        """The runner catches whatever a task raises, tells the state, and exits with 0."""
+        process = start_task(lambda: detach(lambda: be_polite(relay)))
+        process._terminal_state = state
+        relay.hear()
+        assert process.wait() == 0
+        assert list_left() == []
+
     def test_task_that_does_not_start_leaves_nothing(
         self, relay: Relay, list_left: Callable[[], list[int]]
     ) -> None:
@@ -250,14 +261,16 @@ class TestUnchanged:
         end_task("killed", process, Api())
         assert tree.runs(daemon)
 
-    def test_success_leaves_processes_alone(self, relay: Relay, tree: Tree) -> None:
-        """What a task that succeeds has left running on purpose goes on running."""
+    @pytest.mark.parametrize("state", [None, "success", "deferred", "up_for_reschedule", "skipped"])
+    def test_success_leaves_processes_alone(self, relay: Relay, tree: Tree, state: str | None) -> None:
+        """What a task that ends well has left running on purpose goes on running, whether or not it has told so."""
 
         def target() -> None:
             null = subprocess.DEVNULL
             relay.tell(subprocess.Popen(SLEEPER, stdin=null, stdout=null, stderr=null).pid)
 
         with ending(start_task(target)) as process:
+            process._terminal_state = state
             child = tree.add(relay.hear())
             assert process.wait() == 0
             assert tree.runs(child)
