@@ -18,6 +18,7 @@ from patches.wheels import prepare_output
 from tests.demo.runs import DIST, build_patched_wheel
 from tests.e2e.client import ApiError
 from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, prepare_database
+from tests.e2e.outcomes import Outcome
 from tests.e2e.report import Result, find_failures, list_problems, make_table, write_json
 from tests.e2e.scenarios import SCENARIOS
 from tests.e2e.servers import ServerFailedError
@@ -108,13 +109,26 @@ def test_release(
                 console.print(f"{side}, {executor}: {scenario.title}", highlight=False)
                 logs = folder / f"{scenario.name}-{executor}-{side}"
                 installation = Installation(environment, patched, database, logs)
-                results.append(Result(scenario, executor, patched, scenario.run(installation, executor)))
+                outcome = run_scenario(scenario, installation, executor, console)
+                results.append(Result(scenario, executor, patched, outcome))
                 write_json(folder / "outcomes.json", results)
     console.print(make_table(release, results))
     for problem in list_problems(results):
         console.print(problem, soft_wrap=True, markup=False, highlight=False)
     console.print(f"Everything that was seen: {folder}", soft_wrap=True, highlight=False)
     return [f"Airflow {release.airflow}, {failure}." for failure in find_failures(results)]
+
+
+def run_scenario(
+    scenario: Scenario, installation: Installation, executor: Executor, console: Console
+) -> Outcome:
+    """Return what came of a scenario, be it that it broke off, which shall not cost the others."""
+    try:
+        return scenario.run(installation, executor)
+    except (ServerFailedError, ApiError) as error:
+        console.print(error, soft_wrap=True, markup=False, highlight=False)
+        reason = str(error).partition("\n")[0]
+        return Outcome(started=0, left=[], seconds=None, states={}, problems=[f"broken off: {reason}"])
 
 
 def plan(

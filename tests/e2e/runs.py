@@ -81,7 +81,7 @@ class Run:
             if server.process.poll() is not None:
                 return f"{server.name} ended"
         for task, state in self.states().items():
-            if state in ("failed", "success"):
+            if state in ("failed", "success", "up_for_retry"):
                 return f"{task} ended"
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from rich.console import Console
@@ -14,25 +14,25 @@ from patches.releases import find_release
 from patches.rules import load_changes
 from patches.upstream import fetch_wheel
 from patches.wheels import build_wheel
-from tests.e2e.__main__ import choose, main
+from tests.e2e.__main__ import choose, main, run_scenario
 from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, prepare_database
 from tests.e2e.outcomes import Outcome
 from tests.e2e.report import Result, find_failures
 from tests.e2e.scenarios import SCENARIOS
 from tests.e2e.scenarios.load import KILLED, TASKS, judge_states
+from tests.e2e.servers import ServerFailedError
 from tests.harness import users
-from tests.harness.environments import NoInterpreterError
+from tests.harness.environments import Environment, NoInterpreterError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.e2e.deployment import Executor
-    from tests.harness.environments import Environment
 
 VERSION = "3.1.8"
 SET_FAILED = next(scenario for scenario in SCENARIOS if scenario.name == "set-failed")
 
-Sides = dict[bool, "Environment"]
+Sides = dict[bool, Environment]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,20 @@ def test_failed_scenario_is_told() -> None:
     assert not list(find_failures([Result(SET_FAILED, "local", patched=True, outcome=well)]))
     assert list(find_failures([Result(SET_FAILED, "local", patched=True, outcome=ill)]))
     assert list(find_failures([Result(SET_FAILED, "local", patched=False, outcome=well)]))
+
+
+def test_scenario_that_breaks_off_is_told(tmp_path: Path) -> None:
+    """It is a problem of its own side, and what comes after it is run."""
+
+    def break_off(_installation: Installation, _executor: Executor) -> NoReturn:
+        raise ServerFailedError("scheduler ended\nwith a long log")
+
+    environment = Environment(find_release(VERSION), tmp_path, tmp_path)
+    installation = Installation(environment, patched=True, database=tmp_path, logs=tmp_path)
+    said = io.StringIO()
+    outcome = run_scenario(SET_FAILED._replace(run=break_off), installation, "local", Console(file=said))
+    assert outcome.problems == ["broken off: scheduler ended"]
+    assert "with a long log" in said.getvalue()
 
 
 def test_wrong_state_under_load_is_told() -> None:
