@@ -47,6 +47,7 @@ class TestSettleExitCode:
 
     @pytest.mark.parametrize("code", [0, 1, -9])
     def test_known(self, log: structlog.testing.CapturingLogger, code: int) -> None:
+        """A status that is known stands, and nothing is said."""
         assert settle_exit_code(task(log, None), code) == code
         assert not log.calls
 

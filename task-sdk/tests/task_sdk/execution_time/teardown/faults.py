@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import psutil
 import pytest
 from task_sdk.execution_time.teardown.supervised_task import (
     Api,
@@ -78,6 +79,8 @@ class Outcome:
     left: list[int]
     seconds: float = 0
     """From the order to end until wait() returned."""
+    daemon: int = 0
+    """The PID of what the task had started."""
     number: int = 0
     """That somebody else has got since."""
 
@@ -112,7 +115,10 @@ def supervise(main: Callable[[], dict[str, Any]], setting: Callable[[], Any] = l
     with contextlib.closing(told), forked(lambda: report(told, supervise_beside_bystander)) as pid:
         outcome = hear_report(told)
         left = [other for other in list_living() if other != pid]
-        left.remove(outcome.pop("bystander"))
+        bystander = outcome.pop("bystander")
+        assert bystander in left, "the bystander was ended"
+        assert psutil.Process(bystander).status() != psutil.STATUS_STOPPED, "the bystander was stopped"
+        left.remove(bystander)
     return Outcome(left=left, **outcome)
 
 
@@ -202,7 +208,7 @@ def end_supervised(
         order_end(way, process, client)
         after(process, pid)
         code = process.wait()
-        return {"code": code, "seconds": time.monotonic() - began, "log": log.entries}
+        return {"code": code, "seconds": time.monotonic() - began, "log": log.entries, "daemon": pid}
 
     return supervise(main, setting)
 

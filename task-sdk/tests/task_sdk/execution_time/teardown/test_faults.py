@@ -136,8 +136,7 @@ class TestCalls:
 
         outcome = end_supervised(relay, way, after=spare)
         assert len(outcome.find("error", "could not be ended")) == 1
-        assert outcome.name_survivors() == outcome.left
-        assert len(outcome.left) == 1
+        assert outcome.name_survivors() == outcome.left == [outcome.daemon]
         assert outcome.seconds < GRACE_WITH_FAULTS + 1 + NOISE
 
 
@@ -220,6 +219,7 @@ class TestProc:
                 os.waitpid(fork(lambda: None), 0)
 
         outcome = end_supervised(relay, way, before=lambda: fork(churn))
+        assert outcome.daemon not in outcome.left
         assert len(outcome.left) <= 2, "the bystander that forks, and its child"
 
     @pytest.mark.parametrize("way", ["conflict", "killed"])
@@ -287,7 +287,7 @@ class TestDescriptors:
         outcome = end_supervised(relay, "conflict", after=forbid)
         [error] = outcome.find("error", "could not be looked for")
         assert error["reason"] == os.strerror(errno.EMFILE)
-        assert len(outcome.left) == 1, "the daemon"
+        assert outcome.left == [outcome.daemon]
 
 
 class TestRequests:
@@ -388,15 +388,14 @@ class TestRecycledNumber:
 
     def test_remembered_process(self, relay: Relay) -> None:
         """A task is told from others by when its processes started, not by their numbers alone."""
-        strangers = []
 
         def forge(process: ActivitySubprocess, _: int) -> None:
-            strangers.append(fork(pause_for_ever))
-            start = child_tree.read_process(strangers[0]).start
-            process._tree._remembered[strangers[0]] = start - 1
+            stranger = fork(pause_for_ever)
+            process._tree._remembered[stranger] = child_tree.read_process(stranger).start - 1
+            relay.tell(stranger)
 
         outcome = end_supervised(relay, "killed", after=forge)
-        assert len(outcome.left) == 1, "the stranger"
+        assert outcome.left == [relay.hear()]
         assert not outcome.name_survivors()
 
     def test_leftover(self, relay: Relay) -> None:
