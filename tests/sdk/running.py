@@ -12,7 +12,7 @@ from tests.harness.environments import clean_env, create_environment
 from tests.upstream.results import read_report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from patches.releases import Release
     from tests.harness.environments import Environment
@@ -37,8 +37,12 @@ def install_release(release: Release, *, wheel: Path | None = None, python: str 
     return create_environment(release, packages=PACKAGES, wheel=wheel, python=python)
 
 
-def run_our_tests(environment: Environment, *patterns: str) -> dict[str, Result]:
+def run_our_tests(
+    environment: Environment, *patterns: str, variables: Mapping[str, str] | None = None
+) -> dict[str, Result]:
     """Run the modules of task-sdk/tests that are for the release, and return the results by "TestA::test_b".
+
+    `variables` are set for the run, which inherits none.
 
     Raises RuntimeError with the end of pytest's output when the run itself failed.
     """
@@ -53,7 +57,7 @@ def run_our_tests(environment: Environment, *patterns: str) -> dict[str, Result]
                 *select(environment.release, patterns or ("test_*.py",)),
             ],
             cwd=folder,
-            env=clean_env(folder, python=environment.python),
+            env={**clean_env(folder, python=environment.python), **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=(folder / "log").open("wb"),
             stderr=subprocess.STDOUT,

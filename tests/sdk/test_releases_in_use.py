@@ -62,6 +62,8 @@ PASS_ON_STOCK = {
 }
 # Passes from 1.3.1 on if stock notices the exit in time, which is a matter of chance.
 BY_CHANCE = {"TestGroup::test_heartbeat_conflict_takes_the_group_along"}
+# Most scenarios wait in vain there, each for as long as this says.
+STOCK_VARIABLES = {"TEARDOWN_TESTS_PATIENCE": "5"}
 # They need a private /proc, which root may have unless a sandbox forbids it. Forced counterparts run everywhere.
 NEED_NAMESPACES = {
     *(f"TestProc::test_hidepid[{way}]" for way in ("conflict", "killed", "failed")),
@@ -94,8 +96,12 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock_results() -> dict[str, Results]:
     """Run the scenarios on all stock wheels at once, for most of the time they wait in vain."""
     environments = [install(release) for release in last_of_lines()]
+
+    def run_scenarios(environment: Environment) -> Results:
+        return run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
+
     with ThreadPoolExecutor() as pool:
-        runs = pool.map(lambda environment: run_our_tests(environment, *SCENARIOS), environments)
+        runs = pool.map(run_scenarios, environments)
         return {
             environment.release.version: results
             for environment, results in zip(environments, runs, strict=True)

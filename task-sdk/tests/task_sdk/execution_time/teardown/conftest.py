@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from task_sdk.execution_time.teardown import supervised_task
 from task_sdk.execution_time.teardown.supervised_task import (
     GRACE_WITH_FAULTS,
     PATIENCE,
-    PATIENCE_WITH_FAULTS,
     Relay,
     Tree,
     is_living,
@@ -93,7 +91,7 @@ def limit_time(leave_nothing: None) -> Iterator[None]:
     """Turn a wait without an end, which is what some of these tests are about, into a failure."""
 
     def fail(signum: int, frame: Any) -> None:
-        pytest.fail("the supervisor waits for ever")
+        pytest.fail(f"not done after {PATIENCE} s")
 
     former = signal.signal(signal.SIGALRM, fail)
     signal.alarm(PATIENCE)
@@ -110,10 +108,8 @@ def quick_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def patience_with_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit_time: None) -> None:
-    """Give supervisors with a fault time, a short grace, and a PATH without sudo, which would end what is to stay."""
-    signal.alarm(PATIENCE_WITH_FAULTS)
-    monkeypatch.setattr(supervised_task, "PATIENCE", PATIENCE_WITH_FAULTS)
+def faulty_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Give supervisors with a fault a short grace, and a PATH without sudo, which would end what is to stay."""
     set_grace(monkeypatch, GRACE_WITH_FAULTS)
     monkeypatch.setenv("PATH", str(tmp_path))
 

@@ -50,14 +50,11 @@ if TYPE_CHECKING:
 
     import pytest
 
-PATIENCE = 5
-"""Seconds after which an event that should come has not come."""
-
-PATIENCE_WITH_FAULTS = 30
-"""The same where a fault costs the supervisor some of its time."""
+PATIENCE = int(os.environ.get("TEARDOWN_TESTS_PATIENCE", "30"))
+"""Seconds after which an event that should come has not come; fewer are of use on an unfixed supervisor alone."""
 
 GRACE_WITH_FAULTS = 0.1
-"""Seconds between SIGTERM and SIGKILL there."""
+"""Seconds between SIGTERM and SIGKILL where a fault delays the supervisor."""
 
 NEVER = 3600
 """Seconds to wait for what must not be waited for."""

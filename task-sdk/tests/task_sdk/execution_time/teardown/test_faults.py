@@ -80,7 +80,7 @@ if TYPE_CHECKING:
 
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
-pytestmark = pytest.mark.usefixtures("patience_with_faults")
+pytestmark = pytest.mark.usefixtures("faulty_surroundings")
 
 
 class TestCalls:

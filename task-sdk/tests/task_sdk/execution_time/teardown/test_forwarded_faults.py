@@ -42,7 +42,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     start_task,
 )
 
-pytestmark = pytest.mark.usefixtures("patience_with_faults")
+pytestmark = pytest.mark.usefixtures("faulty_surroundings")
 
 
 class TestForwarding:
