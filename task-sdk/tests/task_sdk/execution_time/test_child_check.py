@@ -291,10 +291,13 @@ class TestProof:
 
 class TestMeans:
     def test_all_there(self) -> None:
+        """On Linux nothing is wanting."""
         means = find().means
         assert means == SimpleNamespace(session=True, exit="pidfd", mark="limit", processes="/proc")
 
     def test_without_pidfd(self) -> None:
+        """Where there is no pidfd the exit is polled for."""
+
         def remove() -> None:
             del os.pidfd_open
             # psutil has one of its own, and remembers whether it works.
@@ -312,12 +315,16 @@ class TestMeans:
         assert find(change=remove).means.mark == "variable"
 
     def test_without_proc(self, tmp_path: Path) -> None:
+        """Where there is no /proc psutil knows the processes."""
+
         def hide() -> None:
             child_tree.PROC = str(tmp_path / "missing")
 
         assert find(change=hide).means.processes == "psutil"
 
     def test_without_session(self) -> None:
+        """A task that gets no session of its own is a fault, even where all of it is ended."""
+
         def remove() -> None:
             supervisor.lead_session = lambda: False
 
@@ -384,6 +391,7 @@ class TestUsers:
         ]
 
     def test_sudo_permits_as_root(self, tmp_path: Path) -> None:
+        """It is enough that it permits to kill as root, if not as the user."""
         change = self.install_sudo(tmp_path, '[ "$2" != -u ] || exit 1')
         assert find("--run-as-user", OTHER_USER, change=change).users.refusal is None
 
@@ -399,6 +407,7 @@ class TestUsers:
         ids=["nothing", "with a password", "SIGKILL alone"],
     )
     def test_sudo_refuses(self, tmp_path: Path, script: str) -> None:
+        """It is a fault where it does not permit every signal, or wants a password."""
         findings = find_wrong("--run-as-user", OTHER_USER, change=self.install_sudo(tmp_path, script))
         assert "permit `kill`" in findings.users.refusal
         assert findings.problems == [
@@ -417,6 +426,8 @@ class TestUsers:
         assert (users.run_as_user, users.refusal) == (OTHER_USER, None)
 
     def test_configured_user_that_is_missing(self) -> None:
+        """A configured user that does not exist is a fault; one that is given is refused at once."""
+
         def configure() -> None:
             os.environ["AIRFLOW__CORE__DEFAULT_IMPERSONATION"] = "no such user"
 
@@ -458,6 +469,7 @@ class TestGrace:
         assert (grace.seconds in (5, 60), grace.configured) == (True, False)
 
     def test_configured(self, tmp_path: Path) -> None:
+        """It is what the deployment sets."""
         result = subprocess.run(
             [sys.executable, "-m", MODULE, "--json"],
             env={

@@ -127,6 +127,7 @@ class TestExitWatch:
         assert time.monotonic() - started >= child_exit.IMMINENT_EXIT_POLL_INTERVAL / 2
 
     def test_socket_events_pass(self, child: Child, selector: selectors.BaseSelector) -> None:
+        """The events of sockets come through, with what the selector keeps for them."""
         selector.register(child.socket, selectors.EVENT_READ, "data")
         watch = ExitWatch()
         watch.start(selector, child.pid)
@@ -163,6 +164,7 @@ class TestExitWatch:
         watch.close(selector)
 
     def test_close_twice(self, child: Child, selector: selectors.BaseSelector) -> None:
+        """The first close gives the file descriptor back, and the second does nothing."""
         watch = ExitWatch()
         before = os.listdir("/proc/self/fd")
         watch.start(selector, child.pid)
@@ -171,6 +173,7 @@ class TestExitWatch:
         assert os.listdir("/proc/self/fd") == before
 
     def test_sockets_are_overdue_after_the_grace_of_a_kill(self, mocker: Any) -> None:
+        """The sockets of a child that was killed may be held for half a second after it, and no longer."""
         clock = mocker.patch.object(child_exit.time, "monotonic", autospec=True, return_value=100.0)
         watch = ExitWatch()
         assert not watch.sockets_overdue(0), "a normal end waits for [workers] socket_cleanup_timeout"
@@ -283,11 +286,13 @@ class TestReleaseSockets:
         assert not selector.get_map()
 
     def test_unknown_socket(self, selector: selectors.BaseSelector, pair: Any) -> None:
+        """A socket that was never registered, or is closed by now, is passed over."""
         ours, _ = pair
         release_sockets(selector, {ours: "stdout"})
         ours.close()
         release_sockets(selector, {ours: "stdout"})
 
     def test_closed_selector(self, selector: selectors.BaseSelector) -> None:
+        """A selector that was closed has nothing to release."""
         selector.close()
         release_sockets(selector, {})

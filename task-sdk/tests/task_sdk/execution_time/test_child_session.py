@@ -83,6 +83,7 @@ class TestSignalSession:
 
     @pytest.mark.parametrize("pid", [-1, 0, 1])
     def test_everybody_and_init_are_refused(self, killpg: Any, pid: int) -> None:
+        """What kill(2) takes for everybody, for our own group or for init is not signalled."""
         assert not signal_session(pid, signal.SIGTERM)
         killpg.assert_not_called()
 
@@ -109,6 +110,7 @@ class TestSignalSession:
         killpg.assert_not_called()
 
     def test_somebody_elses_child_is_refused(self, killpg: Any) -> None:
+        """A process that we have not started is not signalled."""
         assert not signal_session(os.getppid(), signal.SIGTERM)
         killpg.assert_not_called()
 

@@ -179,6 +179,7 @@ class TestFind:
         assert find(tree) == sorted(started)
 
     def test_everything_is_found_when_the_leader_is_gone(self) -> None:
+        """The same holds for what has lost its leader."""
         tree, leader, started = lead(*STARTS)
         end(leader)
         assert find(tree) == sorted(started)
@@ -209,7 +210,7 @@ class TestFind:
     def test_older_process_is_not_found(self) -> None:
         """Whoever ran before the leader was not started by it, whatever its limits are."""
         older = start_session()
-        time.sleep(2 / os.sysconf("SC_CLK_TCK"))
+        time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # start times are counted in ticks
         tree, leader, _ = lead()
         mark = compute_mark(read_process(leader))
         resource.prlimit(older, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
@@ -513,6 +514,7 @@ class TestSudo:
             assert time.monotonic() < deadline
 
     def test_as_root_where_not_as_the_user(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A sudo that permits to kill as root alone is no failure."""
         self.install_sudo(monkeypatch, tmp_path, '[ "$2" = kill ] || exit 1')
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)
@@ -529,6 +531,7 @@ class TestSudo:
         assert tree.sudo_failures == {}
 
     def test_failure_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """What sudo says when it does not permit it is there to be logged."""
         self.install_sudo(monkeypatch, tmp_path, "echo a password is required >&2; exit 1")
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)
@@ -583,6 +586,7 @@ class TestSudo:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
     def test_no_sudo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A sudo that is not there is a failure like any other."""
         monkeypatch.setenv("PATH", str(tmp_path))
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)

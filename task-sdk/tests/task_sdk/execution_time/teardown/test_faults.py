@@ -157,6 +157,7 @@ class TestPidfd:
     @pytest.mark.parametrize("daemon", [be_polite, be_deaf], ids=lambda daemon: daemon.__name__)
     @pytest.mark.parametrize("how", ["absent", "ENOSYS"])
     def test_nothing_is_left(self, relay: Relay, daemon: Callable[[Relay], None], way: str, how: str) -> None:
+        """Processes are signalled by their PID, and their ends are polled for."""
         outcome = end_supervised(relay, way, daemon, before=lambda: self.forbid(how))
         assert outcome.left == []
         assert not outcome.find("error", "could not be ended")
@@ -267,6 +268,8 @@ class TestDescriptors:
 
     @pytest.mark.parametrize("way", WAYS)
     def test_nothing_is_left(self, relay: Relay, way: str) -> None:
+        """All that the task has started is found and ended all the same."""
+
         def use_up(*_: Any) -> None:
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(list_descriptors()) + 1, hard))
@@ -321,6 +324,8 @@ class TestStolenStatus:
 
     @pytest.mark.parametrize("way", WAYS)
     def test_thread_waits(self, relay: Relay, way: str) -> None:
+        """Whether a thread or the supervisor gets the status is a matter of chance; the code is not 0 either way."""
+
         def collect(process: ActivitySubprocess, _: int) -> None:
             threading.Thread(target=os.waitpid, args=(process.pid, 0), daemon=True).start()
 
