@@ -43,7 +43,7 @@ UNCHANGED = {
         for state in (None, "success", "deferred", "up_for_reschedule", "skipped")
     ),
     "TestUnchanged::test_opt_out",
-    "TestLeftovers::test_log_is_silent_when_nothing_was_left",
+    "TestUnchanged::test_log_is_silent_when_nothing_was_left",
 }
 # These sockets are forgotten together with the selector, by chance; the others crash the supervisor.
 FORGOTTEN = {f"TestSockets::test_overdue_sockets_are_closed[{held}]" for held in ("stdout", "stderr")}

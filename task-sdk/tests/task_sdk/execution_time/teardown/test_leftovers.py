@@ -222,13 +222,7 @@ class TestLeftovers:
         assert event["processes"] == [{"pid": pid, "name": name, "signal": "SIGKILL"}]
         assert event["count"] == 1
 
-    def test_log_is_silent_when_nothing_was_left(self) -> None:
-        log = Log()
-        start_task(lambda: os._exit(1), logger=log.logger).wait()
-        assert log.find("exited abnormally")
-        assert not log.find("left running")
-
-    def test_bystanders_live(self, relay: Relay, tree: Tree, list_left: Callable[[], list[int]]) -> None:
+    def test_bystanders_live(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
         """Another task with the same tree, and processes of the supervisor, are not the task's."""
 
         def target() -> None:
@@ -236,11 +230,9 @@ class TestLeftovers:
             detach(lambda: be_polite(relay))
             wait_to_end(relay)
 
-        neighbours = [
-            tree.add(subprocess.Popen(SLEEPER, start_new_session=session).pid) for session in (False, True)
-        ]
+        neighbours = [subprocess.Popen(SLEEPER, start_new_session=session).pid for session in (False, True)]
         other = start_task(target)
-        neighbours += [tree.add(pid) for pid in (other.pid, *hear_ready(relay, 2))]
+        neighbours += [other.pid, *hear_ready(relay, 2)]
         process = start_task(target)
         hear_ready(relay, 2)
         end_task("killed", process, Api())
@@ -274,3 +266,10 @@ class TestUnchanged:
             child = tree.add(relay.hear())
             assert process.wait() == 0
             assert tree.runs(child)
+
+    def test_log_is_silent_when_nothing_was_left(self) -> None:
+        """The log of a task that fails, and leaves nothing, says nothing of leftovers."""
+        log = Log()
+        start_task(lambda: os._exit(1), logger=log.logger).wait()
+        assert log.find("exited abnormally")
+        assert not log.find("left running")
