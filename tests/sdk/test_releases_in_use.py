@@ -68,6 +68,7 @@ STOCK_VARIABLES = {"TEARDOWN_TESTS_PATIENCE": "5"}
 NEED_NAMESPACES = {
     *(f"TestProc::test_hidepid[{way}]" for way in ("conflict", "killed", "failed")),
     *(f"TestRecycledNumber::test_{who}" for who in ("leader", "leftover")),
+    "TestLook::test_namesakes_are_told_apart",
 }
 
 Results = dict[str, "Result"]

@@ -19,13 +19,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
 import pwd
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -37,6 +35,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from task_sdk.execution_time.teardown.faults import write_sudo
+from task_sdk.execution_time.teardown.supervised_task import (
+    PATIENCE,
+    Relay,
+    Tree,
+    ending_all,
+    fork,
+    list_living,
+)
 
 from airflow.sdk.execution_time import child_check, child_tree, supervisor
 from airflow.sdk.execution_time.child_tree import ProcessTree
@@ -48,11 +55,6 @@ if TYPE_CHECKING:
 
 MODULE = "airflow.sdk.execution_time.child_check"
 
-PATIENCE = 10
-"""Seconds after which what should happen has not happened."""
-
-PR_SET_CHILD_SUBREAPER = 36
-
 OTHER_USER = next(user.pw_name for user in pwd.getpwall() if user.pw_uid != os.geteuid())
 
 STUBBORN = ["daemon", "child deaf to SIGTERM", "stopped child"]
@@ -61,31 +63,16 @@ STUBBORN = ["daemon", "child deaf to SIGTERM", "stopped child"]
 
 @pytest.fixture(autouse=True)
 def leave_nothing() -> Iterator[None]:
-    """Adopt what a check orphans (prctl(2)); end it, and fail."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    yield
-    left = list_living()
-    while living := list_living():
-        for process in living:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(living, timeout=1)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    """End what a check leaves, be it orphaned, and fail."""
+    with ending_all() as list_left:
+        yield
+        left = list_left()
     assert left == []
 
 
 @pytest.fixture(autouse=True)
 def unset_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", raising=False)
-
-
-def list_living() -> list[psutil.Process]:
-    living = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                living.append(process)
-    return living
 
 
 def run(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleNamespace:
@@ -152,7 +139,7 @@ class TestCommand:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PATIENCE * 3,
+            timeout=PATIENCE,
             check=False,
         )
         first, *_, last = result.stdout.splitlines()
@@ -259,31 +246,24 @@ class TestProof:
     @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     def test_check_that_is_ended(self, signum: signal.Signals) -> None:
         """However the check itself is ended, its processes end with it, the deaf and the stopped one among them."""
-        reader, writer = os.pipe()
+        with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as tree:
 
-        def wait_in_kill() -> None:
-            def pause(*args: Any, **kwargs: Any) -> None:
-                os.write(writer, b".")
-                signal.pause()
+            def wait_in_kill() -> None:
+                def pause(*args: Any, **kwargs: Any) -> None:
+                    relay.tell("killing")
+                    signal.pause()
 
-            # pytest's own, and what the shell may have left ignored
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            ActivitySubprocess.kill = pause
+                # pytest's own, and what the shell may have left ignored
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                ActivitySubprocess.kill = pause
 
-        check = os.fork()
-        if check == 0:
-            result = run(change=wait_in_kill)
-            os._exit(result.status & 127)
-        assert select.select([reader], [], [], PATIENCE)[0]
-        [checking] = psutil.Process(check).children()
-        processes = [process for process in list_living() if process.pid != check]
-        assert len(processes) == 7, "the check, the task, its four, and the bystander"
-        pidfds = [os.pidfd_open(process.pid) for process in processes]
-        checking.send_signal(signum)
-        ended = [bool(select.select([pidfd], [], [], PATIENCE)[0]) for pidfd in pidfds]
-        assert ended == [True] * len(processes)
-        for descriptor in (reader, writer, *pidfds):
-            os.close(descriptor)
+            check = fork(lambda: os._exit(run(change=wait_in_kill).status & 127))
+            assert relay.hear() == "killing"
+            [checking] = psutil.Process(check).children()
+            processes = [tree.add(pid) for pid in list_living() if pid != check]
+            assert len(processes) == 7, "the check, the task, its four, and the bystander"
+            checking.send_signal(signum)
+            assert [pid for pid in processes if not tree.gone(pid)] == []
         _, status = os.waitpid(check, 0)
         expected = child_check.INTERRUPTED if signum == signal.SIGINT else -signum
         assert os.waitstatus_to_exitcode(status) == expected & 127
@@ -351,9 +331,8 @@ class TestMeans:
 
 class TestUsers:
     def install_sudo(self, folder: Path, script: str) -> Callable[[], None]:
-        sudo = folder / "sudo"
-        sudo.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{folder}/calls\n{script}\n')
-        sudo.chmod(0o755)
+        """Return what makes a sudo the only program on the PATH; its calls are noted in the folder."""
+        write_sudo(folder, f'printf "%s\\n" "$*" >>{folder}/calls\n{script}')
 
         def change() -> None:
             os.environ["PATH"] = str(folder)
@@ -480,7 +459,7 @@ class TestGrace:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PATIENCE * 3,
+            timeout=PATIENCE,
             check=True,
         )
         findings = read(result.stdout)

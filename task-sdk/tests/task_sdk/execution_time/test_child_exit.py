@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
+from task_sdk.execution_time.teardown.supervised_task import PATIENCE, fork
 
 from airflow.sdk.execution_time import child_exit
 from airflow.sdk.execution_time.child_exit import ExitWatch, release_sockets
@@ -35,21 +36,14 @@ from airflow.sdk.execution_time.child_exit import ExitWatch, release_sockets
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PATIENCE = 5
-"""Seconds after which an event that should come has not come."""
-
 
 class Child:
-    """A child that exits with 7 when told to, and holds one end of ``socket`` open until then."""
+    """A child that exits when told to, and holds one end of ``socket`` open until then."""
 
     def __init__(self) -> None:
         reader, self._writer = os.pipe()
         self.socket, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._writer)
-            os.read(reader, 1)
-            os._exit(7)
+        self.pid = fork(lambda: (os.close(self._writer), os.read(reader, 1)))
         os.close(reader)
         theirs.close()
 
@@ -136,7 +130,7 @@ class TestExitWatch:
         assert key.data == "data"
         watch.close(selector)
 
-    def test_without_start_nothing_is_watched(self, child: Child, selector: selectors.BaseSelector) -> None:
+    def test_without_start_nothing_is_watched(self, selector: selectors.BaseSelector) -> None:
         """A subprocess type that does not start the watch selects as before."""
         watch = ExitWatch()
         assert watch.select(selector, timeout=0.01, exit_code=None) == []

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-from task_sdk.execution_time.teardown.waiting_child import child, ended_by
+from task_sdk.execution_time.teardown.supervised_task import ended_by, waiting
 
 from airflow.sdk.execution_time import child_forwarding
 from airflow.sdk.execution_time.child_exit import ExitWatch
@@ -42,13 +42,14 @@ def supervise(pid: int, *, new_session: bool = True) -> Any:
 class TestForwardSignal:
     @pytest.mark.parametrize("new_session", [False, True])
     def test_child_gets_it(self, *, new_session: bool) -> None:
-        with child(lead_session if new_session else lambda: None) as pid:
+        """The child gets the signal, in a session of its own or not."""
+        with waiting(lead_session if new_session else lambda: None) as pid:
             forward_signal(supervise(pid, new_session=new_session), signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
     def test_reaped_child_is_not_signalled(self, mocker: MockerFixture) -> None:
         """A child that was collected meanwhile is reported, not the process that has its number now signalled."""
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         kill, killpg = (mocker.patch(f"os.{call}", autospec=True) for call in ("kill", "killpg"))
@@ -61,13 +62,14 @@ class TestForwardSignal:
 class TestForwardSignals:
     @pytest.mark.parametrize("signum", child_forwarding.FORWARDED_SIGNALS)
     def test_child_gets_it(self, signum: signal.Signals) -> None:
-        with child(lead_session) as pid, forward_signals(supervise(pid)):
+        """What the supervisor is sent while it monitors, the child gets."""
+        with waiting(lead_session) as pid, forward_signals(supervise(pid)):
             signal.raise_signal(signum)
             assert ended_by(pid) == signum
 
     def test_child_is_gone(self) -> None:
         """A signal that comes after the task's end is nothing that the supervisor dies of, or boasts of."""
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             with structlog.testing.capture_logs() as logs, forward_signals(supervise(pid)):
@@ -80,7 +82,7 @@ class TestForwardSignals:
         def handle(signum: int, frame: Any) -> None: ...
 
         def monitor() -> None:
-            with child(lead_session) as pid, forward_signals(supervise(pid)):
+            with waiting(lead_session) as pid, forward_signals(supervise(pid)):
                 assert signal.getsignal(signal.SIGTERM) is not handle
                 raise InterruptedError
 
@@ -103,7 +105,7 @@ class TestForwardSignals:
                 raise KeyboardInterrupt
             return install(signum, handler)
 
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             mocker.patch("signal.signal", autospec=True, side_effect=interrupt)
             with pytest.raises(KeyboardInterrupt), forward_signals(supervise(pid)):
                 pass

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from task_sdk.execution_time.teardown.waiting_child import child, ended_by
+from task_sdk.execution_time.teardown.supervised_task import ended_by, waiting
 
 from airflow.sdk.execution_time.child_session import lead_session, signal_session, signal_task
 
@@ -39,7 +39,7 @@ def killpg(mocker: MockerFixture) -> Any:
 class TestLeadSession:
     def test_child_leads(self) -> None:
         """The child leads a session and a group that its PID numbers."""
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             assert os.getsid(pid) == os.getpgid(pid) == pid
 
     def test_parent_was_first(self) -> None:
@@ -49,7 +49,7 @@ class TestLeadSession:
             os.setpgid(0, 0)
             assert lead_session()
 
-        with child(lead_after_parent) as pid:
+        with waiting(lead_after_parent) as pid:
             assert os.getsid(pid) == os.getpgid(pid) == pid
 
     def test_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,13 +63,14 @@ class TestLeadSession:
         def stay() -> None:
             assert not lead_session()
 
-        with child(stay) as pid:
+        with waiting(stay) as pid:
             assert os.getsid(pid) == os.getsid(0)
 
 
 class TestSignalSession:
     def test_group_is_signalled(self) -> None:
-        with child(lead_session) as pid:
+        """The leader, as one of its group, gets the signal."""
+        with waiting(lead_session) as pid:
             assert signal_session(pid, signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
@@ -77,7 +78,7 @@ class TestSignalSession:
     @pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
     def test_falls_back(self, mocker: MockerFixture, call: str, error: type[Exception]) -> None:
         """A group that is not there, or may not be signalled, is reported, so that the caller signals the PID."""
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             mocker.patch(f"os.{call}", autospec=True, side_effect=error)
             assert not signal_session(pid, signal.SIGTERM)
 
@@ -89,21 +90,22 @@ class TestSignalSession:
 
     def test_own_group_is_refused(self, killpg: Any) -> None:
         """Before the child has opened its session it shares our group."""
-        with child(lambda: None) as pid:
+        with waiting(lambda: None) as pid:
             assert not signal_session(pid, signal.SIGTERM)
         killpg.assert_not_called()
 
     def test_own_group_that_the_child_leads_is_refused(
         self, killpg: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with child(lead_session) as pid:
+        """Our own group is not signalled, even where the child leads it."""
+        with waiting(lead_session) as pid:
             monkeypatch.setattr(os, "getpgrp", lambda: pid)
             assert not signal_session(pid, signal.SIGTERM)
         killpg.assert_not_called()
 
     def test_reaped_child_is_refused(self, killpg: Any) -> None:
         """The number of a child that was collected may belong to somebody else by now."""
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             assert not signal_session(pid, signal.SIGTERM)
@@ -117,13 +119,13 @@ class TestSignalSession:
     def test_without_waitid(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """On a Python that has no waitid() the group is guarded by its number alone."""
         monkeypatch.delattr(os, "waitid")
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             assert signal_session(pid, signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
     def test_dead_leader(self) -> None:
         """The group of a leader that is dead, and not collected yet, is still signalled."""
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             os.kill(pid, signal.SIGKILL)
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             assert signal_session(pid, signal.SIGTERM)
@@ -131,12 +133,13 @@ class TestSignalSession:
 
 class TestSignalTask:
     def test_session_is_signalled(self) -> None:
-        with child(lead_session) as pid:
+        """A type that has asked for a session has it signalled."""
+        with waiting(lead_session) as pid:
             assert signal_task(SimpleNamespace(pid=pid, _new_session=True), signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
     def test_other_types(self, killpg: Any) -> None:
         """A type that has not asked for a session is left to the caller, who signals the PID alone."""
-        with child(lead_session) as pid:
+        with waiting(lead_session) as pid:
             assert not signal_task(SimpleNamespace(pid=pid, _new_session=False), signal.SIGTERM)
         killpg.assert_not_called()

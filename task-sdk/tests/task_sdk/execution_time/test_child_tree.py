@@ -27,11 +27,20 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from task_sdk.execution_time.teardown.faults import fork_as, run_in_namespace, write_sudo
+from task_sdk.execution_time.teardown.supervised_task import (
+    PATIENCE,
+    Relay,
+    Tree,
+    ending_all,
+    fork,
+    lift_limit,
+    pause_for_ever,
+)
 
 from airflow.sdk.execution_time import child_tree
 from airflow.sdk.execution_time.child_tree import (
@@ -50,66 +59,32 @@ from airflow.sdk.execution_time.child_tree import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from pytest_mock import MockerFixture
 
-PATIENCE = 5
-"""Seconds after which an event that should come has not come."""
-
-ATTEMPTS = 100
-
-LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
-
 PR_SET_NAME = 15
-PR_SET_CHILD_SUBREAPER = 36
 
 SLEEPER = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"]
 
 
 @pytest.fixture(autouse=True)
 def leave_nothing() -> Iterator[None]:
-    """Adopt what a test orphans (prctl(2)), and end every process that it has started, however it ends."""
-    before = psutil.Process().children(recursive=True)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    yield
-    while left := set(psutil.Process().children(recursive=True)).difference(before):
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=1)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    """End every process that a test has started, however it ends."""
+    with ending_all():
+        yield
 
 
-def fork(main: Callable[[], Any]) -> tuple[int, list[int]]:
+def start_waiting(main: Callable[[], Any]) -> tuple[int, list[int]]:
     """Fork a child that runs ``main`` and then waits for signals; return its PID, and those that ``main`` returned."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever other tests have installed
-            pids = main() or []
-            os.write(writer, b"".join(b"%d\n" % pid for pid in pids) + b"0\n")
-            while True:
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(writer)
-    told = []
-    with os.fdopen(reader) as lines:
-        while pid_told := int(next(lines)):
-            told.append(pid_told)
-    return pid, told
 
+    def tell_and_wait() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever other tests have installed
+        told.tell(main() or [])
+        pause_for_ever()
 
-def fork_as(pid: int) -> int:
-    """Fork a child that gets a certain number, unless somebody else gets it first."""
-    for _ in range(ATTEMPTS):
-        LAST_PID.write_text(str(pid - 1))
-        child, _ = fork(lambda: None)
-        if child == pid:
-            break
-        end(child)
-    return child
+    with contextlib.closing(Relay()) as told:
+        return fork(tell_and_wait), told.hear()
 
 
 def lead(*starts: Callable[[], int]) -> tuple[ProcessTree, int, list[int]]:
@@ -120,7 +95,7 @@ def lead(*starts: Callable[[], int]) -> tuple[ProcessTree, int, list[int]]:
         mark_process()
         return [start() for start in starts]
 
-    pid, started = fork(main)
+    pid, started = start_waiting(main)
     tree = ProcessTree()
     tree.adopt(pid)
     return tree, pid, started
@@ -152,17 +127,13 @@ def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> in
         prepare()
         return [subprocess.Popen(SLEEPER, **kwargs).pid]
 
-    parent, [pid] = fork(main)
+    parent, [pid] = start_waiting(main)
     end(parent)
     return pid
 
 
 def start_daemon_without_environment() -> int:
     return start_daemon(env={})
-
-
-def lift_limit() -> None:
-    resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def start_daemon_without_mark() -> int:
@@ -234,7 +205,7 @@ class TestFind:
             os.setsid()
             return [start_child()]
 
-        stranger, [child] = fork(open_session)
+        stranger, [child] = start_waiting(open_session)
         end(stranger)
         tree._leader = replace(tree._leader, pid=stranger)
         assert os.getsid(child) == stranger
@@ -242,7 +213,7 @@ class TestFind:
 
     def test_leader_that_is_gone_before(self) -> None:
         """A leader that could not be adopted has no tree."""
-        pid, _ = fork(os.setsid)
+        pid, _ = start_waiting(os.setsid)
         end(pid)
         tree = ProcessTree()
         tree.adopt(pid)
@@ -259,7 +230,7 @@ class TestFind:
 
     def test_proc_of_another_namespace(self, mocker: MockerFixture) -> None:
         """Where /proc tells of somebody else under the leader's number, nobody is looked for."""
-        pid, _ = fork(lambda: (os.setsid(), [start_child()])[1])
+        pid, _ = start_waiting(lambda: (os.setsid(), [start_child()])[1])
 
         def read_another(number: int) -> Process | None:
             process = look_at(number)
@@ -273,7 +244,7 @@ class TestFind:
 
     def test_leader_that_did_not_mark_itself(self) -> None:
         """A leader that was spawned is marked by its parent."""
-        pid, _ = fork(os.setsid)
+        pid, _ = start_waiting(os.setsid)
         tree = ProcessTree()
         tree.adopt(pid)
         assert has_limit(pid, compute_mark(read_process(pid)))
@@ -284,7 +255,7 @@ class TestLook:
 
     def test_only_the_young_are_read_again(self, mocker: MockerFixture) -> None:
         """What ran before the leader, or is dead, is read once; what is the tree's, every time."""
-        zombie, _ = fork(lambda: None)
+        zombie, _ = start_waiting(lambda: None)
         os.kill(zombie, signal.SIGKILL)
         os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
         tree, leader, [child] = lead(start_child)
@@ -295,16 +266,31 @@ class TestLook:
         assert {leader, child} <= again
         assert not {zombie, os.getpid(), 1} & again
 
-    @pytest.mark.skipif(not os.access(LAST_PID, os.W_OK), reason="it takes root to choose a PID")
-    def test_number_of_a_reaped_process_is_read_again(self) -> None:
+    def test_another_process_of_the_same_number_is_read(self, mocker: MockerFixture) -> None:
+        """What is known for good of a process is not taken for true of its namesake."""
+        tree, _, _ = lead()
+        find(tree)
+        own = os.getpid()
+        renewed = [(pid, identity + (pid == own)) for pid, identity in list_pids()]
+        mocker.patch.object(child_tree, "list_pids", autospec=True, return_value=renewed)
+        look = mocker.spy(child_tree, "look_at")
+        find(tree)
+        assert own in {call.args[0] for call in look.call_args_list}
+
+    def test_namesakes_are_told_apart(self) -> None:
         """The number that tells a process from its namesakes changes with the process."""
-        pid, _ = fork(lambda: None)
-        identity = dict(list_pids())[pid]
-        assert identity is not None
-        assert dict(list_pids())[pid] == identity
-        end(pid)
-        assert fork_as(pid) == pid
-        assert dict(list_pids())[pid] not in (None, identity)
+
+        def main() -> dict[str, Any]:
+            pid = fork(pause_for_ever)
+            identity = dict(list_pids())[pid]
+            assert identity is not None
+            assert dict(list_pids())[pid] == identity
+            end(pid)
+            fork_as(pid)
+            assert dict(list_pids())[pid] not in (None, identity)
+            return {}
+
+        run_in_namespace(main)
 
 
 class TestStop:
@@ -327,23 +313,28 @@ class TestStop:
         assert stopped[-1].pid == leader
         assert stopped.index(read_process(started[0])) > stopped.index(read_process(started[1]))
 
+    def limit_time(self, mocker: MockerFixture, find: Callable[..., list[Process]]) -> None:
+        """Have a tree find what ``find`` does, and fail if it goes on asking."""
+        given_up_at = time.monotonic() + PATIENCE
+
+        def find_in_time(tree: ProcessTree, **kwargs: bool) -> list[Process]:
+            assert time.monotonic() < given_up_at
+            return find(tree, **kwargs)
+
+        mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=find_in_time)
+
     def test_what_does_not_stop_is_not_waited_for(self, mocker: MockerFixture) -> None:
         """It does not wait for ever, as for a process that does not get to run."""
         tree, _, [pid] = lead(start_child)
         mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
+        self.limit_time(mocker, ProcessTree.find)
         assert [process.pid for process in tree.stop(0.1)] == [pid]
 
     def test_time_is_limited_whatever_appears(self, mocker: MockerFixture) -> None:
         """Processes that cannot be stopped, and start others all the time, do not keep it from an end."""
         tree, _, [pid] = lead(start_child)
         process = read_process(pid)
-        given_up_at = time.monotonic() + PATIENCE
-
-        def find_another(_tree: ProcessTree, **_: bool) -> list[child_tree.Process]:
-            assert time.monotonic() < given_up_at
-            return [replace(process, start=time.monotonic())]
-
-        mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=find_another)
+        self.limit_time(mocker, lambda *_, **__: [replace(process, start=time.monotonic())])
         assert len(tree.stop(0.1)) == 1
 
 
@@ -358,7 +349,7 @@ class TestFallbacks:
             mark_process()
             return [start_daemon()]
 
-        leader, started = fork(main)
+        leader, started = start_waiting(main)
         tree = ProcessTree()
         tree.adopt(leader)
         end(leader)
@@ -417,14 +408,14 @@ class TestReadProcess:
     def test_any_name(self) -> None:
         """A name may hold parentheses, blanks and newlines."""
         name = b"a) Z 1\n(b"
-        pid, _ = fork(lambda: ctypes.CDLL(None).prctl(PR_SET_NAME, name) and [])
+        pid, _ = start_waiting(lambda: ctypes.CDLL(None).prctl(PR_SET_NAME, name) and [])
         process = read_process(pid)
         assert process is not None
         assert (process.name, process.parent, process.session) == (name.decode(), os.getpid(), os.getsid(0))
 
     def test_zombie(self) -> None:
         """A zombie is dead, whether or not somebody collects it."""
-        pid, _ = fork(lambda: None)
+        pid, _ = start_waiting(lambda: None)
         assert read_process(pid) is not None
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -435,17 +426,14 @@ class TestReadProcess:
         """A process lives on in its other threads, although its state says zombie."""
 
         def main() -> None:
-            reader, _ = os.pipe()
-            threading.Thread(target=lambda: (os.read(reader, 1), time.sleep(600))).start()
-            os.write(announcing, b".")
+            threading.Thread(target=time.sleep, args=(600,)).start()
+            told.tell("started")
             ctypes.CDLL(None).pthread_exit(None)
 
-        heard, announcing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            main()
-        os.read(heard, 1)
-        deadline = time.monotonic() + 5
+        with contextlib.closing(Relay()) as told:
+            pid = fork(main)
+            assert told.hear() == "started"
+        deadline = time.monotonic() + PATIENCE
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
         assert read_process(pid) is not None
@@ -459,26 +447,30 @@ class TestSendSignal:
         def refuse(pid: int, flags: int = 0) -> int:
             raise OSError(pidfd, "refused")
 
-        if pidfd is None:
-            monkeypatch.delattr(os, "pidfd_open")
-        elif pidfd != "works":
-            monkeypatch.setattr(os, "pidfd_open", refuse)
-        pid, _ = fork(lambda: None)
+        pid, _ = start_waiting(lambda: None)
         process = read_process(pid)
-        assert send_signals(process, [signal.SIGTERM])
+        with contextlib.closing(Tree()) as held:
+            held.add(pid)
+            if pidfd is None:
+                monkeypatch.delattr(os, "pidfd_open")
+            elif pidfd != "works":
+                monkeypatch.setattr(os, "pidfd_open", refuse)
+            assert send_signals(process, [signal.SIGTERM])
+            assert held.gone(pid)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
         assert send_signals(process, [signal.SIGTERM]), "it is gone, which nobody needs to hear of"
         assert not is_alive(process)
 
     def test_recycled_number(self) -> None:
         """Whoever has got the number since is not signalled."""
-        pid, _ = fork(lambda: None)
+        pid, _ = start_waiting(lambda: None)
         former = read_process(pid)
         assert send_signals(replace(former, start=former.start - 1), [signal.SIGKILL])
         assert is_alive(former)
 
     def test_descriptors_are_closed(self) -> None:
-        pid, _ = fork(lambda: None)
+        """It leaves none behind."""
+        pid, _ = start_waiting(lambda: None)
         before = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
         send_signals(read_process(pid), [signal.SIGCONT])
         after = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
@@ -493,9 +485,7 @@ class TestSudo:
         mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=False)
 
     def install_sudo(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
-        sudo = folder / "sudo"
-        sudo.write_text(f"#!/bin/sh\n{script}\n")
-        sudo.chmod(0o755)
+        write_sudo(folder, script)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
     def test_numbers_only(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -509,7 +499,7 @@ class TestSudo:
         pids = " ".join(map(str, sorted(started)))
         assert (tmp_path / "calls").read_text() == f"-n -u #{os.geteuid()} kill -9 {pids}\n"
         assert tree.sudo_failures == {}
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while any(map(is_alive, processes)):
             assert time.monotonic() < deadline
 

@@ -16,19 +16,16 @@
 # under the License.
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import signal
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 from task_sdk.execution_time.teardown.supervised_task import (
     GRACE_WITH_FAULTS,
     PATIENCE,
     Relay,
     Tree,
-    is_living,
+    ending_all,
     set_grace,
 )
 
@@ -38,8 +35,6 @@ from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-PR_SET_CHILD_SUBREAPER = 36
 
 
 @pytest.fixture
@@ -56,38 +51,15 @@ def tree() -> Iterator[Tree]:
     tree.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def adopt_orphans() -> Iterator[None]:
-    """Become the parent of whatever a test leaves behind, so that :func:`leave_nothing` finds it (prctl(2))."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    yield
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+@pytest.fixture(autouse=True)
+def list_left() -> Iterator[Callable[[], list[int]]]:
+    """Leave nothing behind, whatever a test has started; gives a function that lists what is left of all trees."""
+    with ending_all() as list_left:
+        yield list_left
 
 
 @pytest.fixture(autouse=True)
-def leave_nothing(adopt_orphans: None) -> Iterator[Callable[[], set[psutil.Process]]]:
-    """End every process that a test has started, however the test ends; gives a function that lists them."""
-    before = psutil.Process().children(recursive=True)
-
-    def list_started() -> set[psutil.Process]:
-        return set(psutil.Process().children(recursive=True)).difference(before)
-
-    yield list_started
-    while left := list_started():
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=1)
-
-
-@pytest.fixture
-def list_left(leave_nothing: Callable[[], set[psutil.Process]]) -> Callable[[], list[int]]:
-    """Return a function that lists what is left of all trees; :func:`adopt_orphans` makes them all ours."""
-    return lambda: [process.pid for process in leave_nothing() if is_living(process)]
-
-
-@pytest.fixture(autouse=True)
-def limit_time(leave_nothing: None) -> Iterator[None]:
+def limit_time(list_left: Callable[[], list[int]]) -> Iterator[None]:
     """Turn a wait without an end, which is what some of these tests are about, into a failure."""
 
     def fail(signum: int, frame: Any) -> None:

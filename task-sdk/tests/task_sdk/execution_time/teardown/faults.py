@@ -28,7 +28,6 @@ import importlib
 import itertools
 import os
 import signal
-import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     Relay,
     be_deaf,
     detach,
+    fork,
     forked,
     hear_ready,
     list_living,
@@ -54,6 +54,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from pathlib import Path
 
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
@@ -124,10 +125,15 @@ def supervise(main: Callable[[], dict[str, Any]], setting: Callable[[], Any] = l
 
 def supervise_in_namespace(main: Callable[[], dict[str, Any]]) -> Outcome:
     """
-    Run ``main``, which supervises a task, as the first process of a PID namespace (pid_namespaces(7)).
+    Run ``main``, which supervises a task, in a PID namespace.
 
     :param main: returns the fields of :class:`Outcome`, with the numbers of the namespace.
     """
+    return Outcome(**run_in_namespace(main))
+
+
+def run_in_namespace(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run ``main`` as the first process of a PID namespace (pid_namespaces(7)), and return what it does."""
     told = Relay()
 
     def be_first() -> None:
@@ -139,7 +145,7 @@ def supervise_in_namespace(main: Callable[[], dict[str, Any]]) -> Outcome:
         pause_for_ever()
 
     with contextlib.closing(told), forked(lambda: report(told, enter)):
-        return Outcome(**hear_report(told))
+        return hear_report(told)
 
 
 def report(told: Relay, main: Callable[[], dict[str, Any]]) -> None:
@@ -162,16 +168,6 @@ def hear_report(told: Relay) -> dict[str, Any]:
     error = outcome.pop("error")
     assert error is None, error
     return outcome
-
-
-def fork(main: Callable[[], Any]) -> int:
-    """Run ``main`` in a child."""
-    if pid := os.fork():
-        return pid
-    try:
-        main()
-    finally:
-        os._exit(1)
 
 
 def end_supervised(
@@ -261,11 +257,11 @@ def be_deaf_runner() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def exec_sleeper(relay: Relay) -> None:
-    """Be a daemon that runs another program, in the environment that it has got."""
-    tell = f"import os, time; os.write({relay.writer}, b'%d\\n' % os.getpid()); time.sleep(600)"
-    os.set_inheritable(relay.writer, True)
-    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", tell])  # noqa: S606
+def write_sudo(folder: Path, script: str) -> None:
+    """Write a sudo of our own into a folder, which is for the caller to put on the PATH."""
+    sudo = folder / "sudo"
+    sudo.write_text(f"#!/bin/sh\n{script}\n")
+    sudo.chmod(0o755)
 
 
 def is_another_process(path: Any, *_: Any) -> bool:

@@ -25,6 +25,7 @@ already, or is spared by chance.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -61,6 +62,8 @@ NEVER = 3600
 """Seconds to wait for what must not be waited for."""
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class Relay:
@@ -124,7 +127,6 @@ class Api:
 
     def __init__(self, *, should_retry: bool = False) -> None:
         self.task_instances = self
-        self.finished: list[str] = []
         self.terminate = False
         self._context = TIRunContext.model_construct(should_retry=should_retry, max_tries=0, start_date=None)
 
@@ -135,8 +137,8 @@ class Api:
         if self.terminate:
             raise conflict()
 
-    def finish(self, *, state: str, **kwargs: Any) -> None:
-        self.finished.append(str(getattr(state, "value", state)))
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def conflict() -> ServerResponseError:
@@ -204,7 +206,7 @@ def leave_holder(relay: Relay, held: str) -> None:
     """Start a process out of reach that holds one socket of the task; on stdin are its requests. Then wait."""
 
     def hold() -> None:
-        resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        lift_limit()
         sockets = {"stdin": [0], "stdout": [1], "stderr": [2], "logs": list_sockets()}[held]
         keep_open(relay.writer, *sockets)
         relay.tell(os.getpid())
@@ -213,16 +215,25 @@ def leave_holder(relay: Relay, held: str) -> None:
     pause_for_ever()
 
 
+def lift_limit() -> None:
+    """Give up the limit that is the mark of a task, which opts out of being ended with it."""
+    resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 def detach(prepare: Callable[[], Any]) -> None:
     """Start a daemon that runs ``prepare`` and then waits for signals: in its own session, its parent gone."""
-    if pid := os.fork():
-        os.waitpid(pid, 0)
-        return
-    os.setsid()
-    if os.fork() == 0:
+    orphaned = Relay()
+
+    def be_daemon() -> None:
+        # As long as its parent is there it is a descendant of ours, whatever its mark.
+        orphaned.hear()
+        orphaned.close()
         prepare()
         pause_for_ever()
-    os._exit(0)
+
+    with contextlib.closing(orphaned):
+        os.waitpid(fork(lambda: (os.setsid(), fork(be_daemon))), 0)
+        orphaned.tell("orphaned")
 
 
 def list_sockets() -> list[int]:
@@ -296,25 +307,89 @@ def be_deaf(relay: Relay) -> None:
     relay.tell(os.getpid())
 
 
+def exec_sleeper(relay: Relay, env: dict[str, str] | None = None) -> None:
+    """Be a daemon that runs another program, in the environment that it has got unless another is given."""
+    tell = f"import os, time; os.write({relay.writer}, b'%d\\n' % os.getpid()); time.sleep(600)"
+    command = [sys.executable, "-I", "-S", "-c", tell]
+    os.set_inheritable(relay.writer, True)
+    os.execve(sys.executable, command, os.environ if env is None else env)  # noqa: S606
+
+
+def fork(main: Callable[[], Any]) -> int:
+    """Run ``main`` in a child; return its PID."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        main()
+        status = 0
+    except BaseException:  # noqa: BLE001 - a forked copy of the test runner must not go on running tests
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
 @contextlib.contextmanager
-def forked(main: Callable[[], None]) -> Iterator[int]:
+def forked(main: Callable[[], Any]) -> Iterator[int]:
     """Run ``main`` in a process of its own, for it may be signalled; yields its PID, and ends it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            main()
-        except BaseException:  # noqa: BLE001
-            # A forked copy of the test runner must not go on running tests.
-            traceback.print_exc()
-        finally:
-            os._exit(0)
+    pid = fork(main)
     pidfd = os.pidfd_open(pid)
     try:
         yield pid
     finally:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
         os.close(pidfd)
+
+
+@contextlib.contextmanager
+def waiting(prepare: Callable[[], Any]) -> Iterator[int]:
+    """Fork a child that runs ``prepare`` and then waits for signals; yields its PID when it waits, and ends it."""
+    ready = Relay()
+
+    def main() -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)  # whatever other tests have installed
+        prepare()
+        ready.tell("ready")
+        pause_for_ever()
+
+    with contextlib.closing(ready), forked(main) as pid:
+        assert ready.hear() == "ready"
+        yield pid
+
+
+def ended_by(pid: int) -> int:
+    """Collect a child, and return the number of the signal that ended it."""
+    with contextlib.closing(Tree()) as tree:
+        assert tree.gone(tree.add(pid)), "no signal has ended it"
+    return os.WTERMSIG(os.waitpid(pid, 0)[1])
+
+
+@contextlib.contextmanager
+def ending_all() -> Iterator[Callable[[], list[int]]]:
+    """
+    Adopt what is orphaned from here on (prctl(2)), and end every process that was started, however the test ends.
+
+    Yields a function that lists the PIDs of those that live.
+    """
+    before = psutil.Process().children(recursive=True)
+
+    def list_started() -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True)).difference(before)
+
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield lambda: [process.pid for process in list_started() if is_living(process)]
+    finally:
+        while left := list_started():
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=1)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def tell_when_monitoring(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSub
 
 
 class TestExit:
-    def test_exit_after_the_sockets_closed(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_exit_after_the_sockets_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The exit itself wakes the supervisor; no socket does when all of them had closed before."""
         monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", NEVER)
         monkeypatch.setattr(supervisor, "HEARTBEAT_TIMEOUT", NEVER)
@@ -128,7 +128,7 @@ class TestSockets:
             assert {key.fileobj for key in shared.get_map().values()} == set(second._open_sockets)
             assert second._service_subprocess(max_wait_time=0) is None
 
-    def test_closed_selector_is_not_selected_on(self, relay: Relay) -> None:
+    def test_closed_selector_is_not_selected_on(self) -> None:
         """A supervisor whose selector was closed under it collects the exit all the same."""
         process = start_task(pause_for_ever)
         process.selector.close()

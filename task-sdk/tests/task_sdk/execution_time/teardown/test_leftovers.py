@@ -19,11 +19,9 @@
 from __future__ import annotations
 
 import os
-import resource
 import select
 import signal
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -42,9 +40,11 @@ from task_sdk.execution_time.teardown.supervised_task import (
     detach,
     end_task,
     ending,
+    exec_sleeper,
     hear_ready,
     keep_open,
     leave_holder,
+    lift_limit,
     pause_for_ever,
     set_grace,
     start_task,
@@ -62,9 +62,7 @@ if TYPE_CHECKING:
 
 def be_exec(relay: Relay) -> None:
     """Drop the environment, as ``env -i`` does."""
-    tell = f"import os, time; os.write({relay.writer}, b'%d\\n' % os.getpid()); time.sleep(600)"
-    os.set_inheritable(relay.writer, True)
-    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", tell], {})  # noqa: S606
+    exec_sleeper(relay, env={})
 
 
 def be_stopped(relay: Relay) -> None:
@@ -244,7 +242,7 @@ class TestUnchanged:
         """A daemon that has lifted its limit lives on when the task is killed."""
 
         def lift() -> None:
-            resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            lift_limit()
             keep_open(relay.writer)
             relay.tell(os.getpid())
 
