@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 COOKIE_VARIABLE = "SUPERVISED_BY_A_TEST"
 """Carries the cookie where the command line is not ours to choose: multiprocessing spawns its processes."""
+
+PR_SET_CHILD_SUBREAPER = 36
 
 KILL_TIMEOUT = 5.0
 """Seconds that a killed process gets to disappear."""
@@ -64,6 +67,11 @@ def read_name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
+
+
+def set_subreaper(*, wanted: bool) -> None:
+    """Have orphans below this process become its children, or init's again: PR_SET_CHILD_SUBREAPER of prctl(2)."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
 def open_pidfds(processes: list[Process]) -> list[int]:
