@@ -34,7 +34,7 @@ RUNS_AT_A_TIME = 6
 MARGIN = 3
 SHORT_GRACE = 1
 # Waits for the whole of the usual grace period, in the place of all those that SIGTERM does not end.
-PATIENT = "deaf"
+PATIENT = BY_NAME["deaf"].name
 SOCKET_CLEANUP_TIMEOUT = 1
 # Nobody kills a runner that a forwarded signal has not ended: its supervisor waits on, as upstream's does.
 ENDLESS = ("deaf-runner", "sigterm")
