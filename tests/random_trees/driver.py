@@ -8,7 +8,6 @@ them; not of the supervisors, for those in production are no subreapers either. 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -18,14 +17,14 @@ import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
 from airflow.sdk.api.datamodels._generated import BundleInfo
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-from tests.harness.processes import read_state
+from tests.harness.processes import read_state, set_subreaper
 from tests.harness.scenario import (
     EXITS,
     STARTUP_MESSAGE_MAX_BYTES,
@@ -37,7 +36,9 @@ from tests.harness.scenario import (
 from tests.random_trees.bugs import BUGS
 from tests.random_trees.member import Tree, announce, do_steps, stay
 
-PR_SET_CHILD_SUBREAPER = 36
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 HEARTBEAT_INTERVAL = 0.05
 SOCKET_CLEANUP_TIMEOUT = 0.1
 """Seconds that a task which succeeded waits for those that it leaves and that hold its sockets."""
@@ -287,17 +288,25 @@ def collect_children() -> None:
 
 
 def main() -> None:
-    cookie, *bugs = sys.argv[1:]
-    for bug in bugs:
-        BUGS[bug]()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    set_subreaper(wanted=True)
     # Whatever the SDK prints must not end up among the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
     supervisor.MIN_HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     ActivitySubprocess._upload_logs = lambda _self: None
-    os.write(answers, b"{}\n")
+    for answer in drive(*sys.argv[1:]):
+        os.write(answers, json.dumps(answer).encode() + b"\n")
+
+
+def drive(cookie: str, *bugs: str) -> Iterator[dict[str, Any]]:
+    """Plant bugs, and run the examples on stdin; yield that one is ready, and then what came of each."""
+    if unknown := set(bugs) - set(BUGS):
+        yield {"failed": f"there is no bug {' or '.join(sorted(unknown))}: choose from {', '.join(BUGS)}"}
+        return
+    for bug in bugs:
+        BUGS[bug]()
+    yield {}
     for line in sys.stdin:
         try:
             answer = run_example(json.loads(line), cookie)
@@ -305,7 +314,7 @@ def main() -> None:
             answer = {"failed": "the tree did not grow"}
         finally:
             end_descendants()
-        os.write(answers, json.dumps(answer).encode() + b"\n")
+        yield answer
 
 
 if __name__ == "__main__":
