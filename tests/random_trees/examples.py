@@ -14,7 +14,7 @@ Ending = Literal["409", "killed", "exit-1", "success"]
 Step = Union[str, dict[str, "Script"]]
 
 # Polite trees are gone long before the grace ends, deaf ones at its end.
-POLITE_GRACE = 3.0
+POLITE_GRACE = 10.0
 DEAF_GRACE = 0.2
 
 IMPOLITE = {"deaf", "breed"}
