@@ -19,10 +19,10 @@ from tests.bench.series import Series
 from tests.bench.trees import start_processes
 from tests.bench.ways import NOT_ENDED_TIMEOUT, end_tree, end_with_killpg
 from tests.bench.workers import WorkerFailedError, start_worker
-from tests.demo.runs import build_patched_wheel
 from tests.harness.environments import Environment, create_environment
 from tests.harness.neighbours import DEAD
 from tests.harness.processes import find_processes, kill_all, read_state, set_subreaper
+from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,10 +89,10 @@ def test_cores_are_left_idle() -> None:
     assert psutil.Process().children() == []
 
 
-def test_trees_are_counted_and_ended() -> None:
+def test_trees_are_counted_and_ended(tmp_path: Path) -> None:
     """What leaves every third process of a tree is told so."""
     release = find_release("3.1.8")
-    environment = create_environment(release, wheel=build_patched_wheel(release))
+    environment = create_environment(release, wheel=build_patched_wheel(release, tmp_path))
     # The task's process and the root of its tree are in no session of their own; of their 12 children 4 are.
     assert end_tree(environment, 14, end_with_killpg, timeout=NOT_ENDED_TIMEOUT)[1] == 4
     with start_processes(10):

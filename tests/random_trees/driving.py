@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from patches.errors import PatchError
 from patches.releases import ROOT, find_release
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.harness.environments import clean_env, create_environment
 from tests.harness.processes import kill_marked
+from tests.harness.wheels import build_patched_wheel
 from tests.random_trees.examples import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tests.harness.environments import Environment
     from tests.random_trees.examples import Example
 
 VERSION = "1.1.8"
@@ -78,7 +75,8 @@ def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterato
     cookie = f"cookie-{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="random-trees-") as name:
         folder = Path(name)
-        environment = install_patched(version, folder)
+        release = find_release(version)
+        environment = create_environment(release, wheel=build_patched_wheel(release, folder))
         log = folder / "driver.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -99,9 +97,3 @@ def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterato
         finally:
             kill_marked(cookie)
             process.communicate()
-
-
-def install_patched(version: str, folder: Path) -> Environment:
-    release = find_release(version)
-    wheel = build_wheel(release, fetch_wheel(release), load_changes(), folder)
-    return create_environment(release, wheel=wheel)

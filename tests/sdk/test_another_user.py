@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from patches.releases import find_release
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.harness.environments import NoInterpreterError, clean_env, create_environment
 from tests.harness.processes import COOKIE_VARIABLE, find_marked, kill_marked, wait_for_exit
 from tests.harness.shapes import Shape
@@ -40,6 +37,7 @@ from tests.harness.users import (
     make_place,
     permit,
 )
+from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
     import subprocess
@@ -75,7 +73,7 @@ def environment(place: Path) -> Environment:
     try:
         check_users()
         release = find_release(VERSION)
-        wheel = build_wheel(release, fetch_wheel(release), load_changes(), place)
+        wheel = build_patched_wheel(release, place)
         return create_environment(release, wheel=wheel, python=PYTHON, cache=place)
     except (UnsuitableSystemError, NoInterpreterError) as error:
         pytest.skip(f"not run: {error}")

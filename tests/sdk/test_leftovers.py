@@ -10,14 +10,12 @@ import pytest
 from packaging.version import Version
 
 from patches.releases import find_release, last_of_lines
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.harness.environments import NoInterpreterError, create_environment
 from tests.harness.forking import start_fork_server
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
 from tests.harness.supervised import KILL_GRACE, Ending
+from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def install(release: Release, python: str | None, dist: Path) -> Environment:
-    wheel = build_wheel(release, fetch_wheel(release), load_changes(), dist)
+    wheel = build_patched_wheel(release, dist)
     try:
         return create_environment(release, wheel=wheel, python=python)
     except NoInterpreterError as error:
