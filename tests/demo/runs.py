@@ -7,10 +7,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from packaging.specifiers import SpecifierSet
-
 from tests.harness.shapes import SHAPES
-from tests.harness.supervised import kill_supervisors, run_supervised
+from tests.harness.supervised import ENDS_TASK_ON_SIGTERM, kill_supervisors, run_supervised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,9 +16,6 @@ if TYPE_CHECKING:
     from tests.harness.environments import Environment
     from tests.harness.shapes import Shape
     from tests.harness.supervised import Ending, Outcome
-
-# From 1.4 on a supervisor that gets SIGTERM lets its task finish: nothing ends, and nothing is to be seen.
-ENDS_TASK_ON_SIGTERM = SpecifierSet("<1.4.0a0", prereleases=True)
 
 RETURN_TIMEOUT = 20.0
 """Seconds from a task's end after which its supervisor counts as hung: what it waits for takes 8 at most."""

@@ -6,8 +6,6 @@ import os
 import pwd
 import sys
 import tempfile
-import uuid
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,7 @@ import pytest
 
 from patches.releases import find_release
 from tests.harness.environments import NoInterpreterError, clean_env, create_environment
-from tests.harness.processes import COOKIE_VARIABLE, find_marked, kill_marked, wait_for_exit
+from tests.harness.processes import COOKIE_VARIABLE, find_marked, make_cookie, wait_for_exit
 from tests.harness.shapes import Shape
 from tests.harness.supervised import (
     RETURN_TIMEOUT,
@@ -96,21 +94,16 @@ def run_as(
     orphaned: bool = False,
 ) -> Outcome:
     """Do what `run_supervised` does, with the supervisor as a user; `orphaned`: when nobody but the announced is left."""
-    cookie = f"cookie-{uuid.uuid4().hex}"
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="supervised-")))
-        stack.callback(kill_marked, cookie)
+    with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
+        folder = Path(name)
         launch = make_launch(user, environment, place, cookie, folder)
-        supervisor = stack.enter_context(
-            watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder)
-        )
-        runner = wait_for_tree(supervisor, shape.processes)
-        if orphaned:
-            staying = {supervisor.process.pid, *supervisor.announced}
-            ancestors = [process for process in find_marked(cookie) if process.pid not in staying]
-            wait_for_exit(ancestors, PATIENCE)
-        began = end_task(supervisor, runner, ending)
-        return observe(supervisor, cookie, began, RETURN_TIMEOUT)
+        with watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder) as supervisor:
+            runner = wait_for_tree(supervisor, shape.processes)
+            if orphaned:
+                staying = {supervisor.process.pid, *supervisor.announced}
+                ancestors = [process for process in find_marked(cookie) if process.pid not in staying]
+                wait_for_exit(ancestors, PATIENCE)
+            return observe(supervisor, end_task(supervisor, runner, ending), RETURN_TIMEOUT)
 
 
 def make_launch(

@@ -7,14 +7,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, get_args
 
 import pytest
-from packaging.version import Version
 
 from patches.releases import find_release, last_of_lines
 from tests.harness.environments import NoInterpreterError, create_environment
 from tests.harness.forking import start_fork_server
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
-from tests.harness.supervised import KILL_GRACE, Ending
+from tests.harness.supervised import ENDS_TASK_ON_SIGTERM, KILL_GRACE, Ending
 from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS
 
@@ -77,11 +76,9 @@ def install(release: Release, python: str | None, dist: Path) -> Environment:
 
 
 def list_endings(release: Release) -> list[Ending]:
-    """Return the ways to end; from 1.4 on a supervisor that gets SIGTERM lets its task finish."""
-    endings: list[Ending] = list(get_args(Ending))
-    if Version(release.version) >= Version("1.4.0b1"):
-        endings.remove("sigterm")
-    return endings
+    """Return the ways that end a task of this release."""
+    ends_on_sigterm = ENDS_TASK_ON_SIGTERM.contains(release.version)
+    return [ending for ending in get_args(Ending) if ending != "sigterm" or ends_on_sigterm]
 
 
 def make_settings(grace: int) -> dict[str, str]:

@@ -14,6 +14,7 @@ from tests.harness.environments import NoInterpreterError
 from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS, install_release, run_our_tests
 from tests.upstream.judging import judge_release
+from tests.upstream.suites import SUPERVISOR_TESTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,6 @@ SCENARIOS = (
     "teardown/test_session.py",
     "teardown/test_stolen_status.py",
 )
-UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
 
 UNCHANGED = {
     "TestUnchanged::test_other_types_stay_in_the_group",
@@ -157,7 +157,7 @@ def test_upstreams_tests_of_the_supervisor_keep_passing(release: Release, dist: 
     """Whatever passes on the stock wheel passes on the patched one."""
     try:
         wheel = build_patched_wheel(release, dist)
-        verdict = judge_release(release, wheel, UPSTREAM_SUITE, Progress(disable=True))
+        verdict = judge_release(release, wheel, SUPERVISOR_TESTS, Progress(disable=True))
     except NoInterpreterError as error:
         pytest.skip(f"not run: {error}")
     assert len(verdict.patched.results) == len(verdict.stock.results)

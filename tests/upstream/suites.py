@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PLUGIN = Path(__file__).with_name("plugin")
 RUNS = ROOT / ".cache" / "upstream-runs"
 REPORTS = ROOT / ".cache" / "upstream-reports"
+SUPERVISOR_TESTS = "tests/task_sdk/execution_time/test_supervisor.py"
 SUITE_TIMEOUT = 1200
 # Of one test: ten times what the slowest takes on an idle machine.
 TEST_TIMEOUT = 60
