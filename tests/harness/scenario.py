@@ -115,7 +115,7 @@ class TaskInstances:
             raise build_conflict()
 
     def finish(self, **call: Any) -> None:
-        self.finish_calls.append(str(call["state"]))
+        self.finish_calls.append(str(getattr(call["state"], "value", call["state"])))
 
 
 def describe_task(api: TaskInstances, target: Callable[[], object], logger: Any) -> dict[str, Any]:

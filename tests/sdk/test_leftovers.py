@@ -144,6 +144,16 @@ def test_on_kill_completes(results: Results) -> None:
     assert all(told_to_end.values())
 
 
+def test_failure_is_reported_once(results: Results) -> None:
+    """The API is told once that a task has failed, and not if it has ended the task itself or the task has succeeded."""
+    wrong = {
+        run: result.outcome.finish_calls
+        for run, result in results.items()
+        if result.outcome.finish_calls.count("failed") != (run[1] not in {"409", "success"})
+    }
+    assert wrong == {}
+
+
 def test_nobody_else_is_harmed(results: Results) -> None:
     """Processes of the supervisor, and another task with the same processes, live on."""
     harmed = {run: result.harmed for run, result in results.items() if result.harmed}
