@@ -21,7 +21,7 @@ from tests.bench.ways import NOT_ENDED_TIMEOUT, end_tree, end_with_killpg
 from tests.bench.workers import WorkerFailedError, start_worker
 from tests.harness.environments import Environment, create_environment
 from tests.harness.neighbours import DEAD
-from tests.harness.processes import find_processes, kill_all, read_state, set_subreaper
+from tests.harness.processes import read_state, set_subreaper
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
@@ -34,19 +34,20 @@ def leave_nothing() -> Iterator[None]:
     """Adopt what a test orphans; end it, and fail."""
     set_subreaper(wanted=True)
     yield
-    left = find_processes(is_alive_below)
-    kill_all(is_alive_below)
+    left = list_living()
+    while living := list_living():
+        for process in living:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(living, timeout=1)
     set_subreaper(wanted=False)
     collect_zombies()
     assert left == []
 
 
-def is_alive_below(pid: int) -> bool:
-    """Tell whether a process is a descendant of this one that has not ended."""
-    with suppress(psutil.NoSuchProcess):
-        ancestors = [ancestor.pid for ancestor in psutil.Process(pid).parents()]
-        return os.getpid() in ancestors and read_state(pid) not in DEAD
-    return False
+def list_living() -> list[psutil.Process]:
+    """Return the descendants of this process that have not ended."""
+    return [child for child in psutil.Process().children(recursive=True) if read_state(child.pid) not in DEAD]
 
 
 def collect_zombies() -> None:
@@ -96,7 +97,7 @@ def test_trees_are_counted_and_ended(tmp_path: Path) -> None:
     # The task's process and the root of its tree are in no session of their own; of their 12 children 4 are.
     assert end_tree(environment, 14, end_with_killpg, timeout=NOT_ENDED_TIMEOUT)[1] == 4
     with start_processes(10):
-        assert len(find_processes(is_alive_below)) == 10
+        assert len(list_living()) == 10
 
 
 def test_failed_worker_says_why(tmp_path: Path) -> None:
