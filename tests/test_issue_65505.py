@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from patches.releases import find_release
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.harness.environments import create_environment
 from tests.harness.shapes import BY_NAME
 from tests.harness.supervised import SOCKET_CLEANUP_TIMEOUT, run_supervised
+from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
     from patches.releases import Release
@@ -34,7 +32,7 @@ def stock(release: Release) -> Outcome:
 
 @pytest.fixture(scope="module")
 def patched(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    wheel = build_wheel(release, fetch_wheel(release), load_changes(), tmp_path_factory.mktemp("dist"))
+    wheel = build_patched_wheel(release, tmp_path_factory.mktemp("dist"))
     return run_supervised(create_environment(release, wheel=wheel), VIRTUALENV, "409")
 
 

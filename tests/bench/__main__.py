@@ -18,8 +18,8 @@ from patches.wheels import prepare_output
 from tests.bench.figures import FIGURES
 from tests.bench.report import make_table, write_json
 from tests.bench.setup import Setup
-from tests.demo.runs import DIST, build_patched_wheel, install_both
 from tests.harness.supervised import SupervisorFailedError
+from tests.harness.wheels import DIST, build_patched_wheel, install_both
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ def measure(
     measured: list[Series] = []
     with Progress(*columns, console=console) as progress:
         installing = progress.add_task(f"Installing Airflow {release.airflow}, stock and patched", total=2)
-        wheel = build_patched_wheel(release)
+        wheel = build_patched_wheel(release, DIST)
         environments = install_both(release, wheel, lambda: progress.advance(installing))
         for name in figures:
             bar = progress.add_task(f"Measuring: {name}", total=1)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import time
-import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.bench.series import Series
-from tests.harness.processes import kill_marked
 from tests.harness.shapes import BY_NAME
-from tests.harness.supervised import start_supervisor, wait_for_tree
+from tests.harness.supervised import start_supervised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,13 +63,8 @@ def watch_silent_tasks(setup: Setup, seconds: float) -> dict[tuple[str, str, str
 
 def start_task(stack: ExitStack, environment: Environment, settings: Mapping[str, str]) -> tuple[int, int]:
     """Return the PIDs of a supervisor and its runner, which the stack ends."""
-    cookie = f"cookie-{uuid.uuid4().hex}"
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-    stack.callback(kill_marked, cookie)
-    supervisor = stack.enter_context(
-        start_supervisor(environment, SHAPE, "success", cookie=cookie, folder=folder, env=settings)
-    )
-    return supervisor.process.pid, wait_for_tree(supervisor, SHAPE.processes)
+    supervisor, runner = stack.enter_context(start_supervised(environment, SHAPE, "success", env=settings))
+    return supervisor.process.pid, runner
 
 
 def count_wake_ups(pid: int) -> int:

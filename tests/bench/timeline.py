@@ -7,9 +7,7 @@ import json
 import math
 import os
 import select
-import tempfile
 import time
-import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import TYPE_CHECKING
 from tests.bench.drawing import RUNNER, SUPERVISOR, draw_timelines
 from tests.bench.series import Series
 from tests.bench.trees import hold
-from tests.harness.processes import find_marked, kill_marked
+from tests.harness.processes import find_marked
 from tests.harness.shapes import Shape, shell
-from tests.harness.supervised import end_task, start_supervisor, wait_for_tree
+from tests.harness.supervised import end_task, start_supervised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -109,15 +107,9 @@ def describe(timeline: Timeline) -> Series:
 
 def record(contender: str, environment: Environment, settings: Mapping[str, str]) -> Timeline:
     """Run the task, have its heartbeat answered 409, and watch."""
-    cookie = f"cookie-{uuid.uuid4().hex}"
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        stack.callback(kill_marked, cookie)
-        supervisor = stack.enter_context(
-            start_supervisor(environment, TASK, "409", cookie=cookie, folder=folder, env=settings)
-        )
-        runner = wait_for_tree(supervisor, TASK.processes)
-        processes = find_marked(cookie)
+        supervisor, runner = stack.enter_context(start_supervised(environment, TASK, "409", env=settings))
+        processes = find_marked(supervisor.cookie)
         pids = [process.pid for process in processes]
         names = [name_process(process, supervisor.process.pid, runner, pids) for process in processes]
         births = [read_birth(pid) for pid in pids]
@@ -125,7 +117,7 @@ def record(contender: str, environment: Environment, settings: Mapping[str, str]
         deaths, watched_until = watch(stack, supervisor.process.pid, pids)
         verdict = f"still ran {RETURN_TIMEOUT:.0f} s after the 409"
         if supervisor.process.pid in deaths:
-            result = json.loads((folder / "result.json").read_text())
+            result = json.loads((supervisor.folder / "result.json").read_text())
             conflict = result["conflict_at"]
             after = f"{deaths[supervisor.process.pid] - conflict:.2f} s after the 409"
             verdict = f"crashed {after}" if result["exception"] else f"returned {after}"

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 from patches.errors import PatchError
 from tests.harness.processes import kill_marked
 from tests.harness.shapes import ACTOR, Shape, actor
-from tests.harness.supervised import start_supervisor, wait_for_tree
+from tests.harness.supervised import ANNOUNCEMENTS_MAX_BYTES, start_supervised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from tests.harness.environments import Environment
 
 START_TIMEOUT = 60.0
-ANNOUNCEMENTS_MAX_BYTES = 1 << 16
 OTHER_FILES = 256
 
 
@@ -59,15 +58,8 @@ class Tree:
 @contextmanager
 def start_task(environment: Environment, size: int) -> Iterator[Tree]:
     """Start a tree as a task, and stop its supervisor, so that somebody else can end it; end what is left of it."""
-    cookie = f"cookie-{uuid.uuid4().hex}"
-    shape = describe_tree(size)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        stack.callback(kill_marked, cookie)
-        supervisor = stack.enter_context(
-            start_supervisor(environment, shape, "409", cookie=cookie, folder=folder, env={})
-        )
-        runner = wait_for_tree(supervisor, shape.processes)
+        supervisor, runner = stack.enter_context(start_supervised(environment, describe_tree(size), "409"))
         os.kill(supervisor.process.pid, signal.SIGSTOP)
         ends = stack.enter_context(select.epoll())
         for pid in supervisor.announced:

@@ -35,7 +35,7 @@ def name_ways(setup: Setup) -> dict[str, Way]:
     ways: dict[str, Way] = {
         "psutil's recipe": lambda size: end_tree(setup.patched, size, end_with_psutil),
         "killpg": lambda size: end_tree(setup.patched, size, end_with_killpg, timeout=NOT_ENDED_TIMEOUT),
-        "patched": lambda size: end_task(setup, size),
+        "patched": lambda size: end_as_task(setup, size),
     }
     parent = find_cgroup()
     if parent is None:
@@ -115,7 +115,7 @@ def takes_children(group: Path) -> bool:
         return False
 
 
-def end_task(setup: Setup, size: int) -> tuple[float, int]:
+def end_as_task(setup: Setup, size: int) -> tuple[float, int]:
     """Have a supervisor end the tree as its task, from the 409 to the return of wait()."""
     outcome = run_supervised(setup.patched, describe_tree(size), env=setup.settings)
     return outcome.seconds, len(outcome.left)

@@ -11,40 +11,23 @@ import json
 import os
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
-from airflow.sdk.api.datamodels._generated import BundleInfo
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-from tests.harness.scenario import (
-    STARTUP_MESSAGE_MAX_BYTES,
-    TaskInstances,
-    build,
-    build_task_instance,
-    make_recorder,
-)
+from tests.harness.scenario import TaskInstances, describe_task, make_recorder
 
 CLOCK_BYTES = 8
 
 
 def end_at_once(clock: int) -> None:
     """Be the task: end, and tell when."""
-    # Closing a socket with unread bytes would show the supervisor a reset instead of an end of file.
-    os.read(0, STARTUP_MESSAGE_MAX_BYTES)
     os.write(clock, time.monotonic_ns().to_bytes(CLOCK_BYTES, sys.byteorder))
 
 
 def run_task(logger: Any) -> dict[str, int]:
     """Supervise one task to its end."""
     reader, writer = os.pipe()
-    task = {
-        "what": build_task_instance(),
-        "dag_rel_path": "dag.py",
-        "bundle_info": build(BundleInfo, name="bundle", version=None),
-        "client": SimpleNamespace(task_instances=TaskInstances({"ending": "success"})),
-        "target": lambda: end_at_once(writer),
-        "logger": logger,
-    }
+    task = describe_task(TaskInstances({"ending": "success"}), lambda: end_at_once(writer), logger)
     began = time.monotonic_ns()
     process = ActivitySubprocess.start(**task)
     started = time.monotonic_ns()

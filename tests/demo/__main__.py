@@ -15,8 +15,9 @@ from patches.errors import PatchError
 from patches.releases import find_release
 from tests.bench.timeline import draw_task
 from tests.demo.report import print_report
-from tests.demo.runs import DIST, build_patched_wheel, install_both, plan_runs, run_all
+from tests.demo.runs import plan_runs, run_all
 from tests.harness.supervised import SupervisorFailedError
+from tests.harness.wheels import DIST, build_patched_wheel, install_both
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +63,7 @@ def run_demo(version: str, console: Console) -> dict[Run, Outcome]:
         installing = progress.add_task(f"Installing Airflow {release.airflow}, stock and patched", total=2)
         running = progress.add_task("Ending tasks and looking for what is left", total=None)
         drawing = progress.add_task("Drawing the processes of one task", total=2)
-        wheel = build_patched_wheel(release)
+        wheel = build_patched_wheel(release, DIST)
         progress.advance(building)
         sides = install_both(release, wheel, lambda: progress.advance(installing))
         runs = plan_runs(sides)

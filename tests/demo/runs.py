@@ -7,29 +7,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from packaging.specifiers import SpecifierSet
-
-from patches.releases import ROOT
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel, prepare_output
-from tests.harness.environments import create_environment
 from tests.harness.shapes import SHAPES
-from tests.harness.supervised import kill_supervisors, run_supervised
+from tests.harness.supervised import ENDS_TASK_ON_SIGTERM, kill_supervisors, run_supervised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
-    from patches.releases import Release
     from tests.harness.environments import Environment
     from tests.harness.shapes import Shape
     from tests.harness.supervised import Ending, Outcome
-
-DIST = ROOT / "dist"
-
-# From 1.4 on a supervisor that gets SIGTERM lets its task finish: nothing ends, and nothing is to be seen.
-ENDS_TASK_ON_SIGTERM = SpecifierSet("<1.4.0a0", prereleases=True)
 
 RETURN_TIMEOUT = 20.0
 """Seconds from a task's end after which its supervisor counts as hung: what it waits for takes 8 at most."""
@@ -46,22 +32,6 @@ class Run:
     ending: Ending
     environment: Environment
     patched: bool
-
-
-def build_patched_wheel(release: Release) -> Path:
-    prepare_output(DIST)
-    return build_wheel(release, fetch_wheel(release), load_changes(), DIST)
-
-
-def install_both(
-    release: Release, wheel: Path, on_installed: Callable[[], object]
-) -> dict[bool, Environment]:
-    """Return the stock environment under False and the patched one under True."""
-    sides = {}
-    for patched in (False, True):
-        sides[patched] = create_environment(release, wheel=wheel if patched else None)
-        on_installed()
-    return sides
 
 
 def plan_runs(sides: dict[bool, Environment]) -> list[Run]:

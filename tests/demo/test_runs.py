@@ -39,9 +39,14 @@ def test_interrupt_ends_what_has_begun_and_begins_nothing_else(monkeypatch: pyte
     monkeypatch.setattr(runs, "run_one", run_one)
     monkeypatch.setattr(runs, "kill_supervisors", killed.set)
     demo = threading.Thread(target=be_interrupted, daemon=True)
-    demo.start()
-    demo.join(INTERRUPT_TIMEOUT)
+    try:
+        demo.start()
+        demo.join(INTERRUPT_TIMEOUT)
+        ended = not demo.is_alive()
+    finally:
+        # Or the interpreter would wait for the threads of the pool for ever.
+        killed.set()
 
-    assert not demo.is_alive()
+    assert ended
     assert len(interrupts) == 1
     assert len(begun) < TOO_MANY_TO_BEGIN

@@ -15,13 +15,13 @@ from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
 from patches.wheels import prepare_output
-from tests.demo.runs import DIST, build_patched_wheel
 from tests.e2e.client import ApiError
 from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, prepare_database
 from tests.e2e.outcomes import Outcome
 from tests.e2e.report import Result, find_failures, list_problems, make_table, write_json
 from tests.e2e.scenarios import SCENARIOS
 from tests.e2e.servers import ServerFailedError
+from tests.harness.wheels import DIST, build_patched_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_tools(executors)
         scenarios = list(choose(options.scenarios, errors))
         for release in releases:
-            failures += test_release(release, executors, scenarios, console)
+            failures += run_release(release, executors, scenarios, console)
     except (PatchError, ServerFailedError, ApiError) as error:
         errors.print(error)
         return UNUSABLE
@@ -91,7 +91,7 @@ def choose(names: Sequence[str] | None, errors: Console) -> Iterator[Scenario]:
         yield scenario
 
 
-def test_release(
+def run_release(
     release: Release, executors: Sequence[Executor], scenarios: Sequence[Scenario], console: Console
 ) -> list[str]:
     """Run the scenarios on a release, stock and patched, report, and return what has failed."""
@@ -100,7 +100,7 @@ def test_release(
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="e2e-setup-") as setup:
         console.print(f"Installing Airflow {release.airflow}, stock and patched")
-        wheels = {False: None, True: build_patched_wheel(release)}
+        wheels = {False: None, True: build_patched_wheel(release, DIST)}
         environments = {patched: install(release, wheel) for patched, wheel in wheels.items()}
         database = prepare_database(environments[False], Path(setup))
         for scenario, executor in plan(release, executors, scenarios):

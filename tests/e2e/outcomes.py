@@ -33,8 +33,6 @@ OF_THE_TASK_ITSELF = "Task failed with exception"
 TRACEBACK = "Traceback (most recent call last)"
 
 EVERY_RELEASE = SpecifierSet(">=1", prereleases=True)
-# From 1.4 on a supervisor that gets SIGTERM lets its task finish.
-ENDS_TASK_ON_SIGTERM = SpecifierSet("<1.4.0a0", prereleases=True)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,6 @@ from rich.console import Console
 
 from patches.errors import PatchError
 from patches.releases import find_release
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.e2e.__main__ import choose, main, run_scenario
 from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, prepare_database
 from tests.e2e.outcomes import Outcome
@@ -23,6 +20,7 @@ from tests.e2e.scenarios.load import KILLED, TASKS, judge_states
 from tests.e2e.servers import ServerFailedError
 from tests.harness import users
 from tests.harness.environments import Environment, NoInterpreterError
+from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +37,7 @@ Sides = dict[bool, Environment]
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
     """Return the stock environment under False and the patched one under True."""
     release = find_release(VERSION)
-    wheel = build_wheel(release, fetch_wheel(release), load_changes(), tmp_path_factory.mktemp("dist"))
+    wheel = build_patched_wheel(release, tmp_path_factory.mktemp("dist"))
     try:
         return {False: install(release, None), True: install(release, wheel)}
     except NoInterpreterError as error:

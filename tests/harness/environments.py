@@ -167,7 +167,10 @@ def hold_finished(folder: Path) -> bool:
 def build(recipe: Recipe) -> None:
     """Make the environment, unless another process has just done so."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(recipe.folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(recipe.folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # another process has just removed it as outdated
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         # Whoever held the lock may have finished the environment, or removed it.
@@ -201,7 +204,10 @@ def remove_outdated(recipe: Recipe) -> None:
     for folder in recipe.cache.glob(f"{recipe.kind}-*"):
         if folder == recipe.folder:
             continue
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process has just removed it
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (folder / STAMP).unlink(missing_ok=True)  # first: what is half removed is not finished

@@ -1,8 +1,9 @@
 """Fork supervisors from a process that has imported the SDK: `python -m tests.harness.fork_server SOCKET`.
 
-Run by the interpreter of an environment that has the SDK, with the repository on PYTHONPATH; forking.py is the other side. A request is a packet of JSON on the socket, and so is the answer.
-With a descriptor comes the order to start a supervisor, which answers its PID; otherwise `reap` is the PID of one whose
-exit code is wanted. The end of the socket is the end of this process. Python 3.9 and the packages of the environment.
+Run by the interpreter of an environment that has the SDK, with the repository on PYTHONPATH; forking.py is the other
+side. A request is a packet of JSON on the socket, and so is the answer. With a descriptor comes the order to start a
+supervisor, which answers its PID; otherwise `reap` is the PID of one whose exit code is wanted. The end of the socket is
+the end of this process. Python 3.9 and the packages of the environment.
 """
 
 from __future__ import annotations

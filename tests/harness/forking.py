@@ -117,7 +117,7 @@ def start_fork_server(environment: Environment, *, env: Mapping[str, str]) -> It
 
 @contextmanager
 def fork_supervisor(server: ForkServer, plan: Plan, *, cookie: str, folder: Path) -> Iterator[Supervisor]:
-    """Run a supervisor as `start_supervisor` does."""
+    """Run a supervisor, and kill it in the end if it still runs."""
     variables = {**clean_env(folder, python=server.environment.python), COOKIE_VARIABLE: cookie}
 
     def launch(order: int) -> ForkedProcess:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.harness.forking import fork_supervisor
-from tests.harness.processes import find_marked, kill_marked, read_state
+from tests.harness.processes import find_marked, make_cookie, read_state
 from tests.harness.supervised import (
     RETURN_TIMEOUT,
     Plan,
@@ -50,14 +49,14 @@ def run_among_neighbours(server: ForkServer, shape: Shape, ending: Ending) -> Ne
     """
     with ExitStack() as stack:
 
-        def start(plan: Plan) -> tuple[Supervisor, str]:
+        def start(plan: Plan) -> Supervisor:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="supervised-")))
-            cookie = make_cookie(stack)
-            return stack.enter_context(fork_supervisor(server, plan, cookie=cookie, folder=folder)), cookie
+            cookie = stack.enter_context(make_cookie())
+            return stack.enter_context(fork_supervisor(server, plan, cookie=cookie, folder=folder))
 
-        bystanders = make_cookie(stack)
-        other, _ = start(Plan(shape, "409"))
-        supervisor, cookie = start(Plan(shape, ending, bystanders))
+        bystanders = stack.enter_context(make_cookie())
+        other = start(Plan(shape, "409"))
+        supervisor = start(Plan(shape, ending, bystanders))
         others_runner = wait_for_tree(other, shape.processes)
         runner = wait_for_tree(supervisor, shape.processes)
         standing_by = [process.pid for process in find_marked(bystanders)]
@@ -69,17 +68,10 @@ def run_among_neighbours(server: ForkServer, shape: Shape, ending: Ending) -> Ne
             other.process.pid: "supervisor of another task",
         }
         stopped = list_stopped(neighbours)
-        outcome = observe(supervisor, cookie, end_task(supervisor, runner, ending), RETURN_TIMEOUT)
+        outcome = observe(supervisor, end_task(supervisor, runner, ending), RETURN_TIMEOUT)
         newly_stopped = list_stopped(neighbours) - stopped
         harmed = [name for pid, name in neighbours.items() if pid in newly_stopped or read_state(pid) in DEAD]
     return Neighbourhood(outcome, harmed)
-
-
-def make_cookie(stack: ExitStack) -> str:
-    """Return a new cookie; who carries it when the stack unwinds is killed."""
-    cookie = f"cookie-{uuid.uuid4().hex}"
-    stack.callback(kill_marked, cookie)
-    return cookie
 
 
 def list_stopped(pids: Iterable[int]) -> set[int]:

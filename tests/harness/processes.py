@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
 import time
-from contextlib import suppress
+import uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 COOKIE_VARIABLE = "SUPERVISED_BY_A_TEST"
 """Carries the cookie where the command line is not ours to choose: multiprocessing spawns its processes."""
+
+PR_SET_CHILD_SUBREAPER = 36
 
 KILL_TIMEOUT = 5.0
 """Seconds that a killed process gets to disappear."""
@@ -25,6 +29,16 @@ class Process(NamedTuple):
 
     pid: int
     name: str
+
+
+@contextmanager
+def make_cookie() -> Iterator[str]:
+    """Yield a new cookie; whoever carries it in the end is killed."""
+    cookie = f"cookie-{uuid.uuid4().hex}"
+    try:
+        yield cookie
+    finally:
+        kill_marked(cookie)
 
 
 def find_marked(cookie: str) -> list[Process]:
@@ -66,6 +80,11 @@ def read_name(pid: int) -> str:
         return "gone"
 
 
+def set_subreaper(*, wanted: bool) -> None:
+    """Have orphans below this process become its children, or init's again: PR_SET_CHILD_SUBREAPER of prctl(2)."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
+
+
 def open_pidfds(processes: list[Process]) -> list[int]:
     pidfds = []
     for process in processes:
@@ -74,18 +93,21 @@ def open_pidfds(processes: list[Process]) -> list[int]:
     return pidfds
 
 
-def wait_for_exit(processes: list[Process], timeout: float) -> None:
-    """Return when all have exited, reaped or not, or after `timeout` seconds."""
+def wait_for_exit(processes: list[Process], timeout: float) -> bool:
+    """Return when all have exited, reaped or not, or after `timeout` seconds; tell whether they have."""
     pidfds = open_pidfds(processes)
     deadline = time.monotonic() + timeout
     try:
-        for pidfd in pidfds:
-            end = select.poll()  # select() takes no descriptor above 1023
-            end.register(pidfd, select.POLLIN)
-            end.poll(max(0, deadline - time.monotonic()) * 1000)
+        return all(wait_readable(pidfd, deadline) for pidfd in pidfds)
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
+
+
+def wait_readable(descriptor: int, deadline: float) -> bool:
+    readable = select.poll()  # select() takes no descriptor above 1023
+    readable.register(descriptor, select.POLLIN)
+    return bool(readable.poll(max(0, deadline - time.monotonic()) * 1000))
 
 
 def kill_marked(cookie: str) -> None:

@@ -1,9 +1,10 @@
 """Supervise one task in this process, as a worker does: `python -m tests.harness.scenario COOKIE FOLDER`.
 
-Run by the interpreter of an environment that has the SDK, with the repository on PYTHONPATH; everything else comes from FOLDER/plan.json. The task starts the
-planned command, becomes the runner that is planned, and announces itself as `runner PID` in the planned FIFO. When the planned
-pipe reaches its end, the task ends as planned: its heartbeats are answered 409, or it exits. What came of it is written to
-FOLDER/result.json. Python 3.9 and the packages of the environment.
+Run by the interpreter of an environment that has the SDK, with the repository on PYTHONPATH; everything else comes
+from FOLDER/plan.json. The task starts the planned command, becomes the runner that is planned, and announces itself as
+`runner PID` in the planned FIFO. When the planned pipe reaches its end, the task ends as planned: its heartbeats are
+answered 409, or it exits. What came of it is written to FOLDER/result.json. Python 3.9 and the packages of the
+environment.
 """
 
 from __future__ import annotations
@@ -114,7 +115,25 @@ class TaskInstances:
             raise build_conflict()
 
     def finish(self, **call: Any) -> None:
-        self.finish_calls.append(str(call["state"]))
+        self.finish_calls.append(str(getattr(call["state"], "value", call["state"])))
+
+
+def describe_task(api: TaskInstances, target: Callable[[], object], logger: Any) -> dict[str, Any]:
+    """Return the arguments of `ActivitySubprocess.start()` for a task that calls `target`."""
+
+    def be_task() -> None:
+        # Closing a socket with unread bytes would show the supervisor a reset instead of an end of file.
+        os.read(0, STARTUP_MESSAGE_MAX_BYTES)
+        target()
+
+    return {
+        "what": build_task_instance(),
+        "dag_rel_path": "dag.py",
+        "bundle_info": build(BundleInfo, name="bundle", version=None),
+        "client": SimpleNamespace(task_instances=api),
+        "target": be_task,
+        "logger": logger,
+    }
 
 
 def is_ordered_to_end(plan: dict[str, Any]) -> bool:
@@ -178,8 +197,6 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 def run_task(plan: dict[str, Any]) -> NoReturn:
     """Be the task: start the tree, announce it, and end as planned."""
-    # Closing a socket with unread bytes would show the supervisor a reset instead of an end of file.
-    os.read(0, STARTUP_MESSAGE_MAX_BYTES)
     if plan["argv"]:
         start_tree(plan)
     if plan["runner"]:
@@ -212,17 +229,10 @@ def supervise(plan: dict[str, Any]) -> dict[str, Any]:
         start_bystanders(plan["bystanders"])
     api = TaskInstances(plan)
     log: list[dict[str, Any]] = []
-    process = ActivitySubprocess.start(
-        what=build_task_instance(),
-        dag_rel_path="dag.py",
-        bundle_info=build(BundleInfo, name="bundle", version=None),
-        client=SimpleNamespace(task_instances=api),
-        target=lambda: run_task(plan),
-        logger=make_recorder(log),
-    )
-    result: dict[str, Any] = {"exit_code": None, "final_state": None, "exception": None, "traceback": None}
+    process = ActivitySubprocess.start(**describe_task(api, lambda: run_task(plan), make_recorder(log)))
+    result: dict[str, Any] = {"final_state": None, "exception": None, "traceback": None}
     try:
-        result["exit_code"] = process.wait()
+        process.wait()
         result["final_state"] = str(process.final_state)
     except Exception as error:  # noqa: BLE001  # whatever the supervisor dies of is the result
         result["exception"] = f"{type(error).__name__}: {error}"

@@ -9,15 +9,16 @@ import signal
 import subprocess
 import tempfile
 import time
-import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from packaging.specifiers import SpecifierSet
+
 from patches.releases import ROOT
 from tests.harness.environments import clean_env
-from tests.harness.processes import COOKIE_VARIABLE, Process, find_marked, kill_marked, wait_for_exit
+from tests.harness.processes import COOKIE_VARIABLE, Process, find_marked, make_cookie, wait_for_exit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from tests.harness.shapes import Shape
 
 Ending = Literal["409", "sigterm", "runner-killed", "exit-1", "success"]
+# From 1.4 on a supervisor that gets SIGTERM lets its task finish: nothing ends, and nothing is to be seen.
+ENDS_TASK_ON_SIGTERM = SpecifierSet("<1.4.0a0", prereleases=True)
 
 READY_TIMEOUT = 60.0
 """Seconds for importing the SDK and starting the tree; a cold disk and two busy cores take most of it."""
@@ -66,7 +69,6 @@ class Outcome:
     exception: str | None = None
     """Type and message of what `wait()` raised."""
     traceback: str | None = None
-    exit_code: int | None = None
     final_state: str | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     """The events in the task's log."""
@@ -132,6 +134,7 @@ class Supervisor:
     order: IO[bytes]
     """Its end is the task's order to end."""
     announcements: IO[bytes]
+    cookie: str
     folder: Path
     announced: list[int] = field(default_factory=list)
     """The PIDs of the tree, once `wait_for_tree` has seen it."""
@@ -162,17 +165,8 @@ def run_supervised(
     """
     if ending not in get_args(Ending):
         raise ValueError(f"an ending is one of {', '.join(get_args(Ending))}, not {ending!r}")
-    cookie = f"cookie-{uuid.uuid4().hex}"
-    with tempfile.TemporaryDirectory(prefix="supervised-") as name:
-        try:
-            with start_supervisor(
-                environment, shape, ending, cookie=cookie, folder=Path(name), env=env or {}
-            ) as supervisor:
-                runner = wait_for_tree(supervisor, shape.processes)
-                began = end_task(supervisor, runner, ending)
-                return observe(supervisor, cookie, began, timeout)
-        finally:
-            kill_marked(cookie)
+    with start_supervised(environment, shape, ending, env=env) as (supervisor, runner):
+        return observe(supervisor, end_task(supervisor, runner, ending), timeout)
 
 
 def kill_supervisors() -> None:
@@ -182,29 +176,28 @@ def kill_supervisors() -> None:
 
 
 @contextmanager
-def start_supervisor(
-    environment: Environment,
-    shape: Shape,
-    ending: Ending,
-    *,
-    cookie: str,
-    folder: Path,
-    env: Mapping[str, str],
-) -> Iterator[Supervisor]:
-    """Run a supervisor in a session of its own, and kill it in the end if it still runs."""
-    variables = {
-        **clean_env(folder, python=environment.python),
-        **SETTINGS,
-        **env,
-        "PYTHONPATH": str(ROOT),
-        COOKIE_VARIABLE: cookie,
-    }
+def start_supervised(
+    environment: Environment, shape: Shape, ending: Ending, *, env: Mapping[str, str] | None = None
+) -> Iterator[tuple[Supervisor, int]]:
+    """Start `shape` as a task under a supervisor in a session of its own; yield the supervisor and its runner's PID.
 
-    def launch(order: int) -> subprocess.Popen[bytes]:
-        return launch_scenario(environment, cookie, folder, order, env=variables)
+    None of the processes outlives the context. Raises SupervisorFailedError when some do not come up.
+    """
+    with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
+        folder = Path(name)
+        variables = {
+            **clean_env(folder, python=environment.python),
+            **SETTINGS,
+            **(env or {}),
+            "PYTHONPATH": str(ROOT),
+            COOKIE_VARIABLE: cookie,
+        }
 
-    with watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder) as supervisor:
-        yield supervisor
+        def launch(order: int) -> subprocess.Popen[bytes]:
+            return launch_scenario(environment, cookie, folder, order, env=variables)
+
+        with watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder) as supervisor:
+            yield supervisor, wait_for_tree(supervisor, shape.processes)
 
 
 def launch_scenario(
@@ -246,7 +239,7 @@ def watch_supervisor(
         far_end.close()
         pidfd = os.pidfd_open(process.pid)
         stack.callback(os.close, pidfd)
-        yield Supervisor(process, pidfd, order, announcements, folder)
+        yield Supervisor(process, pidfd, order, announcements, cookie, folder)
 
 
 def end_process(process: SupervisorProcess) -> None:
@@ -283,13 +276,13 @@ def end_task(supervisor: Supervisor, runner: int, ending: Ending) -> float:
     return began
 
 
-def observe(supervisor: Supervisor, cookie: str, began: float, timeout: float) -> Outcome:
+def observe(supervisor: Supervisor, began: float, timeout: float) -> Outcome:
     """Wait for the supervisor and describe what it leaves."""
     hung = not select.select([supervisor.pidfd], [], [], timeout)[0]
     ended = time.monotonic()
-    alive = [process for process in find_marked(cookie) if process.pid != supervisor.process.pid]
+    alive = find_others(supervisor)
     wait_for_exit(alive, SETTLE_TIMEOUT)
-    left = [process for process in find_marked(cookie) if process.pid != supervisor.process.pid]
+    left = find_others(supervisor)
     if hung:
         return Outcome(ended - began, left, alive, hung=True)
     status = supervisor.process.wait()
@@ -302,3 +295,8 @@ def observe(supervisor: Supervisor, cookie: str, began: float, timeout: float) -
     result = json.loads((supervisor.folder / "result.json").read_text())
     conflict_at, returned_at = result.pop("conflict_at"), result.pop("returned_at")
     return Outcome(returned_at - (conflict_at or began), left, alive, **result)
+
+
+def find_others(supervisor: Supervisor) -> list[Process]:
+    """Return who is alive of a supervisor's task."""
+    return [process for process in find_marked(supervisor.cookie) if process.pid != supervisor.process.pid]

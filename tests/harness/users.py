@@ -63,12 +63,12 @@ def permit(commands: str, *, defaults: Sequence[str] = ()) -> Iterator[None]:
             file.write(f"{WORKER} ALL=({OTHER}) NOPASSWD: {commands}\n")
             file.flush()
             subprocess.run([visudo, "--check", "--quiet", f"--file={file.name}"], check=True)
-            shutil.copyfile(file.name, SUDOERS)
-        try:
-            SUDOERS.chmod(SUDOERS_MODE)
-            yield
-        finally:
-            SUDOERS.unlink()
+            try:
+                shutil.copyfile(file.name, SUDOERS)
+                SUDOERS.chmod(SUDOERS_MODE)
+                yield
+            finally:
+                SUDOERS.unlink(missing_ok=True)
     finally:
         os.close(directory)
 

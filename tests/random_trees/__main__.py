@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
-from tests.random_trees.driving import VERSION, DriverFailedError, start_driver
+from tests.random_trees.driving import VERSION, start_driver
 from tests.random_trees.examples import load_example
 from tests.random_trees.exploring import WrongEndError, check, explore
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tests.random_trees.driving import Driver
     from tests.random_trees.examples import Example
 
 EXAMPLES = 5000
 REPETITIONS = 20
 PROGRESS_EVERY = 100
+PROBLEM, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 
 def take_example(text: str) -> Example:
@@ -38,7 +42,7 @@ def take_number(text: str) -> int:
     return int(text)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s random --", description=__doc__)
     parser.add_argument("version", nargs="?", default=VERSION, help="an Airflow or SDK version")
     parser.add_argument("--examples", type=take_number, default=EXAMPLES, help="how many (%(default)s)")
@@ -49,28 +53,36 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bug", action="append", default=[], help="plant this one of bugs.py, to see it found"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return 0 if every tree ended as it should, 1 after the example of one that did not, 2 if none could be tried."""
+    options = parse_arguments(arguments)
     console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
-        with start_driver(arguments.version, bugs=arguments.bug) as driver:
-            if arguments.example:
+        with start_driver(options.version, bugs=options.bug) as driver:
+            if options.example:
                 for _ in range(REPETITIONS):
-                    check(driver, arguments.example)
+                    check(driver, options.example)
                 console.print(f"{REPETITIONS} times it ended as it should.")
             else:
-                look(driver, arguments, console)
-    except (WrongEndError, DriverFailedError, PatchError) as error:
-        console.print(str(error), markup=False)
-        return 1
+                look(driver, options, console)
+    except WrongEndError as error:
+        console.print(error, markup=False)
+        return PROBLEM
+    except PatchError as error:
+        errors.print(error)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        errors.print("Interrupted: every process that was started was ended.")
+        return INTERRUPTED
     return 0
 
 
-def look(driver: Driver, arguments: argparse.Namespace, console: Console) -> None:
-    console.print(f"Seed {arguments.seed}, {arguments.examples} examples on SDK {arguments.version}")
+def look(driver: Driver, options: argparse.Namespace, console: Console) -> None:
+    console.print(f"Seed {options.seed}, {options.examples} examples on SDK {options.version}")
     tried = 0
 
     def count() -> None:
@@ -79,9 +91,10 @@ def look(driver: Driver, arguments: argparse.Namespace, console: Console) -> Non
         if tried % PROGRESS_EVERY == 0:
             console.print(f"{tried} examples")
 
-    explore(driver, arguments.examples, arguments.seed, count)
+    explore(driver, options.examples, options.seed, count)
     console.print(f"{tried} examples ended as they should.")
 
 
 if __name__ == "__main__":
+    interrupt_on_sigterm()
     sys.exit(main())

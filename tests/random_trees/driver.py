@@ -8,7 +8,6 @@ them; not of the supervisors, for those in production are no subreapers either. 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -17,27 +16,20 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
-from airflow.sdk.api.datamodels._generated import BundleInfo
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-from tests.harness.processes import read_state
-from tests.harness.scenario import (
-    EXITS,
-    STARTUP_MESSAGE_MAX_BYTES,
-    TaskInstances,
-    build,
-    build_task_instance,
-    make_recorder,
-)
+from tests.harness.processes import Process, kill_if, read_state, set_subreaper, wait_for_exit
+from tests.harness.scenario import EXITS, TaskInstances, describe_task, make_recorder
 from tests.random_trees.bugs import BUGS
-from tests.random_trees.member import Tree, announce, do_steps, stay
+from tests.random_trees.member import Tree, announce, count_members, do_steps, stay
 
-PR_SET_CHILD_SUBREAPER = 36
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 HEARTBEAT_INTERVAL = 0.05
 SOCKET_CLEANUP_TIMEOUT = 0.1
 """Seconds that a task which succeeded waits for those that it leaves and that hold its sockets."""
@@ -106,10 +98,6 @@ def run_example(example: dict[str, Any], cookie: str) -> dict[str, Any]:
     return answer
 
 
-def count_members(script: dict[str, Any]) -> int:
-    return 1 + sum(count_members(step["fork"]) for step in script["steps"] if isinstance(step, dict))
-
-
 def start_supervisor(scene: Scene, name: str) -> int:
     """Return a descriptor; closing it is the task's order to end."""
     reader, writer = os.pipe()
@@ -131,14 +119,8 @@ def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
     if name == TASK:
         start_bystanders(scene)
     api = TaskInstances(plan)
-    process = ActivitySubprocess.start(
-        what=build_task_instance(),
-        dag_rel_path="dag.py",
-        bundle_info=build(BundleInfo, name="bundle", version=None),
-        client=SimpleNamespace(task_instances=api),
-        target=lambda: run_task(scene, name, plan),
-        logger=make_recorder([]),
-    )
+    task = describe_task(api, lambda: run_task(scene, name, plan), make_recorder([]))
+    process = ActivitySubprocess.start(**task)
     scene.tell(tree=name, runner=process.pid)
     exception = None
     try:
@@ -160,8 +142,6 @@ def start_bystanders(scene: Scene) -> None:
 
 
 def run_task(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
-    # Closing a socket with unread bytes would show the supervisor a reset instead of an end of file.
-    os.read(0, STARTUP_MESSAGE_MAX_BYTES)
     # The kernel's own, for groups with stopped members whose last relative outside exits: setpgid(2).
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     tree = Tree(scene.cookie, name, scene.writer)
@@ -182,21 +162,9 @@ def settle(scene: Scene, name: str, members: int) -> None:
         or len(scene.members[name]) < members
     ):
         scene.hear(deadline)
-    for member in scene.members[name]:
-        if member["then"] == "exit":
-            wait_for_exit(member["pid"], deadline)
-
-
-def wait_for_exit(pid: int, deadline: float) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if not select.select([pidfd], [], [], max(0, deadline - time.monotonic()))[0]:
-            raise TimeoutError
-    finally:
-        os.close(pidfd)
+    exiting = [Process(member["pid"], name) for member in scene.members[name] if member["then"] == "exit"]
+    if not wait_for_exit(exiting, deadline - time.monotonic()):
+        raise TimeoutError
 
 
 def observe(scene: Scene, began: float) -> dict[str, Any]:
@@ -208,11 +176,11 @@ def observe(scene: Scene, began: float) -> dict[str, Any]:
     except TimeoutError:
         return {
             "hung": True,
-            "alive": list_alive(scene),
+            "alive": list_alive(),
             "harmed": list_harmed(scene),
             "seconds": RETURN_TIMEOUT,
         }
-    alive = list_alive(scene)
+    alive = list_alive()
     end = scene.returned[TASK]
     return {
         "hung": False,
@@ -223,7 +191,7 @@ def observe(scene: Scene, began: float) -> dict[str, Any]:
     }
 
 
-def list_alive(scene: Scene) -> list[int]:
+def list_alive() -> list[int]:
     """Return the ids of the task's members that are alive, themselves or in what they forked."""
     pids = [process.pid for process in psutil.Process().children(recursive=True)]
     ids = {read_id(pid) for pid in pids if read_state(pid) not in {"Z", "X", "gone"}}
@@ -262,22 +230,8 @@ def end_descendants() -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"still there after SIGKILL: {children}")
         for process in children:
-            kill(process)
+            kill_if(lambda _pid: process.is_running(), process.pid)  # noqa: B023  # called at once
         collect_children()
-
-
-def kill(process: psutil.Process) -> None:
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    try:
-        if process.is_running():
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(pidfd)
 
 
 def collect_children() -> None:
@@ -287,17 +241,25 @@ def collect_children() -> None:
 
 
 def main() -> None:
-    cookie, *bugs = sys.argv[1:]
-    for bug in bugs:
-        BUGS[bug]()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    set_subreaper(wanted=True)
     # Whatever the SDK prints must not end up among the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
     supervisor.MIN_HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     ActivitySubprocess._upload_logs = lambda _self: None
-    os.write(answers, b"{}\n")
+    for answer in drive(*sys.argv[1:]):
+        os.write(answers, json.dumps(answer).encode() + b"\n")
+
+
+def drive(cookie: str, *bugs: str) -> Iterator[dict[str, Any]]:
+    """Plant bugs, and run the examples on stdin; yield that one is ready, and then what came of each."""
+    if unknown := set(bugs) - set(BUGS):
+        yield {"failed": f"there is no bug {' or '.join(sorted(unknown))}: choose from {', '.join(BUGS)}"}
+        return
+    for bug in bugs:
+        BUGS[bug]()
+    yield {}
     for line in sys.stdin:
         try:
             answer = run_example(json.loads(line), cookie)
@@ -305,7 +267,7 @@ def main() -> None:
             answer = {"failed": "the tree did not grow"}
         finally:
             end_descendants()
-        os.write(answers, json.dumps(answer).encode() + b"\n")
+        yield answer
 
 
 if __name__ == "__main__":

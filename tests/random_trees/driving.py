@@ -7,22 +7,20 @@ import select
 import subprocess
 import tempfile
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patches.errors import PatchError
 from patches.releases import ROOT, find_release
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.harness.environments import clean_env, create_environment
 from tests.harness.processes import kill_marked
+from tests.harness.wheels import build_patched_wheel
 from tests.random_trees.examples import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tests.harness.environments import Environment
     from tests.random_trees.examples import Example
 
 VERSION = "1.1.8"
@@ -31,7 +29,7 @@ ANSWER_TIMEOUT = 120.0
 OUTPUT_CHARACTERS = 3000
 
 
-class DriverFailedError(Exception):
+class DriverFailedError(PatchError):
     """Nothing can be said about the example."""
 
 
@@ -45,8 +43,10 @@ class Driver:
     def run(self, example: Example) -> Outcome:
         """Let the tree of an example grow, and end it."""
         assert self._process.stdin
-        self._process.stdin.write(example.dump().encode() + b"\n")
-        self._process.stdin.flush()
+        # A driver that has died has said why.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(example.dump().encode() + b"\n")
+            self._process.stdin.flush()
         answer = self.hear()
         if "failed" in answer:
             raise self._fail(answer["failed"])
@@ -75,27 +75,25 @@ def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterato
     cookie = f"cookie-{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="random-trees-") as name:
         folder = Path(name)
-        environment = install_patched(version, folder)
+        release = find_release(version)
+        environment = create_environment(release, wheel=build_patched_wheel(release, folder))
         log = folder / "driver.log"
-        process = subprocess.Popen(
-            [environment.python, "-m", "tests.random_trees.driver", cookie, *bugs],
-            env={**clean_env(folder, python=environment.python), "PYTHONPATH": str(ROOT)},
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("wb"),
-            start_new_session=True,
-        )
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [environment.python, "-m", "tests.random_trees.driver", cookie, *bugs],
+                env={**clean_env(folder, python=environment.python), "PYTHONPATH": str(ROOT)},
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,
+            )
         driver = Driver(process, log)
         try:
-            driver.hear()  # it has imported the SDK
+            ready = driver.hear()  # it has imported the SDK
+            if "failed" in ready:
+                raise DriverFailedError(f"No example was tried: {ready['failed']}.")
             yield driver
         finally:
             kill_marked(cookie)
             process.communicate()
-
-
-def install_patched(version: str, folder: Path) -> Environment:
-    release = find_release(version)
-    wheel = build_wheel(release, fetch_wheel(release), load_changes(), folder)
-    return create_environment(release, wheel=wheel)

@@ -8,13 +8,13 @@ from typing import Any, Literal, TypedDict, Union, get_args
 
 from hypothesis import strategies as st
 
-from tests.random_trees.member import ENDS, STEPS
+from tests.random_trees.member import ENDS, STEPS, count_members
 
 Ending = Literal["409", "killed", "exit-1", "success"]
 Step = Union[str, dict[str, "Script"]]
 
 # Polite trees are gone long before the grace ends, deaf ones at its end.
-POLITE_GRACE = 3.0
+POLITE_GRACE = 10.0
 DEAF_GRACE = 0.2
 
 IMPOLITE = {"deaf", "breed"}
@@ -82,11 +82,6 @@ def list_words(script: Script) -> list[str]:
     for step in script["steps"]:
         words += list_words(step["fork"]) if isinstance(step, dict) else [step]
     return words
-
-
-def count_members(script: Script) -> int:
-    """Return the number of members, the runner included."""
-    return 1 + sum(count_members(step["fork"]) for step in script["steps"] if isinstance(step, dict))
 
 
 def number_members(script: Script, first: int = 0) -> Script:

@@ -14,7 +14,10 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 POLL_INTERVAL = 0.001
 BROOD = 40
@@ -35,6 +38,11 @@ def live(script: dict[str, Any], tree: Tree) -> NoReturn:
     announce(script, tree)
     ENDS[script["then"]]()
     stay()
+
+
+def count_members(script: Mapping[str, Any]) -> int:
+    """Return the number of members, the runner included."""
+    return 1 + sum(count_members(step["fork"]) for step in script["steps"] if isinstance(step, dict))
 
 
 def do_steps(script: dict[str, Any], tree: Tree) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
-from tests.random_trees.driving import start_driver
+from tests.random_trees.__main__ import UNUSABLE, main
+from tests.random_trees.driving import DriverFailedError, start_driver
+from tests.random_trees.examples import Example
 from tests.random_trees.exploring import WrongEndError, explore
 
 EXAMPLES = 200
 SEED = 1
 
 # Those that a few examples show; the others of bugs.py want more time.
-BUGS = ["ignore-mark", "leave-stopped", "never-kill", "take-siblings"]
+FAULTS_OF_BUGS = [
+    ("ignore-mark", "is left"),
+    ("leave-stopped", "it took"),
+    ("never-kill", "is left"),
+    ("take-siblings", "was harmed"),
+]
 
 
 def test_trees_end_as_told() -> None:
@@ -20,8 +28,29 @@ def test_trees_end_as_told() -> None:
         explore(driver, EXAMPLES, SEED)
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_found(bug: str) -> None:
-    """An SDK with a bug ends some tree otherwise."""
-    with start_driver(bugs=[bug]) as driver, pytest.raises(WrongEndError):
+@pytest.mark.parametrize(("bug", "fault"), FAULTS_OF_BUGS)
+def test_planted_bug_is_found(bug: str, fault: str) -> None:
+    """An SDK with a bug ends some tree otherwise, in the way of this bug."""
+    with start_driver(bugs=[bug]) as driver, pytest.raises(WrongEndError, match=fault):
         explore(driver, EXAMPLES, SEED, simplify=False)
+
+
+def test_dead_driver_is_told() -> None:
+    """A driver that has died before it gets an example ends the search with its own output."""
+    example = Example({"id": 0, "steps": [], "then": "stay"}, "409")
+    with start_driver() as driver:
+        (process,) = psutil.Process().children()
+        process.kill()
+        process.wait()
+        with pytest.raises(DriverFailedError, match="no answer"):
+            driver.run(example)
+
+
+@pytest.mark.parametrize("arguments", [["9.9.9"], ["--bug", "nonsense"]], ids=" ".join)
+def test_bad_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A version that is not supported and a bug that is not there get one sentence, and the exit status 2."""
+    assert main(arguments) == UNUSABLE
+
+    message = capsys.readouterr().err
+    assert arguments[-1] in message
+    assert len(message.splitlines()) == 1

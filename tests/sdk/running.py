@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from patches.rules import TESTS, load_changes, select_names
 from tests.harness.environments import clean_env, create_environment
+from tests.harness.processes import kill_inside
 from tests.upstream.results import read_report
+from tests.upstream.suites import FINISHED, quote_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,8 +30,6 @@ FURTHER_PYTHONS = [
     ("1.3.2", "3.13"),
     ("1.4.0b2", "3.13"),
 ]
-# pytest's: every test passed, or some did not; anything else means that the run itself failed.
-FINISHED = {0, 1}
 
 
 def install_release(release: Release, *, wheel: Path | None = None, python: str | None = None) -> Environment:
@@ -47,27 +47,38 @@ def run_our_tests(
     Raises RuntimeError with the end of pytest's output when the run itself failed.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        process = subprocess.run(
-            [
-                environment.python,
-                "-m",
-                "pytest",
-                *make_options(folder),
-                *select(environment.release, patterns or ("test_*.py",)),
-            ],
-            cwd=folder,
-            env={**clean_env(folder, python=environment.python), **(variables or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=(folder / "log").open("wb"),
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT,
-            check=False,
-        )
-        if process.returncode not in FINISHED:
-            raise RuntimeError((folder / "log").read_text()[-2000:])
+        folder = Path(name).resolve()
+        options = [*make_options(folder), *select(environment.release, patterns or ("test_*.py",))]
+        try:
+            run_pytest(environment, folder, options, variables or {})
+        finally:
+            # A pytest that hangs, and is killed, has its supervisors and their tasks run on.
+            kill_inside(folder)
         results = read_report(folder / "report.xml")
     return {name.partition("::")[2]: result for name, result in results.items()}
+
+
+def run_pytest(
+    environment: Environment, folder: Path, options: Sequence[str], variables: Mapping[str, str]
+) -> None:
+    """Run pytest in a folder; raise RuntimeError with the end of its output if it does not get to its end."""
+    log = folder / "log"
+    try:
+        with log.open("wb") as output:
+            process = subprocess.run(
+                [environment.python, "-m", "pytest", *options],
+                cwd=folder,
+                env={**clean_env(folder, python=environment.python), **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=TIMEOUT,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"pytest did not end within {TIMEOUT} s; its output:\n{quote_end(log)}") from None
+    if process.returncode not in FINISHED:
+        raise RuntimeError(f"pytest exited {process.returncode}; its output:\n{quote_end(log)}")
 
 
 def make_options(folder: Path) -> list[str]:

@@ -7,17 +7,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, get_args
 
 import pytest
-from packaging.version import Version
 
 from patches.releases import find_release, last_of_lines
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.harness.environments import NoInterpreterError, create_environment
 from tests.harness.forking import start_fork_server
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
-from tests.harness.supervised import KILL_GRACE, Ending
+from tests.harness.supervised import ENDS_TASK_ON_SIGTERM, KILL_GRACE, Ending
+from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS
 
 if TYPE_CHECKING:
@@ -34,7 +31,7 @@ RUNS_AT_A_TIME = 6
 MARGIN = 3
 SHORT_GRACE = 1
 # Waits for the whole of the usual grace period, in the place of all those that SIGTERM does not end.
-PATIENT = "deaf"
+PATIENT = BY_NAME["deaf"].name
 SOCKET_CLEANUP_TIMEOUT = 1
 # Nobody kills a runner that a forwarded signal has not ended: its supervisor waits on, as upstream's does.
 ENDLESS = ("deaf-runner", "sigterm")
@@ -71,7 +68,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def install(release: Release, python: str | None, dist: Path) -> Environment:
-    wheel = build_wheel(release, fetch_wheel(release), load_changes(), dist)
+    wheel = build_patched_wheel(release, dist)
     try:
         return create_environment(release, wheel=wheel, python=python)
     except NoInterpreterError as error:
@@ -79,11 +76,9 @@ def install(release: Release, python: str | None, dist: Path) -> Environment:
 
 
 def list_endings(release: Release) -> list[Ending]:
-    """Return the ways to end; from 1.4 on a supervisor that gets SIGTERM lets its task finish."""
-    endings: list[Ending] = list(get_args(Ending))
-    if Version(release.version) >= Version("1.4.0b1"):
-        endings.remove("sigterm")
-    return endings
+    """Return the ways that end a task of this release."""
+    ends_on_sigterm = ENDS_TASK_ON_SIGTERM.contains(release.version)
+    return [ending for ending in get_args(Ending) if ending != "sigterm" or ends_on_sigterm]
 
 
 def make_settings(grace: int) -> dict[str, str]:
@@ -147,6 +142,16 @@ def test_on_kill_completes(results: Results) -> None:
     }
     assert told_to_end
     assert all(told_to_end.values())
+
+
+def test_failure_is_reported_once(results: Results) -> None:
+    """The API is told once that a task has failed, and not if it has ended the task itself or the task has succeeded."""
+    wrong = {
+        run: result.outcome.finish_calls
+        for run, result in results.items()
+        if result.outcome.finish_calls.count("failed") != (run[1] not in {"409", "success"})
+    }
+    assert wrong == {}
 
 
 def test_nobody_else_is_harmed(results: Results) -> None:

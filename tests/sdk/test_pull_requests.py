@@ -23,7 +23,7 @@ from tests.harness.environments import NoInterpreterError
 from tests.sdk.running import install_release
 from tests.upstream.checkouts import build_sdk, export_parent
 from tests.upstream.results import BROKEN
-from tests.upstream.suites import install_suite, run_suite
+from tests.upstream.suites import SUPERVISOR_TESTS, install_suite, run_suite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from patches.rules import Change
     from tests.upstream.results import Result
 
-UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
 SOURCES = "task-sdk/src"
 CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
 CHANGES = [change for change in load_changes() if change.goes_upstream]
@@ -92,7 +91,7 @@ def run_tests(checkout: Path, request: PullRequest) -> dict[str, Result]:
         environment = install_suite(request.release, wheel, flavour=request.branch)
     # Sorted: pytest 9 loses a folder's conftest when it comes back to the folder.
     ours = sorted(PurePosixPath(file).relative_to("task-sdk") for file in request.files if "/test_" in file)
-    results = run_suite(environment, [UPSTREAM_SUITE, *map(str, ours)], name, tests=checkout / "task-sdk")
+    results = run_suite(environment, [SUPERVISOR_TESTS, *map(str, ours)], name, tests=checkout / "task-sdk")
     assert {str(file) for file in ours} < {test.partition("::")[0] for test in results}
     # Some of upstream's tests fail now and then under load.
     if broken := find_broken(results):

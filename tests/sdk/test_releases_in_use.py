@@ -10,12 +10,11 @@ import pytest
 from rich.progress import Progress
 
 from patches.releases import find_release, last_of_lines
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel
 from tests.harness.environments import NoInterpreterError
+from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS, install_release, run_our_tests
 from tests.upstream.judging import judge_release
+from tests.upstream.suites import SUPERVISOR_TESTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +32,6 @@ SCENARIOS = (
     "teardown/test_session.py",
     "teardown/test_stolen_status.py",
 )
-UPSTREAM_SUITE = "tests/task_sdk/execution_time/test_supervisor.py"
 
 UNCHANGED = {
     "TestUnchanged::test_other_types_stay_in_the_group",
@@ -112,7 +110,7 @@ def stock_results() -> dict[str, Results]:
 @pytest.fixture(scope="module")
 def patched_results(dist: Path) -> dict[Run, Results | NoInterpreterError]:
     """Run our tests everywhere, as many at a time as there are processors: half of the time they wait."""
-    wheels = {release.version: build(release, dist) for release in last_of_lines()}
+    wheels = {release.version: build_patched_wheel(release, dist) for release in last_of_lines()}
 
     def run_tests(run: Run) -> Results | NoInterpreterError:
         version, python = run
@@ -131,10 +129,6 @@ def install(release: Release) -> Environment:
         return install_release(release)
     except NoInterpreterError as error:
         pytest.skip(f"not run: {error}")
-
-
-def build(release: Release, dist: Path) -> Path:
-    return build_wheel(release, fetch_wheel(release), load_changes(), dist)
 
 
 def name_failures(results: Results) -> Results:
@@ -169,7 +163,8 @@ def test_scenarios_fail_on_stock(release: Release, stock_results: dict[str, Resu
 def test_upstreams_tests_of_the_supervisor_keep_passing(release: Release, dist: Path) -> None:
     """Whatever passes on the stock wheel passes on the patched one."""
     try:
-        verdict = judge_release(release, build(release, dist), UPSTREAM_SUITE, Progress(disable=True))
+        wheel = build_patched_wheel(release, dist)
+        verdict = judge_release(release, wheel, SUPERVISOR_TESTS, Progress(disable=True))
     except NoInterpreterError as error:
         pytest.skip(f"not run: {error}")
     assert len(verdict.patched.results) == len(verdict.stock.results)

@@ -16,11 +16,9 @@ from patches.checkouts import open_checkout
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.pull_requests import choose_release
-from patches.releases import ROOT, find_release, last_of_lines
-from patches.rules import load_changes
-from patches.upstream import fetch_wheel
-from patches.wheels import build_wheel, prepare_output
+from patches.releases import find_release, last_of_lines
 from tests.harness.environments import NoInterpreterError
+from tests.harness.wheels import DIST, build_patched_wheel
 from tests.upstream.checkouts import SDK, build_sdk, export_parent
 from tests.upstream.judging import Original, judge_release
 from tests.upstream.report import print_report
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from tests.upstream.judging import Verdict
 
 DEFAULT_SUITE = "tests/task_sdk/execution_time"
-DIST = ROOT / "dist"
 REGRESSED, UNUSABLE, INTERRUPTED = 1, 2, 130
 # A file has no width of its own; at this one no cell of the table is cut.
 COLUMNS_IN_FILE = 100
@@ -97,7 +94,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     with show_progress(console) as progress:
         for release in releases:
             try:
-                wheel = options.wheel or build(release)
+                wheel = options.wheel or build_patched_wheel(release, DIST)
                 verdicts.append(judge_release(release, wheel, options.suite, progress))
             except NoInterpreterError as error:
                 not_run[release] = str(error)
@@ -135,12 +132,6 @@ def show_progress(console: Console) -> Progress:
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def build(release: Release) -> Path:
-    """Build the patched wheel of a release."""
-    prepare_output(DIST)
-    return build_wheel(release, fetch_wheel(release), load_changes(), DIST)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-import psutil
 from packaging.version import Version
 
 from patches.errors import PatchError
@@ -22,6 +21,7 @@ from patches.releases import ROOT
 from patches.upstream import fetch_sdist
 from tests.harness.archives import extract
 from tests.harness.environments import clean_env, create_environment
+from tests.harness.processes import kill_all, read_strings
 from tests.upstream.results import read_report
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PLUGIN = Path(__file__).with_name("plugin")
 RUNS = ROOT / ".cache" / "upstream-runs"
 REPORTS = ROOT / ".cache" / "upstream-reports"
+SUPERVISOR_TESTS = "tests/task_sdk/execution_time/test_supervisor.py"
 SUITE_TIMEOUT = 1200
 # Of one test: ten times what the slowest takes on an idle machine.
 TEST_TIMEOUT = 60
@@ -217,10 +218,8 @@ def wait_exit(process: subprocess.Popen[bytes], log: Path, on_progress: Callable
 
 def end_processes(folder: Path) -> None:
     """Kill what upstream's tests have left: whatever process has its AIRFLOW_HOME in the run's folder."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("AIRFLOW_HOME", "").startswith(f"{folder}{os.sep}"):
-                process.kill()
+    home = f"AIRFLOW_HOME={folder}{os.sep}".encode()
+    kill_all(lambda pid: any(variable.startswith(home) for variable in read_strings(pid, "environ")))
 
 
 def read_end(log: Path) -> bytes:

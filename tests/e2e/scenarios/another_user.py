@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.demo.runs import build_patched_wheel
 from tests.e2e.deployment import DAGS, install, run_airflow
 from tests.e2e.outcomes import (
     SLOTS_TIMEOUT,
@@ -22,6 +21,7 @@ from tests.e2e.outcomes import (
 from tests.e2e.runs import DAG, PROCESSES, start_run
 from tests.harness.processes import find_processes, is_inside
 from tests.harness.users import OTHER, PYTHON, WORKER, check_users, make_place, permit
+from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +73,7 @@ def set_failed_forbidden(installation: Installation, executor: Executor) -> Outc
 def enter_place(installation: Installation) -> Iterator[Installation]:
     """Yield the same installation in a folder that other users may enter, wherever the repository is."""
     with make_place(PLACE_FOLDERS) as place:
-        wheel = build_patched_wheel(installation.release) if installation.patched else None
+        wheel = build_patched_wheel(installation.release, place) if installation.patched else None
         environment = install(installation.release, wheel, python=PYTHON, cache=place / "environments")
         yield replace(installation, environment=environment, place=place)
 

@@ -8,19 +8,12 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from tests.e2e.deployment import Airflow, is_api_ready, make_home
-from tests.e2e.outcomes import (
-    ENDS_TASK_ON_SIGTERM,
-    SLOTS_TIMEOUT,
-    Outcome,
-    Scenario,
-    judge_slots,
-    name_left,
-)
+from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, judge_slots, name_left
 from tests.e2e.runs import PROCESSES, start_run
 from tests.e2e.servers import wait_until
 from tests.e2e.terminals import CTRL_C, open_terminal
 from tests.harness.processes import wait_for_exit
-from tests.harness.supervised import SETTLE_TIMEOUT
+from tests.harness.supervised import ENDS_TASK_ON_SIGTERM, SETTLE_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

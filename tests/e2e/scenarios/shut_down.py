@@ -8,15 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tests.e2e.deployment import run_airflow
-from tests.e2e.outcomes import (
-    ENDS_TASK_ON_SIGTERM,
-    SLOTS_TIMEOUT,
-    Outcome,
-    Scenario,
-    judge_slots,
-    observe_end,
-)
+from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, judge_slots, observe_end
 from tests.e2e.runs import DAG, PROCESSES, start_run
+from tests.harness.supervised import ENDS_TASK_ON_SIGTERM
 
 if TYPE_CHECKING:
     from tests.e2e.deployment import Executor, Installation

@@ -30,7 +30,7 @@ PYTEST_TIMEOUT = 60
 TIMEOUT_OF_SHORT_TESTS = 6
 
 VERSION = "1.1.8"
-SUITE = "tests/task_sdk/execution_time/test_supervisor.py::TestWatchedSubprocessKill"
+SUITE = f"{suites.SUPERVISOR_TESTS}::TestWatchedSubprocessKill"
 BROKEN_BY_DEAF_KILL = (
     "test_kill_process_custom_signal",
     "test_kill_escalation_path[SIGTERM-escalates-to-SIGKILL]",
