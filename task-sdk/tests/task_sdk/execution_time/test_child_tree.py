@@ -568,7 +568,7 @@ class TestSudo:
     ) -> None:
         """Sudo becomes root before it runs a command; nobody waits for it then."""
         monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
-        self.install_sudo(monkeypatch, tmp_path, f"echo $$ >{tmp_path}/pid; exec sleep 600")
+        self.install_sudo(monkeypatch, tmp_path, f"echo $$ >{tmp_path}/pid; exec sleep 5")
         tree, _, _ = lead(start_child)
         refuse = mocker.patch.object(subprocess.Popen, "kill", autospec=True, side_effect=PermissionError)
         tree.signal(tree.find(), signal.SIGTERM)
