@@ -555,7 +555,6 @@ class TestSudo:
 
     def test_sudo_that_hangs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """It is not waited for, nor asked again but for the SIGKILL, for it may have been slow just once."""
-        monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
         self.install_sudo(monkeypatch, tmp_path, f'echo "$5" >>{tmp_path}/calls; exec sleep 600')
         tree, _, _ = lead(start_child)
         for sig in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
@@ -567,7 +566,6 @@ class TestSudo:
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mocker: MockerFixture
     ) -> None:
         """Sudo becomes root before it runs a command; nobody waits for it then."""
-        monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
         self.install_sudo(monkeypatch, tmp_path, f"echo $$ >{tmp_path}/pid; exec sleep 5")
         tree, _, _ = lead(start_child)
         refuse = mocker.patch.object(subprocess.Popen, "kill", autospec=True, side_effect=PermissionError)
