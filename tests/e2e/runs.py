@@ -130,16 +130,13 @@ class Run:
         members = [member for member in self.members.values() if not has_ended(member.supervisor_pidfd)]
         if self.airflow.executor == "celery":
             # Not the sum: a worker that is being stopped has its processes end as their tasks finish.
-            return not members or self._count_finished() - self._finished_before >= len(self.members)
+            return not members or count_finished(self.airflow) - self._finished_before >= len(self.members)
         return not any(read_title(member.supervisor) == member.title for member in members)
 
     def read_on_kill(self, attempt: int = 1) -> list[str]:
         """Return what on_kill of the operator has written."""
         record = self.folder / f"on_kill.{attempt}"
         return record.read_text().split("\n")[:-1] if record.exists() else []
-
-    def _count_finished(self) -> int:
-        return count_finished(self.airflow)
 
 
 @contextmanager
@@ -184,7 +181,7 @@ def find_members(run: Run) -> None:
         pidfds = os.pidfd_open(runner), os.pidfd_open(supervisor)
         run.members[task] = Member(runner, pidfds[0], supervisor, pidfds[1], read_title(supervisor))
     if run.airflow.executor == "celery":
-        run._finished_before = run._count_finished()
+        run._finished_before = count_finished(run.airflow)
 
 
 def count_finished(airflow: Airflow) -> int:
