@@ -49,9 +49,11 @@ class TestForwarding:
     """Before 1.4: signals for the supervisor."""
 
     def pester(self, *_: Any) -> None:
-        """Have a thread send this process, which does not mind until it handles them, 200 SIGTERMs."""
+        """Have a thread send this process 200 SIGTERMs once it handles them; it ignores them before and after."""
 
         def send() -> None:
+            while signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+                select.select([], [], [], 0.002)
             for _ in range(200):
                 os.kill(os.getpid(), signal.SIGTERM)
                 select.select([], [], [], 0.002)

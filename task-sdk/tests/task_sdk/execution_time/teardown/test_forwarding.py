@@ -18,11 +18,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
+from typing import Any
 
 import pytest
+import structlog
 from task_sdk.execution_time.teardown.supervised_task import (
     SLEEPER,
     Relay,
@@ -32,6 +35,8 @@ from task_sdk.execution_time.teardown.supervised_task import (
     start_task,
     tell_when_monitoring,
 )
+
+from airflow.sdk.execution_time import supervisor
 
 
 class TestForwarding:
@@ -55,3 +60,36 @@ class TestForwarding:
             os.kill(supervising, signum)
             assert relay.hear() == [-signum, True]
             assert tree.gone(child)
+
+    def test_signals_while_logging(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A signal at the earliest moment is not waited on for ever if another comes while it is being logged."""
+
+        class Interrupting(io.StringIO):
+            def write(self, text: str) -> int:
+                signal.raise_signal(signal.SIGTERM)
+                return super().write(text)
+
+        def supervise() -> None:
+            log = structlog.wrap_logger(
+                structlog.WriteLogger(Interrupting()),
+                processors=[structlog.processors.KeyValueRenderer()],
+                wrapper_class=structlog.make_filtering_bound_logger(0),
+            )
+            process = start_task(pause_for_ever)
+            former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            monkeypatch.setattr(supervisor, "log", log)
+            monkeypatch.setattr(signal, "signal", install_and_signal)
+            code = process.wait()
+            monkeypatch.undo()
+            signal.signal(signal.SIGTERM, former)
+            relay.tell(code)
+
+        install = signal.signal
+
+        def install_and_signal(signum: int, handler: Any) -> Any:
+            former = install(signum, handler)
+            signal.raise_signal(signal.SIGTERM)
+            return former
+
+        with forked(supervise):
+            assert relay.hear() == -signal.SIGTERM
