@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from packaging.version import Version
 from rich.progress import Progress
 
 from patches.releases import find_release, last_of_lines
@@ -14,7 +15,7 @@ from tests.harness.environments import NoInterpreterError
 from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS, install_release, run_our_tests
 from tests.upstream.judging import judge_release
-from tests.upstream.suites import SUPERVISOR_TESTS
+from tests.upstream.suites import RUNTIME_TESTS, SUPERVISOR_TESTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,6 +73,15 @@ NEED_NAMESPACES = {
 Results = dict[str, "Result"]
 Run = tuple[str, "str | None"]
 """A version of the SDK and an interpreter, None for the preferred one."""
+# Upstream's, of what the rules edit.
+SUITES = [
+    *((release.version, SUPERVISOR_TESTS) for release in last_of_lines()),
+    *(
+        (release.version, RUNTIME_TESTS)
+        for release in last_of_lines()
+        if Version(release.version) >= Version("1.4.0b1")
+    ),
+]
 RUNS: list[Run] = [*((release.version, None) for release in last_of_lines()), *FURTHER_PYTHONS]
 
 
@@ -160,12 +170,15 @@ def test_scenarios_fail_on_stock(release: Release, stock_results: dict[str, Resu
     assert {result.outcome for result in results.values()} == {"passed", "failed"}
 
 
-def test_upstreams_tests_of_the_supervisor_keep_passing(release: Release, dist: Path) -> None:
+@pytest.mark.parametrize(("version", "suite"), SUITES)
+def test_upstreams_tests_keep_passing(version: str, suite: str, dist: Path) -> None:
     """Whatever passes on the stock wheel passes on the patched one."""
+    release = find_release(version)
     try:
         wheel = build_patched_wheel(release, dist)
-        verdict = judge_release(release, wheel, SUPERVISOR_TESTS, Progress(disable=True))
+        verdict = judge_release(release, wheel, suite, Progress(disable=True))
     except NoInterpreterError as error:
         pytest.skip(f"not run: {error}")
     assert len(verdict.patched.results) == len(verdict.stock.results)
     assert verdict.regressions == []
+    assert any(result.outcome == "passed" for result in verdict.stock.results.values())

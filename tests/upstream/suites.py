@@ -35,6 +35,8 @@ PLUGIN = Path(__file__).with_name("plugin")
 RUNS = ROOT / ".cache" / "upstream-runs"
 REPORTS = ROOT / ".cache" / "upstream-reports"
 SUPERVISOR_TESTS = "tests/task_sdk/execution_time/test_supervisor.py"
+# From 1.4 on.
+RUNTIME_TESTS = "tests/task_sdk/coordinators/test_subprocess.py"
 SUITE_TIMEOUT = 1200
 # Of one test: ten times what the slowest takes on an idle machine.
 TEST_TIMEOUT = 60

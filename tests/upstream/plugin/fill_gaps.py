@@ -1,7 +1,8 @@
 """What apache-airflow-devel-common 0.1.1 lacks for the tests of the releases that came after it.
 
 A pytest plugin: load it with -p after tests_common.pytest_plugin, whose fixtures of the same names it replaces. It serves
-tests/task_sdk/execution_time; what it lacks for other tests fails on the stock wheel and on the patched one alike.
+tests/task_sdk/execution_time and tests/task_sdk/coordinators/test_subprocess.py; what it lacks for other tests fails on
+the stock wheel and on the patched one alike.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from unittest import mock
 
 import pytest
 import structlog
-from tests_common.test_utils import config, mock_plugins
+from tests_common.test_utils import config, mock_plugins, version_compat
 
 from airflow.sdk.api.datamodels import _generated as models
 from airflow.sdk.bases.xcom import BaseXCom
@@ -45,6 +46,8 @@ DEFAULTS = {
     "data_interval_start": MOMENT,
     "data_interval_end": MOMENT,
 }
+# Of Airflow 3, whose versions tests compare with: more than there are.
+KNOWN_MINORS = 10
 # They keep what a test has set in the configuration.
 CACHING_MODULES = (
     "airflow.dag_processing.bundles.manager",
@@ -234,6 +237,9 @@ def fill_modules():
     backends = types.ModuleType("tests_common.test_utils.xcom_backends")
     backends.SerializeValueOnlyXCom = SerializeValueOnlyXCom
     sys.modules[backends.__name__] = backends
+    for minor in range(1, KNOWN_MINORS):
+        reached = version_compat.get_base_airflow_version_tuple() >= (3, minor, 0)
+        setattr(version_compat, f"AIRFLOW_V_3_{minor}_PLUS", reached)
 
 
 set_core_options = config.conf_vars

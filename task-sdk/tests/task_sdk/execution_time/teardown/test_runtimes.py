@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,28 @@ class TestRuntimes:
         api = Api()
         process = start_runtime(relay, steps, api)
         relay.hear(), relay.hear()
+        end_task(way, process, api)
+        assert list_left() == []
+
+    @pytest.mark.parametrize("way", ["conflict", "killed"])
+    def test_nothing_is_left_of_a_quick_one(
+        self,
+        relay: Relay,
+        way: str,
+        list_left: Callable[[], list[int]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """What it has started is ended, also if its parent was gone before the supervisor could look."""
+
+        class SlowPopen(subprocess.Popen[bytes]):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                relay.hear()
+
+        monkeypatch.setattr(subprocess, "Popen", SlowPopen)
+        api = Api()
+        process = start_runtime(relay, "daemon connect", api)
+        relay.hear()
         end_task(way, process, api)
         assert list_left() == []
 
