@@ -61,9 +61,13 @@ class TestStolenStatus:
     def test_child_signal_ignored(self, relay: Relay) -> None:
         """With SIGCHLD ignored, as some libraries leave it, the kernel itself discards the status (waitpid(2))."""
 
+        def end_when_started() -> None:
+            os.read(0, 1)  # A child that is gone before it is known to its supervisor is no task yet.
+            os._exit(0)
+
         def supervise() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            relay.tell(start_task(lambda: os._exit(0)).wait())
+            relay.tell(start_task(end_when_started).wait())
 
         with forked(supervise):
             assert relay.hear() == 1
