@@ -24,7 +24,10 @@ line-length = 110
 
 [tool.ruff.lint]
 select = ["B", "D1", "D2", "D3", "D40", "E", "F", "G", "I", "ISC", "LOG", "PGH", "PT", "RET50", "RUF100", "TC", "UP", "W"]
-extend-select = ["PLW1510", "PLW2901", "S101", "SIM105", "SIM300", "TID251", "TID252", "TRY002"]
+extend-select = [
+    "PLE1205", "PLW01", "PLW02", "PLW04", "PLW0602", "PLW0604", "PLW0642", "PLW07", "PLW15", "PLW1641", "PLW21", "PLW2901",
+    "PLW33", "RUF006", "RUF015", "RUF019", "S101", "SIM105", "SIM107", "SIM300", "TID251", "TID252", "TRY002",
+]
 ignore = ["D100", "D102", "D103", "D104", "D105", "D107", "D203", "D212", "D404", "D405", "D406", "D407", "D408", "D409"]
 extend-ignore = ["E501", "E731", "ISC004", "LOG004", "PT007", "PT013", "PT019", "TC003"]
 

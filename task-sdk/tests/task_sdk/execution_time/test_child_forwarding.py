@@ -111,6 +111,24 @@ class TestForwardSignals:
                 pass
         assert [signal.getsignal(signum) for signum in child_forwarding.FORWARDED_SIGNALS] == former
 
+    def test_former_handlers_return_also_if_one_raises(self, mocker: MockerFixture) -> None:
+        """A signal that comes when the first of them is back may have it raise."""
+        former = [signal.getsignal(signum) for signum in child_forwarding.FORWARDED_SIGNALS]
+        install = signal.signal
+        interrupted = iter([False, False, True])
+
+        def interrupt(signum: int, handler: Any) -> Any:
+            replaced = install(signum, handler)
+            if next(interrupted, False):
+                raise KeyboardInterrupt
+            return replaced
+
+        with waiting(lead_session) as pid:
+            mocker.patch("signal.signal", autospec=True, side_effect=interrupt)
+            with pytest.raises(KeyboardInterrupt), forward_signals(supervise(pid)):
+                pass
+        assert [signal.getsignal(signum) for signum in child_forwarding.FORWARDED_SIGNALS] == former
+
     def test_other_threads_install_nothing(self) -> None:
         """Python lets the main thread alone handle signals; elsewhere the task is monitored without."""
         seen = []

@@ -31,7 +31,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from airflow.sdk.execution_time.child_exit import ExitWatch
 
-__all__ = ["forward_signal", "forward_signals"]
+__all__ = ["forward_signals"]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -90,19 +90,22 @@ def forward_signals(process: _SupervisedProcess) -> Iterator[None]:
             forward_signal(process, signum)
             passed_on[signal.Signals(signum).name] += 1
 
-    former = {}
     try:
-        # One that has arrived for the former handler is handled in between, which may raise.
-        for signum in FORWARDED_SIGNALS:
-            former[signum] = signal.signal(signum, forward)
-        yield
+        with contextlib.ExitStack() as former:
+            # One that has arrived for a former handler is handled in between, which may raise.
+            for signum in FORWARDED_SIGNALS:
+                former.callback(restore_handler, signum, signal.getsignal(signum))
+                signal.signal(signum, forward)
+            yield
     finally:
-        for signum, handler in former.items():
-            # None stands for a handler that C code had installed; Python cannot put it back.
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         if passed_on:
             log.info(
                 "Passed on to the task what the supervisor was sent.",
                 signals=dict(passed_on),
                 pid=process.pid,
             )
+
+
+def restore_handler(signum: int, handler: Any) -> None:
+    """Install what ``signal.getsignal()`` has returned: None stands for a handler of C code, which is lost."""
+    signal.signal(signum, signal.SIG_DFL if handler is None else handler)

@@ -21,7 +21,8 @@ A process belongs to the tree if it is in the leader's session, or descends from
 the leader's *mark*: a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time scheduling
 alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)), which an
 environment variable does not. It is computed from the leader's PID and start time, so that parent and child
-agree on it without talking. Nothing is done or kept while the tree runs.
+agree on it without talking, unless the leader is another program (child_spawn). Nothing is done or kept while the
+tree runs.
 
 A process leaves its tree by detaching (setsid, and a parent that exits) with the limit lifted, for which
 ``prlimit --rttime=unlimited`` serves.
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
 __all__ = ["Process", "ProcessTree"]
 
 PROC = "/proc"
+
+MARK_FLAG = 1 << 62
+"""In every mark, which is thereby some 10^5 years as a number of microseconds."""
 
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
@@ -106,8 +110,12 @@ class ProcessTree:
         self.look_failure: str | None = None
         """Why the last look, or any, has found nothing, if it could not be taken."""
 
-    def adopt(self, pid: int) -> None:
-        """Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it."""
+    def adopt(self, pid: int, mark: int | None = None) -> None:
+        """
+        Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it. May be repeated.
+
+        :param mark: what it carries already, unless that is computed from it.
+        """
         if not is_unreaped_child(pid):
             return
         try:
@@ -122,10 +130,10 @@ class ProcessTree:
         if leader.dead:
             return
         self._leader = leader
-        self._mark = compute_mark(leader)
+        self._mark = mark or self._mark or compute_mark(leader)
         # A hard limit below the mark raises ValueError.
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            # The child does the same (mark_process); one that was spawned cannot.
+            # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
             _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
             resource.prlimit(pid, resource.RLIMIT_RTTIME, (self._mark, hard))
         self._has_mark = has_limit if has_limit(pid, self._mark) else has_variable
@@ -267,9 +275,9 @@ def mark_process() -> None:
 
 
 def compute_mark(leader: Process) -> int:
-    """Return a number of microseconds, some 10^5 years, that no other leader since boot has."""
+    """Return a number of microseconds that no other leader since boot has."""
     # A PID has 22 bits at most (proc_sys_kernel(5)); the ticks of a year take 32.
-    return 1 << 62 | (int(leader.start) << 22 | leader.pid) & (1 << 62) - 1
+    return MARK_FLAG | (int(leader.start) << 22 | leader.pid) & MARK_FLAG - 1
 
 
 def has_limit(pid: int, mark: int) -> bool:

@@ -22,7 +22,8 @@ import io
 import os
 import signal
 import subprocess
-from typing import Any
+import sys
+from typing import Any, TextIO
 
 import pytest
 import structlog
@@ -62,27 +63,12 @@ class TestForwarding:
             assert tree.gone(child)
 
     def test_signals_while_logging(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A signal at the earliest moment is not waited on for ever if another comes while it is being logged."""
+        """A second signal, while the first is being logged, does not hang the supervisor."""
 
         class Interrupting(io.StringIO):
             def write(self, text: str) -> int:
                 signal.raise_signal(signal.SIGTERM)
                 return super().write(text)
-
-        def supervise() -> None:
-            log = structlog.wrap_logger(
-                structlog.WriteLogger(Interrupting()),
-                processors=[structlog.processors.KeyValueRenderer()],
-                wrapper_class=structlog.make_filtering_bound_logger(0),
-            )
-            process = start_task(pause_for_ever)
-            former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            monkeypatch.setattr(supervisor, "log", log)
-            monkeypatch.setattr(signal, "signal", install_and_signal)
-            code = process.wait()
-            monkeypatch.undo()
-            signal.signal(signal.SIGTERM, former)
-            relay.tell(code)
 
         install = signal.signal
 
@@ -91,5 +77,24 @@ class TestForwarding:
             signal.raise_signal(signal.SIGTERM)
             return former
 
+        def supervise() -> None:
+            process = start_task(pause_for_ever)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            monkeypatch.setattr(signal, "signal", install_and_signal)
+            log_into(Interrupting(), monkeypatch)
+            relay.tell(process.wait())
+
         with forked(supervise):
             assert relay.hear() == -signal.SIGTERM
+
+
+def log_into(file: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have whatever supervises a task log into a file, under its lock."""
+    log = structlog.wrap_logger(
+        structlog.WriteLogger(file),
+        processors=[structlog.processors.KeyValueRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(0),
+    )
+    for name, module in list(sys.modules.items()):
+        if name.startswith(supervisor.__package__) and hasattr(module, "log"):
+            monkeypatch.setattr(module, "log", log)

@@ -75,7 +75,7 @@ def start_runtime(relay: Relay, steps: str, client: Any = None, **kwargs: Any) -
 
 @pytest.mark.usefixtures("short_grace")
 class TestRuntimes:
-    """A runtime is spawned, connects to its supervisor, and is ended like any other task."""
+    """A runtime is spawned by Popen, connects to its supervisor, and is ended like any other task."""
 
     def test_session(self, relay: Relay) -> None:
         """It leads a session, and it and what it starts carry the mark of the task."""
