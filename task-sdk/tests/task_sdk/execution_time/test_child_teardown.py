@@ -16,15 +16,26 @@
 # under the License.
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from configparser import ConfigParser
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
 import structlog
+from task_sdk.execution_time.teardown.supervised_task import (
+    Relay,
+    Tree,
+    ending_all,
+    fork,
+    pause_for_ever,
+    waiting,
+)
 
 from airflow.sdk.execution_time import child_teardown
 from airflow.sdk.execution_time.child_exit import ExitWatch
@@ -34,6 +45,7 @@ from airflow.sdk.execution_time.child_teardown import (
     MAX_GRACE_UNASKED,
     MIN_GRACE,
     end_leftovers,
+    end_unless_started,
     find_grace,
     prepare_kill,
     signal_tree,
@@ -167,6 +179,15 @@ class TestSurvivors:
         end_leftovers(process, -9, conf)
         assert [call.method_name for call in process.process_log.calls] == ["error", "error"]
 
+    def test_survivor_that_came_late(self, conf: Conf, process: Any) -> None:
+        """What a process has started between the last look and its own end is killed, and named if it stays."""
+        late = replace(STUBBORN, pid=STUBBORN.pid + 1)
+        process._tree.find.return_value = [STUBBORN, late]
+        end_leftovers(process, -9, conf)
+        process._tree.signal.assert_called_with([late], signal.SIGKILL)
+        [call] = process.process_log.calls
+        assert [named["pid"] for named in call.kwargs["processes"]] == [STUBBORN.pid, late.pid]
+
     def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
         """What goes wrong with a request of the task does not end the teardown."""
         process._service_subprocess = Mock(side_effect=RuntimeError)
@@ -197,6 +218,28 @@ class TestKill:
         with pytest.raises(InterruptedError):
             end_leftovers(process, -9, conf)
         grace_ends.assert_called_once_with(process._exit_watch, default=MAX_GRACE_UNASKED)
+
+
+class TestNotStarted:
+    def test_time_is_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a process has started that does not become a task is killed, however late its supervisor comes to it."""
+        monkeypatch.setattr(child_teardown, "KILL_TIME", 0)
+
+        def lead() -> None:
+            os.setsid()
+            relay.tell(fork(pause_for_ever))
+
+        def fail_to_start(pid: int) -> None:
+            with end_unless_started() as tree:
+                tree.adopt(pid)
+                raise TimeoutError
+
+        with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as held, ending_all():
+            with waiting(lead) as pid:
+                child = held.add(relay.hear())
+                with pytest.raises(TimeoutError):
+                    fail_to_start(pid)
+                assert held.gone(child)
 
 
 class TestNothingToEnd:

@@ -219,6 +219,15 @@ class TestFind:
         tree.adopt(pid)
         assert find(tree) == []
 
+    def test_leader_that_is_dead_before(self) -> None:
+        """What a leader has left that is dead before it could be adopted, but not collected, belongs to it."""
+        pid, [daemon] = start_waiting(lambda: (os.setsid(), mark_process(), [start_daemon()])[-1])
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        tree = ProcessTree()
+        tree.adopt(pid)
+        assert find(tree) == [daemon]
+
     def test_stranger_is_not_adopted(self) -> None:
         """A process that is not our child is neither marked nor looked at, whoever got its number wrong."""
         _, _, [stranger] = lead(start_child)

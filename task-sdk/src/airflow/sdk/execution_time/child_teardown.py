@@ -206,8 +206,11 @@ def end_unless_started() -> Iterator[ProcessTree]:
         yield tree
     except BaseException:
         deadline = time.monotonic() + KILL_TIME
-        while (left := deadline - time.monotonic()) > 0 and (members := tree.stop(left)):
+        # Once in any case, however long this process did not get to run.
+        while members := tree.stop(max(0, deadline - time.monotonic())):
             tree.signal(members, signal.SIGKILL)
+            if time.monotonic() >= deadline:
+                break
             time.sleep(POLL_INTERVAL)
         raise
 
@@ -228,10 +231,20 @@ def kill(process: Any, deadline: float, ended: dict[Process, str]) -> list[Proce
         ended.update(dict.fromkeys(members, signal.SIGKILL.name))
         wait_for(process, members, min(deadline, time.monotonic() + KILL_WAIT))
         if time.monotonic() >= deadline:
+            members = kill_fresh(process, members, ended)
             break
     # A look that could not be taken has found nobody.
     suspects = ended if process._tree.look_failure else members
     return [member for member in suspects if is_alive(member)]
+
+
+def kill_fresh(process: Any, members: Sequence[Process], ended: dict[Process, str]) -> list[Process]:
+    """Kill what members that had not come to stop have started since they were found; return all of them."""
+    if fresh := [member for member in process._tree.find() if member not in members]:
+        process._tree.signal(fresh, signal.SIGKILL)
+        ended.update(dict.fromkeys(fresh, signal.SIGKILL.name))
+        wait_for(process, fresh, time.monotonic() + POLL_INTERVAL)
+    return [*members, *fresh]
 
 
 def wait_for(process: Any, members: Sequence[Process], deadline: float) -> None:

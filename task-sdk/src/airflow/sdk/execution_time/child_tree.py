@@ -70,6 +70,9 @@ STAT_MAX_BYTES = 4096
 
 LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is another PID namespace's"
 
+STOP_POLL_INTERVAL = 0.001
+"""Seconds between looks at processes that were sent SIGSTOP, and have not come to it."""
+
 SUDO_TIMEOUT = 1.0
 """Seconds; ``sudo -n`` asks nobody, but may look for its rules in the network."""
 
@@ -127,8 +130,7 @@ class ProcessTree:
         if leader is None or leader.parent != os.getpid():
             self.look_failure = LEADER_NOT_SEEN
             return
-        if leader.dead:
-            return
+        # It may be dead, and have left something behind; nobody has its number before it is collected.
         self._leader = leader
         self._mark = mark or self._mark or compute_mark(leader)
         # A hard limit below the mark raises ValueError.
@@ -216,6 +218,9 @@ class ProcessTree:
             all_stopped = not fresh and all(member.stopped for member in members)
             self.signal(fresh, signal.SIGSTOP)
             sent.update(fresh)
+            if not fresh and not all_stopped:
+                # Let those run that are to stop.
+                time.sleep(STOP_POLL_INTERVAL)
         return []
 
     def signal_leader(self, sig: int) -> bool:
