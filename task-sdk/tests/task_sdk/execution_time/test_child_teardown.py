@@ -53,6 +53,8 @@ from airflow.sdk.execution_time.child_teardown import (
 from airflow.sdk.execution_time.child_tree import Process, ProcessTree
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_mock import MockerFixture
 
 STUBBORN = Process(pid=2**22 + 1, start=1, name="stubborn", parent=1, session=1, stopped=False, dead=False)
@@ -221,6 +223,11 @@ class TestKill:
 
 
 class TestNotStarted:
+    @pytest.fixture(autouse=True)
+    def leave_nothing(self) -> Iterator[None]:
+        with ending_all():
+            yield
+
     def test_time_is_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a process has started that does not become a task is killed, however late its supervisor comes to it."""
         monkeypatch.setattr(child_teardown, "KILL_TIME", 0)
@@ -234,12 +241,11 @@ class TestNotStarted:
                 tree.adopt(pid)
                 raise TimeoutError
 
-        with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as held, ending_all():
-            with waiting(lead) as pid:
-                child = held.add(relay.hear())
-                with pytest.raises(TimeoutError):
-                    fail_to_start(pid)
-                assert held.gone(child)
+        with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as held, waiting(lead) as pid:
+            child = held.add(relay.hear())
+            with pytest.raises(TimeoutError):
+                fail_to_start(pid)
+            assert held.gone(child)
 
 
 class TestNothingToEnd:
