@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from airflow.sdk.execution_time.child_exit import SOCKET_GRACE
+from airflow.sdk.execution_time.child_exit import MAX_DRAIN_READS, SOCKET_GRACE
 from airflow.sdk.execution_time.child_session import signal_task
 from airflow.sdk.execution_time.child_status import (
     find_reported_state,
@@ -169,10 +169,10 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     """
     if exit_code is None or not process._new_session:
         return exit_code
-    if exit_code == 0 and ended_well(process):
-        return exit_code
     # Serving the sockets below asks for the exit code again, which can be collected only once.
     process._exit_code = exit_code
+    if exit_code == 0 and ended_well(process):
+        return exit_code
     deadline = process._exit_watch.grace_ends(default=min(find_grace(conf), MAX_GRACE_UNASKED))
     ended: dict[Process, str] = {}
     terminate(process, deadline, ended)
@@ -187,11 +187,21 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
 def ended_well(process: Any) -> bool:
     """Whether a task whose runner has exited with 0 may keep what it has left running."""
     watch = process._exit_watch
+    if find_reported_state(process) is None:
+        hear_out(process)
     state = find_reported_state(process)
     if state is None:
         # A signal that was forwarded has ended it, if there was one; a task that goes on reports how it ends.
         return not watch.exit_expected
     return not watch.kill_expected and state not in FAILURES
+
+
+def hear_out(process: Any) -> None:
+    """Handle what a runner had said before it exited; that of 1.0.0 to 1.0.2 waits for no answer when it reports."""
+    for _ in range(MAX_DRAIN_READS):
+        if process.selector.get_map() is None or not process.selector.select(0):
+            break
+        serve_sockets(process, 0)
 
 
 @contextlib.contextmanager

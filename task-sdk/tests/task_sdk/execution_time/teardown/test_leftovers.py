@@ -18,10 +18,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -53,6 +55,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time.comms import TaskState, _RequestFrame
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,6 +141,37 @@ class TestLeftovers:
         process._terminal_state = state
         relay.hear()
         assert process.wait() == 0
+        assert list_left() == []
+
+    def test_daemon_ends_of_a_task_whose_report_is_read_late(
+        self, relay: Relay, list_left: Callable[[], list[int]]
+    ) -> None:
+        """A runner that exits before the answer has told that it failed, though its exit code is read first."""
+        gate = Relay()
+
+        class BusyLog(Log):
+            pid = 0
+
+            def __call__(self, logger: Any, method_name: str, event_dict: Any) -> Any:
+                if event_dict["event"] == "busy":
+                    gate.tell("go")
+                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+                return super().__call__(logger, method_name, event_dict)
+
+        def target() -> None:
+            detach(lambda: be_polite(relay))
+            report = TaskState(state="failed", end_date=datetime.now(timezone.utc))
+            os.write(1, b"busy\n")
+            gate.hear()
+            os.write(0, _RequestFrame(id=0, body=report.model_dump()).as_bytes())
+            os._exit(0)
+
+        log = BusyLog()
+        with contextlib.closing(gate):
+            process = start_task(target, logger=log.logger)
+            log.pid = process.pid
+            relay.hear()
+            assert process.wait() == 0
         assert list_left() == []
 
     def test_task_that_does_not_start_leaves_nothing(
