@@ -493,9 +493,32 @@ class TestSudo:
     def deny(self, mocker: MockerFixture) -> None:
         mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=False)
 
+    @pytest.fixture(autouse=True)
+    def patient(self, mocker: MockerFixture) -> None:
+        """Let a sudo that answers take as long as it does on a busy machine."""
+        mocker.patch.object(child_tree, "SUDO_TIMEOUT", PATIENCE)
+
     def install_sudo(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
         write_sudo(folder, script)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    @contextlib.contextmanager
+    def hanging_sudo(self, folder: Path, says: str) -> Iterator[list[Any]]:
+        """Have sudo say something and hang, from when on it is timed; yields the list of what its calls have said."""
+        heard: list[Any] = []
+        with contextlib.closing(Relay()) as told, pytest.MonkeyPatch.context() as patching:
+
+            class HearingPopen(subprocess.Popen[str]):
+                def __init__(self, *args: Any, **kwargs: Any) -> None:
+                    super().__init__(*args, **kwargs)
+                    heard.append(told.hear())
+
+            self.install_sudo(
+                patching, folder, f"echo {says} >/proc/{os.getpid()}/fd/{told.writer}; exec sleep 600"
+            )
+            patching.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
+            patching.setattr(subprocess, "Popen", HearingPopen)
+            yield heard
 
     def test_numbers_only(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """One call for all of a user, as that user, which asks for no password and gets numbers only."""
@@ -562,25 +585,24 @@ class TestSudo:
         assert [call for call in calls if call.startswith("#4712")] == ["#4712 kill -15", "#4712 kill -9"]
         assert list(tree.sudo_failures) == [4711]
 
-    def test_sudo_that_hangs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_sudo_that_hangs(self, tmp_path: Path) -> None:
         """It is not waited for, nor asked again but for the SIGKILL, for it may have been slow just once."""
-        self.install_sudo(monkeypatch, tmp_path, f'echo "$5" >>{tmp_path}/calls; exec sleep 600')
         tree, _, _ = lead(start_child)
-        for sig in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
-            tree.signal(tree.find(), sig)
-        assert (tmp_path / "calls").read_text().split() == ["-15", "-9"]
+        with self.hanging_sudo(tmp_path, '"$5"') as calls:
+            for sig in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
+                tree.signal(tree.find(), sig)
+        assert calls == [-signal.SIGTERM, -signal.SIGKILL]
         assert tree.sudo_failures == {os.geteuid(): child_tree.SUDO_TIMED_OUT}
 
-    def test_sudo_that_hangs_and_may_not_be_killed(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mocker: MockerFixture
-    ) -> None:
+    def test_sudo_that_hangs_and_may_not_be_killed(self, tmp_path: Path, mocker: MockerFixture) -> None:
         """Sudo becomes root before it runs a command; nobody waits for it then."""
-        self.install_sudo(monkeypatch, tmp_path, f"echo $$ >{tmp_path}/pid; exec sleep 5")
         tree, _, _ = lead(start_child)
         refuse = mocker.patch.object(subprocess.Popen, "kill", autospec=True, side_effect=PermissionError)
-        tree.signal(tree.find(), signal.SIGTERM)
+        with self.hanging_sudo(tmp_path, "$$") as pids:
+            tree.signal(tree.find(), signal.SIGTERM)
         assert refuse.called
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        [pid] = pids
+        os.kill(pid, signal.SIGKILL)
 
     def test_no_sudo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """A sudo that is not there is a failure like any other."""
