@@ -149,9 +149,15 @@ class TestGrace:
 
 class TestSurvivors:
     @pytest.fixture(autouse=True)
-    def no_time(self, conf: Conf, process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(child_teardown, "KILL_TIME", 0.05)
-        conf.read_dict({"core": {"killed_task_cleanup_time": "0"}})
+    def clock(self, process: Any, mocker: MockerFixture) -> None:
+        """Have time pass only while somebody waits: as long as that says, however busy the machine is."""
+
+        def wait(max_wait_time: float) -> None:
+            clock.return_value += max_wait_time
+
+        clock = mocker.patch.object(child_teardown.time, "monotonic", autospec=True, return_value=100.0)
+        mocker.patch.object(child_teardown.time, "sleep", autospec=True, side_effect=wait)
+        process._service_subprocess = wait
 
     @pytest.mark.parametrize(
         ("refused", "reason"), [(4711, "after SIGKILL"), (4712, "a password is required")]
@@ -177,7 +183,6 @@ class TestSurvivors:
             return []
 
         process._tree.stop.side_effect = fail
-        conf.read_dict({"core": {"killed_task_cleanup_time": "0.05"}})
         end_leftovers(process, -9, conf)
         assert [call.method_name for call in process.process_log.calls] == ["error", "error"]
 
