@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -77,6 +78,14 @@ def quick_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
     monkeypatch.setattr(supervisor, "SOCKET_CLEANUP_TIMEOUT", 0.1)
     monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def patient_teardown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let killed processes take as long to die as a busy machine takes; otherwise they are named as survivors."""
+    # An unfixed supervisor does not have it.
+    if teardown := sys.modules.get("airflow.sdk.execution_time.child_teardown"):
+        monkeypatch.setattr(teardown, "KILL_TIME", PATIENCE / 3)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
-NOISE = 3
+NOISE = 10
 """Seconds that a busy machine may take longer."""
 
 WAYS = ["conflict", "killed", "failed"]

@@ -77,7 +77,8 @@ class TestExit:
         process = start_task(lambda: leave_holder(relay, held), api)
         relay.hear()
         api.terminate = True
-        assert process.wait() == -signal.SIGTERM
+        # On a busy machine the grace may be over before the runner gets to die of the first.
+        assert process.wait() in (-signal.SIGTERM, -signal.SIGKILL)
 
 
 class TestSockets:

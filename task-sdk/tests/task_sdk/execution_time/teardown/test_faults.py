@@ -73,46 +73,66 @@ from task_sdk.execution_time.teardown.supervised_task import (
     wait_to_end,
 )
 
-from airflow.sdk.execution_time import child_tree, supervisor
+from airflow.sdk.execution_time import child_teardown, child_tree, supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Iterable
 
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
 pytestmark = pytest.mark.usefixtures("faulty_surroundings")
 
+KILL_TIME = child_teardown.KILL_TIME
+
+
+FAILURES = [
+    ("os.getpgid", errno.EPERM),
+    ("os.getpgid", errno.ESRCH),
+    ("os.kill", errno.EPERM),
+    ("os.kill", errno.ESRCH),
+    ("os.killpg", errno.EPERM),
+    ("os.killpg", errno.ESRCH),
+    ("os.pidfd_open", errno.EMFILE),
+    ("os.pidfd_open", errno.ESRCH),
+    ("os.waitid", errno.EPERM),
+    ("resource.prlimit", errno.EPERM),
+    ("resource.prlimit", errno.ESRCH),
+    ("signal.pidfd_send_signal", errno.EPERM),
+    ("signal.pidfd_send_signal", errno.ESRCH),
+]
+TIMES = {"first": {1}, "second": {2}, "all": None}
+HOPELESS = ("signal.pidfd_send_signal", "all")
+"""What leaves no way to signal a process of the task other than its runner."""
+
 
 class TestCalls:
     """System calls that fail once, several times, or always."""
 
+    @pytest.fixture
+    def usual_kill_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Wait no longer than the product does for what does not end."""
+        monkeypatch.setattr(child_teardown, "KILL_TIME", KILL_TIME)
+
     @pytest.mark.parametrize("way", ["conflict", "killed"])
-    @pytest.mark.parametrize("times", [{1}, {2}, None], ids=["first", "second", "all"])
     @pytest.mark.parametrize(
-        ("call", "error"),
-        [
-            ("os.getpgid", errno.EPERM),
-            ("os.getpgid", errno.ESRCH),
-            ("os.kill", errno.EPERM),
-            ("os.kill", errno.ESRCH),
-            ("os.killpg", errno.EPERM),
-            ("os.killpg", errno.ESRCH),
-            ("os.pidfd_open", errno.EMFILE),
-            ("os.pidfd_open", errno.ESRCH),
-            ("os.waitid", errno.EPERM),
-            ("resource.prlimit", errno.EPERM),
-            ("resource.prlimit", errno.ESRCH),
-            ("signal.pidfd_send_signal", errno.EPERM),
-            ("signal.pidfd_send_signal", errno.ESRCH),
-        ],
+        ("call", "error", "which"),
+        [(*failure, which) for failure in FAILURES for which in TIMES if (failure[0], which) != HOPELESS],
         ids=lambda value: errno.errorcode.get(value, value),
     )
-    def test_failing_call(
-        self, relay: Relay, call: str, error: int, times: Collection[int] | None, way: str
-    ) -> None:
-        """Nothing is left but what the log says could not be ended."""
-        outcome = end_supervised(relay, way, after=lambda *_: misbehave(call, error, times=times))
-        assert set(outcome.left) == set(outcome.name_survivors())
+    def test_failing_call(self, relay: Relay, call: str, error: int, which: str, way: str) -> None:
+        """There is another way, or another time: nothing is left, and nothing said to be."""
+        outcome = end_supervised(relay, way, after=lambda *_: misbehave(call, error, times=TIMES[which]))
+        assert outcome.left == outcome.name_survivors() == []
+        assert outcome.seconds < GRACE_WITH_FAULTS + 1 + NOISE
+
+    @pytest.mark.usefixtures("usual_kill_time")
+    @pytest.mark.parametrize("way", ["conflict", "killed"])
+    @pytest.mark.parametrize("error", [errno.EPERM, errno.ESRCH], ids=errno.errorcode.get)
+    def test_hopeless_call(self, relay: Relay, error: int, way: str) -> None:
+        """The log says what could not be ended."""
+        call, which = HOPELESS
+        outcome = end_supervised(relay, way, after=lambda *_: misbehave(call, error, times=TIMES[which]))
+        assert outcome.left == outcome.name_survivors() == [outcome.daemon]
         assert outcome.seconds < GRACE_WITH_FAULTS + 1 + NOISE
 
     @pytest.mark.parametrize("error", [errno.EPERM, errno.ESRCH], ids=errno.errorcode.get)
@@ -122,6 +142,7 @@ class TestCalls:
         assert outcome.left == []
         assert outcome.code == -signal.SIGKILL
 
+    @pytest.mark.usefixtures("usual_kill_time")
     @pytest.mark.parametrize("way", WAYS)
     def test_survivor_is_named(self, relay: Relay, way: str) -> None:
         """A process that SIGKILL does not end, as in an uninterruptible sleep, costs one error and a second."""

@@ -215,8 +215,9 @@ class TestLeftovers:
         assert [relay.hear(), relay.hear()] == ["on_kill", True]
         assert list_left() == []
 
-    def test_last_words_arrive(self, relay: Relay) -> None:
+    def test_last_words_arrive(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a leftover writes when it is told to end is in the task's log."""
+        set_grace(monkeypatch, PATIENCE)
 
         def speak(*_: Any) -> None:
             os.write(1, b"last words\n")

@@ -77,6 +77,17 @@ def start_runtime(relay: Relay, steps: str, client: Any = None, **kwargs: Any) -
 class TestRuntimes:
     """A runtime is spawned by Popen, connects to its supervisor, and is ended like any other task."""
 
+    @pytest.fixture
+    def slow_popen(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have Popen return only when the runtime's daemon is there, and its parent gone."""
+
+        class SlowPopen(subprocess.Popen[bytes]):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                relay.hear()
+
+        monkeypatch.setattr(subprocess, "Popen", SlowPopen)
+
     def test_session(self, relay: Relay) -> None:
         """It leads a session, and it and what it starts carry the mark of the task."""
         with ending(start_runtime(relay, "connect daemon")) as process:
@@ -98,28 +109,19 @@ class TestRuntimes:
         end_task(way, process, api)
         assert list_left() == []
 
+    @pytest.mark.usefixtures("slow_popen")
     @pytest.mark.parametrize("way", ["conflict", "killed"])
     def test_nothing_is_left_of_a_quick_one(
-        self,
-        relay: Relay,
-        way: str,
-        list_left: Callable[[], list[int]],
-        monkeypatch: pytest.MonkeyPatch,
+        self, relay: Relay, way: str, list_left: Callable[[], list[int]]
     ) -> None:
         """What it has started is ended, also if its parent was gone before the supervisor could look."""
-
-        class SlowPopen(subprocess.Popen[bytes]):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                relay.hear()
-
-        monkeypatch.setattr(subprocess, "Popen", SlowPopen)
         api = Api()
         process = start_runtime(relay, "daemon connect", api)
         relay.hear()
         end_task(way, process, api)
         assert list_left() == []
 
+    @pytest.mark.usefixtures("slow_popen")
     def test_runtime_that_does_not_connect_leaves_nothing(
         self, relay: Relay, list_left: Callable[[], list[int]]
     ) -> None:
