@@ -20,8 +20,8 @@ COOKIE_VARIABLE = "SUPERVISED_BY_A_TEST"
 
 PR_SET_CHILD_SUBREAPER = 36
 
-KILL_TIMEOUT = 5.0
-"""Seconds that a killed process gets to disappear."""
+KILL_TIMEOUT = 60.0
+"""Seconds that a killed process gets to disappear; a crowd on a busy machine needs some."""
 
 
 class Process(NamedTuple):
