@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.servers import wait_until
 from tests.e2e.terminals import CTRL_C, Terminal, open_terminal
 from tests.harness.environments import clean_env
+from tests.harness.processes import read_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,9 @@ def test_interrupt_ends_what_runs_in_the_foreground(terminal: Terminal) -> None:
     """A command has the terminal until Ctrl-C ends it; then the shell has it again, with the settings from before."""
     settings = terminal.read_settings()
     terminal.type("sleep 600\n")
-    wait_until(lambda: not terminal.wait_for_shell(0), terminal.shell, what="the command runs")
+    # Not when the shell's child has the terminal, but when it has become the command: before, it is another shell.
+    runs = lambda: read_name(os.tcgetpgrp(terminal.descriptor)) == "sleep"  # noqa: E731
+    wait_until(runs, terminal.shell, what="the command runs")
 
     terminal.type(CTRL_C)
 
