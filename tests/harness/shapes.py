@@ -8,6 +8,8 @@ from pathlib import Path
 ACTOR = Path(__file__).with_name("actor.py")
 ON_KILL_COMPLETED = "on_kill has completed"
 """What a slow runner writes to the task's log."""
+NOT_ENDED_EVENT = "Processes of the task could not be ended"
+"""What a supervisor writes there about those that it has killed, and that were not gone in the time that it may take."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from patches.releases import ROOT
 from tests.harness.environments import clean_env
 from tests.harness.processes import COOKIE_VARIABLE, Process, find_marked, make_cookie, wait_for_exit
+from tests.harness.shapes import NOT_ENDED_EVENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +80,11 @@ class Outcome:
     def returned(self) -> bool:
         """Whether the supervisor did its work to the end."""
         return not self.hung and self.killed_by is None and self.exception is None
+
+    @property
+    def told_of_rest(self) -> bool:
+        """Whether the log says that some did not end in time: where a killed process may wait for a processor, nobody's fault."""
+        return any(event["event"] == NOT_ENDED_EVENT for event in self.log)
 
     @property
     def clean(self) -> bool:

