@@ -24,6 +24,7 @@ from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 from tests.harness.processes import Process, kill_if, read_state, set_subreaper, wait_for_exit
 from tests.harness.scenario import EXITS, TaskInstances, describe_task, make_recorder
+from tests.harness.shapes import NOT_ENDED_EVENT
 from tests.random_trees.bugs import BUGS
 from tests.random_trees.member import Tree, announce, count_members, do_steps, stay
 
@@ -119,7 +120,8 @@ def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
     if name == TASK:
         start_bystanders(scene)
     api = TaskInstances(plan)
-    task = describe_task(api, lambda: run_task(scene, name, plan), make_recorder([]))
+    log: list[dict[str, Any]] = []
+    task = describe_task(api, lambda: run_task(scene, name, plan), make_recorder(log))
     process = ActivitySubprocess.start(**task)
     scene.tell(tree=name, runner=process.pid)
     exception = None
@@ -128,7 +130,8 @@ def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
     except Exception as error:  # noqa: BLE001  # whatever the supervisor dies of is the result
         traceback.print_exc()
         exception = f"{type(error).__name__}: {error}"
-    scene.tell(tree=name, exception=exception, conflict_at=api.conflict_at, returned_at=time.monotonic())
+    end = {"exception": exception, "conflict_at": api.conflict_at, "returned_at": time.monotonic()}
+    scene.tell(tree=name, told_of_rest=any(event["event"] == NOT_ENDED_EVENT for event in log), **end)
     stay()
 
 
@@ -188,6 +191,7 @@ def observe(scene: Scene, began: float) -> dict[str, Any]:
         "harmed": list_harmed(scene),
         "seconds": end["returned_at"] - (end["conflict_at"] or began),
         "exception": end["exception"],
+        "told_of_rest": end["told_of_rest"],
     }
 
 

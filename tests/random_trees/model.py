@@ -12,7 +12,7 @@ Fate = Literal["ends", "lives", "either"]
 
 OVERTIME = 1.0
 """Seconds that a kill may last longer than its grace."""
-SLACK = 3.0
+SLACK = 6.0
 """Seconds that a busy machine may add."""
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest.mock import Mock
+
 import psutil
 import pytest
 
 from tests.random_trees.__main__ import UNUSABLE, main
-from tests.random_trees.driving import DriverFailedError, start_driver
-from tests.random_trees.examples import Example
-from tests.random_trees.exploring import WrongEndError, explore
+from tests.random_trees.driving import Driver, DriverFailedError, start_driver
+from tests.random_trees.examples import Example, Outcome
+from tests.random_trees.exploring import WrongEndError, check, explore
 
 EXAMPLES = 200
 SEED = 1
@@ -33,6 +37,31 @@ def test_planted_bug_is_found(bug: str, fault: str) -> None:
     """An SDK with a bug ends some tree otherwise, in the way of this bug."""
     with start_driver(bugs=[bug]) as driver, pytest.raises(WrongEndError, match=fault):
         explore(driver, EXAMPLES, SEED, simplify=False)
+
+
+LEFT = Outcome(hung=False, alive=[0], harmed=[], seconds=0.5)
+TOLD = replace(LEFT, told_of_rest=True)
+ENDED = replace(LEFT, alive=[])
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "fault", "runs"),
+    [
+        ([TOLD, TOLD, ENDED], None, 3),
+        ([TOLD, TOLD, TOLD], "is left", 3),
+        ([LEFT, ENDED], "is left", 1),
+        ([TOLD, LEFT], "is left", 2),
+        ([replace(TOLD, harmed=["a bystander"]), ENDED], "was harmed", 1),
+    ],
+)
+def test_only_what_is_told_is_tried_again(outcomes: list[Outcome], fault: str | None, runs: int) -> None:
+    """What is left counts at once, unless the supervisor tells of it; then it counts when it does every time."""
+    driver = Mock(spec=Driver)
+    driver.run.side_effect = outcomes
+    example = Example({"id": 0, "steps": [], "then": "stay"}, "409")
+    with pytest.raises(WrongEndError, match=fault) if fault else nullcontext():
+        check(driver, example)
+    assert driver.run.call_count == runs
 
 
 def test_dead_driver_is_told() -> None:
