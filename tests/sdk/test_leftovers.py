@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 # Most of the time a run waits, for a heartbeat or for the grace period to end.
 RUNS_AT_A_TIME = 6
-# The contract says one second more than the grace period; here as many supervisors run at once, of a crowd each.
-MARGIN = 3
+# The contract says one second more than the grace period; the rest is for a machine that is busy with as many runs.
+MARGIN = 1 + 6
+REPEATS = 2
 SHORT_GRACE = 1
 # Waits for the whole of the usual grace period, in the place of all those that SIGTERM does not end.
 PATIENT = BY_NAME["deaf"].name
@@ -47,10 +48,11 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     version, python = request.param
     release = find_release(version)
     environment = install(release, python, tmp_path_factory.mktemp("dist"))
+    # Shapes innermost: the heavy ones are not run all at once.
     runs = [
         (BY_NAME[shape], ending)
-        for shape in BY_NAME
         for ending in list_endings(release)
+        for shape in BY_NAME
         if (shape, ending) != ENDLESS
     ]
     with ExitStack() as stack:
@@ -62,9 +64,13 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         def run(shape: Shape, ending: Ending) -> Neighbourhood:
             return run_among_neighbours(servers[choose_grace(shape)], shape, ending)
 
-        pool = stack.enter_context(ThreadPoolExecutor(RUNS_AT_A_TIME))
-        results = list(pool.map(run, *zip(*runs, strict=True)))
-    return {(shape.name, ending): result for (shape, ending), result in zip(runs, results, strict=True)}
+        with ThreadPoolExecutor(RUNS_AT_A_TIME) as pool:
+            results = dict(zip(runs, pool.map(run, *zip(*runs, strict=True)), strict=True))
+        # What is left untold counts at once. What the supervisor tells of may have lacked a processor, and is run again, alone.
+        for _ in range(REPEATS):
+            told = [each for each, result in results.items() if result.outcome.told_of_rest]
+            results |= {(shape, ending): run(shape, ending) for shape, ending in told}
+    return {(shape.name, ending): result for (shape, ending), result in results.items()}
 
 
 def install(release: Release, python: str | None, dist: Path) -> Environment:
