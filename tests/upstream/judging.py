@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.harness.environments import Environment
     from tests.upstream.results import Comparison, Result
 
-# Some of upstream's tests fail now and then under load: a difference must show again in one of these.
+# Some of upstream's tests fail now and then under load: a difference must show again in each of these.
 REPEATS = 2
 
 
@@ -41,9 +41,9 @@ class Verdict:
     patched: Run
     comparison: Comparison
     regressions: Sequence[str]
-    """Differ for the worse on the patched wheel, and did so again when repeated."""
+    """Differ for the worse on the patched wheel, and did so again whenever repeated."""
     passing_again: Sequence[str]
-    """Differed for the worse once, and passed whenever they were repeated."""
+    """Differed for the worse, and passed when they were repeated."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ def judge_release(
 def repeat_suspects(
     environment: Environment, suite: str, suspects: Sequence[str], progress: Progress, tests: Path | None
 ) -> list[str]:
-    """Return the suspects that differ again; they run among their neighbours, on which a failure may depend."""
-    selection = [suite] if "::" in suite else sorted({suspect.partition("::")[0] for suspect in suspects})
-    regressions: set[str] = set()
+    """Return the suspects that differ every time; they run among their neighbours, on which a failure may depend."""
+    remaining = sorted(suspects)
     for number in range(1, REPEATS + 1):
-        if regressions.issuperset(suspects):
+        if not remaining:
             break
+        selection = [suite] if "::" in suite else sorted({test.partition("::")[0] for test in remaining})
         repeat = time_suite(environment, selection, f"patched-repeat-{number}", progress, tests)
-        regressions |= {suspect for suspect in suspects if not is_sound(repeat.results.get(suspect))}
-    return sorted(regressions)
+        remaining = [test for test in remaining if not is_sound(repeat.results.get(test))]
+    return remaining
 
 
 def install(release: Release, wheel: Path | None, progress: Progress, flavour: str) -> Environment:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from tests.upstream.judging import REPEATS
 from tests.upstream.results import OUTCOMES, count_outcomes
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def print_report(console: Console, verdicts: Sequence[Verdict], not_run: Mapping
     for verdict in verdicts:
         print_tests(console, verdict, "broken by the patches", verdict.regressions)
         print_tests(
-            console, verdict, f"broken once by the patches, sound in {REPEATS} repeats", verdict.passing_again
+            console, verdict, "broken by the patches at first, sound when repeated", verdict.passing_again
         )
         print_tests(
             console, verdict, "upstream's own, broken on both wheels", verdict.comparison.broken_on_both
