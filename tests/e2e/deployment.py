@@ -35,6 +35,10 @@ SLOTS = 12
 """Tasks that run at a time: those of a run, and once more when they are cleared."""
 SETUP_TIMEOUT = 300.0
 """Seconds for a command that migrates the database or reads the DAGs."""
+SQLITE_LOCK_TIMEOUT = 60
+"""Seconds that a writer waits for another one; sqlite3's own 5 are less than a busy machine may take over a write."""
+EXECUTION_API_TIMEOUT = 60.0
+"""Seconds that a supervisor waits for an answer, from 3.1.1 on; before, it is always Airflow's default, 5."""
 # Nothing here is secret: it all listens on loopback, for minutes, with made-up tasks.
 SECRET = "not-a-secret-" * 8
 
@@ -262,7 +266,7 @@ def airflow_env(
             "SIMPLE_AUTH_MANAGER_ALL_ADMINS": True,
             "EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
         },
-        "DATABASE": {"SQL_ALCHEMY_CONN": f"sqlite:///{database}"},
+        "DATABASE": {"SQL_ALCHEMY_CONN": f"sqlite:///{database}?timeout={SQLITE_LOCK_TIMEOUT}"},
         "API": {
             "HOST": "127.0.0.1",
             "PORT": port,
@@ -276,11 +280,12 @@ def airflow_env(
             "SCHEDULER_HEARTBEAT_SEC": 1,
             "ENABLE_HEALTH_CHECK": False,
         },
+        "WORKERS": {"EXECUTION_API_TIMEOUT": EXECUTION_API_TIMEOUT},
         "LOGGING": {"WORKER_LOG_SERVER_PORT": find_free_port()},
         # The other method is uv, which would fetch the seeds of a virtual environment from a package index.
         "STANDARD": {"VENV_INSTALL_METHOD": "pip"},
         "CELERY": {
-            "RESULT_BACKEND": f"db+sqlite:///{folder}/results.db",
+            "RESULT_BACKEND": f"db+sqlite:///{folder}/results.db?timeout={SQLITE_LOCK_TIMEOUT}",
             "SYNC_PARALLELISM": 1,
             "WORKER_CONCURRENCY": SLOTS,
         },

@@ -10,10 +10,11 @@ from packaging.specifiers import SpecifierSet
 
 from tests.e2e.runs import DAG, PROCESSES
 from tests.harness.processes import Process, wait_for_exit
-from tests.harness.supervised import HEARTBEAT_INTERVAL, KILL_GRACE, SETTLE_TIMEOUT
+from tests.harness.shapes import NOT_ENDED_EVENT
+from tests.harness.supervised import HEARTBEAT_INTERVAL, KILL_GRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tests.e2e.deployment import Airflow, Executor, Installation
     from tests.e2e.runs import Run
@@ -22,10 +23,9 @@ SLOTS_TIMEOUT = 90.0
 """Seconds after which a slot counts as never free; what stock supervisors wait for takes 75 at most."""
 SLOTS_DUE = HEARTBEAT_INTERVAL + KILL_GRACE + 2.0
 """Seconds in which a slot has to be free: the next heartbeat, the grace period, and what the contract allows."""
+SETTLE_TIMEOUT = 5.0
+"""Seconds that a process which was already told to end may take to do it on a machine that is busy with an Airflow."""
 LEFT_NAMED = 8
-
-SIGNALS_OF_CHILDREN = ("SIGKILL", "SIGTERM")
-"""What the task's deaf child needs, and the one in a session of its own; the others end with the task's group."""
 
 ENDED_EVENT = "Ended processes that the task had left running"
 # A task that fails says so in its own log; that is no fault of whoever watches it.
@@ -72,15 +72,13 @@ def observe_end(
     *,
     states: tuple[str | None, ...],
     seconds: float | None,
-    signals: Sequence[str] = SIGNALS_OF_CHILDREN,
+    signals: Sequence[str] | None = None,
 ) -> Outcome:
     """Describe a run whose tasks have all been ended, and which should be in one of the `states`.
 
-    `signals` are the ones that the log of `children` has to name.
+    `signals` are all that the log of `children` has to name; by default, those that are due.
     """
-    wait_for_exit(
-        [process for processes in run.find_left().values() for process in processes], SETTLE_TIMEOUT
-    )
+    wait_for_exit(run.list_left(), SETTLE_TIMEOUT)
     left = run.find_left()
     run.wait_for_states(*states)
     now = run.states()
@@ -88,7 +86,7 @@ def observe_end(
         *name_left(left),
         *(f"{task} is {state}" for task, state in now.items() if state not in states),
         *judge_on_kill(run),
-        *judge_task_log(run, signals),
+        *(judge_children(run) if signals is None else judge_task_log(run, signals)),
         *find_tracebacks(run.airflow),
     ]
     return Outcome(
@@ -122,9 +120,36 @@ def judge_on_kill(run: Run) -> Iterator[str]:
 
 def judge_task_log(run: Run, signals: Sequence[str], task: str = "children") -> Iterator[str]:
     """Say if a task's log does not tell the processes that its supervisor had to end, and by which signals."""
-    named = [process for event in read_events(run, task) for process in event.get("processes", [])]
+    named = list_ended(run, task)
     if sorted(process["signal"] for process in named) != list(signals):
         yield f"the log of {task} names as ended: {named or 'nothing'}"
+
+
+def judge_children(run: Run) -> Iterator[str]:
+    """Say if the log of `children` does not tell what its supervisor had to end, or tells that more needed force."""
+    # Those that took too long to disappear are told of in another event.
+    late = [
+        {**process, "signal": "SIGKILL"}
+        for event in read_events(run, "children", NOT_ENDED_EVENT)
+        for process in event["processes"]
+    ]
+    yield from judge_signals([*list_ended(run, "children"), *late], run.due_signals)
+
+
+def judge_signals(named: list[dict[str, Any]], due: Mapping[int, str]) -> Iterator[str]:
+    """Say if of the processes that a log names as ended those due are missing, or if others needed force.
+
+    Of the task's group, which has had SIGTERM with the runner, a member may take longer than the runner, and get another.
+    """
+    signals = {process["pid"]: process["signal"] for process in named}
+    further = {signal for pid, signal in signals.items() if pid not in due}
+    if not signals.items() >= due.items() or not further <= {"SIGTERM"}:
+        yield f"the log of children names as ended: {named or 'nothing'}; due are {due}"
+
+
+def list_ended(run: Run, task: str) -> list[dict[str, Any]]:
+    """Return what the log of a task says of each process that was ended."""
+    return [process for event in read_events(run, task) for process in event.get("processes", [])]
 
 
 def read_events(run: Run, task: str, name: str = ENDED_EVENT) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.e2e.servers import ServerFailedError
-from tests.harness.processes import Process, find_marked, read_name
+from tests.harness.processes import Process, find_marked, read_name, read_strings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,6 +56,8 @@ class Run:
     folder: Path
     announcements: int
     members: dict[str, Member] = field(default_factory=dict)
+    due_signals: dict[int, str] = field(default_factory=dict)
+    """What the supervisor of `children` has to end by itself, and with which signal; the others end with the task's group."""
     _finished_before: int = 0
 
     def wait_for_processes(self, number: int) -> None:
@@ -148,6 +150,7 @@ def start_run(airflow: Airflow) -> Iterator[Run]:
             run.id = airflow.client.trigger(DAG, conf)
             run.wait_for_processes(sum(PROCESSES.values()))
             find_members(run)
+            run.due_signals = find_due_signals(run)
             yield run
         finally:
             for member in run.members.values():
@@ -182,6 +185,14 @@ def find_members(run: Run) -> None:
         run.members[task] = Member(runner, pidfds[0], supervisor, pidfds[1], read_title(supervisor))
     if run.airflow.executor == "celery":
         run._finished_before = count_finished(run.airflow)
+
+
+def find_due_signals(run: Run) -> dict[int, str]:
+    """Return the PIDs of the deaf one of `children` and of the one in a session of its own, with the signals that end them."""
+    children = [child.pid for child in find_marked(f"{run.cookie}.children.1")]
+    (deaf,) = [pid for pid in children if b"deaf" in read_strings(pid, "cmdline")]
+    (leader,) = [pid for pid in children if os.getsid(pid) == pid]
+    return {deaf: "SIGKILL", leader: "SIGTERM"}
 
 
 def count_finished(airflow: Airflow) -> int:

@@ -13,7 +13,7 @@ from patches.errors import PatchError
 from patches.releases import find_release
 from tests.e2e.__main__ import choose, main, run_scenario
 from tests.e2e.deployment import EXECUTORS, Installation, check_tools, install, prepare_database
-from tests.e2e.outcomes import Outcome
+from tests.e2e.outcomes import Outcome, judge_signals
 from tests.e2e.report import Result, find_failures
 from tests.e2e.scenarios import SCENARIOS
 from tests.e2e.scenarios.load import KILLED, TASKS, judge_states
@@ -103,6 +103,23 @@ def test_scenario_that_breaks_off_is_told(tmp_path: Path) -> None:
     outcome = run_scenario(SET_FAILED._replace(run=break_off), installation, "local", Console(file=said))
     assert outcome.problems == ["broken off: scheduler ended"]
     assert "with a long log" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("signals", "problems"),
+    [
+        ({1: "SIGKILL", 2: "SIGTERM"}, 0),
+        ({1: "SIGKILL", 2: "SIGTERM", 3: "SIGTERM"}, 0),
+        ({1: "SIGKILL", 2: "SIGTERM", 3: "SIGKILL"}, 1),
+        ({1: "SIGKILL", 2: "SIGKILL"}, 1),
+        ({1: "SIGKILL", 3: "SIGTERM"}, 1),
+        ({}, 1),
+    ],
+)
+def test_wrong_signals_are_told(signals: dict[int, str], problems: int) -> None:
+    """Who is due must be named with its signal; of the others any may have needed another SIGTERM, and none SIGKILL."""
+    named = [{"pid": pid, "signal": signal} for pid, signal in signals.items()]
+    assert len(list(judge_signals(named, {1: "SIGKILL", 2: "SIGTERM"}))) == problems
 
 
 def test_wrong_state_under_load_is_told() -> None:
