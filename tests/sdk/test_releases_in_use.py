@@ -106,11 +106,6 @@ def stock_results() -> dict[str, Results]:
     """Run the scenarios on all stock wheels at once, for most of the time they wait in vain."""
     environments = [install(release) for release in last_of_lines()]
 
-    def run_scenarios(environment: Environment) -> Results:
-        results = run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
-        interrupted = name_interrupted(results, PASS_ON_STOCK[environment.release.version])
-        return results | run_our_tests(environment, *SCENARIOS, names=interrupted) if interrupted else results
-
     with ThreadPoolExecutor() as pool:
         runs = pool.map(run_scenarios, environments)
         return {
@@ -134,6 +129,17 @@ def patched_results(dist: Path) -> dict[Run, Results | NoInterpreterError]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(RUNS, pool.map(run_tests, RUNS), strict=True))
+
+
+def run_scenarios(environment: Environment) -> Results:
+    """Run the scenarios impatiently, and again, as patiently as ever, those that this interrupted."""
+    try:
+        results = run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
+    except RuntimeError:
+        # The alarm of a test that has just failed by itself may come while pytest describes the failure, and ends pytest.
+        results = run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
+    interrupted = name_interrupted(results, PASS_ON_STOCK[environment.release.version])
+    return results | run_our_tests(environment, *SCENARIOS, names=interrupted) if interrupted else results
 
 
 def name_interrupted(results: Results, passing: set[str]) -> list[str]:
