@@ -106,6 +106,12 @@ def stock_results() -> dict[str, Results]:
     """Run the scenarios on all stock wheels at once, for most of the time they wait in vain."""
     environments = [install(release) for release in last_of_lines()]
 
+    def run_scenarios(environment: Environment) -> Results:
+        results = run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
+        passing = PASS_ON_STOCK[environment.release.version]
+        late = [name for name in passing if results[name].outcome != "passed"]
+        return results | run_our_tests(environment, *SCENARIOS, names=late) if late else results
+
     with ThreadPoolExecutor() as pool:
         runs = pool.map(run_scenarios, environments)
         return {
@@ -129,26 +135,6 @@ def patched_results(dist: Path) -> dict[Run, Results | NoInterpreterError]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(RUNS, pool.map(run_tests, RUNS), strict=True))
-
-
-def run_scenarios(environment: Environment) -> Results:
-    """Run the scenarios impatiently, and again, as patiently as ever, those that this interrupted."""
-    try:
-        results = run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
-    except RuntimeError:
-        # The alarm of a test that has just failed by itself may come while pytest describes the failure, and ends pytest.
-        results = run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
-    interrupted = name_interrupted(results, PASS_ON_STOCK[environment.release.version])
-    return results | run_our_tests(environment, *SCENARIOS, names=interrupted) if interrupted else results
-
-
-def name_interrupted(results: Results, passing: set[str]) -> list[str]:
-    """Return the tests that should have passed, and those that did not fail but ended while they were set up or cleaned up."""
-    return [
-        name
-        for name, result in results.items()
-        if result.outcome == "error" or (name in passing and result.outcome != "passed")
-    ]
 
 
 def install(release: Release) -> Environment:

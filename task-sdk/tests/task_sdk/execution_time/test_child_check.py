@@ -64,20 +64,6 @@ STUBBORN = ["daemon", "child deaf to SIGTERM", "stopped child"]
 STARTING = 120
 """Seconds that a busy machine may take to import Airflow for the first time, and check it."""
 
-PATIENT_CHECK = f"""
-import runpy
-from airflow.sdk.execution_time import child_teardown, supervisor
-
-def prepare_patiently(*args):
-    prepare(*args)
-    return {PATIENCE}
-
-prepare, supervisor.prepare_kill = supervisor.prepare_kill, prepare_patiently
-child_teardown.KILL_TIME = {PATIENCE}
-runpy.run_module("{MODULE}", run_name="__main__", alter_sys=True)
-"""
-"""Runs the module as ``-m`` does, on a machine that may be busy; see :func:`patient`."""
-
 
 @pytest.fixture(autouse=True)
 def leave_nothing() -> Iterator[None]:
@@ -170,7 +156,7 @@ class TestCommand:
         """It runs as a module, without a configuration, a database or a terminal, and passes."""
         secret = "not-for-everybody"  # noqa: S105 - is looked for in the output
         result = subprocess.run(
-            [sys.executable, "-c", PATIENT_CHECK],
+            [sys.executable, "-m", MODULE],
             env={
                 "PATH": os.environ["PATH"],
                 "AIRFLOW_HOME": str(tmp_path),
@@ -215,6 +201,16 @@ class TestProof:
         proof = find().proof
         assert proof.ended == ["plain child", *STUBBORN, "task"]
         assert proof.left == proof.harmed == []
+
+    def test_runner_that_dies_late(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine so busy that kill() returns before the task's own process is dead is no finding."""
+        monkeypatch.setenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", "0.1")
+
+        def return_at_once() -> None:
+            ActivitySubprocess.kill = lambda task, *_, **__: os.kill(task.pid, signal.SIGKILL)
+
+        proof = find(change=return_at_once).proof
+        assert proof.ended == ["plain child", *STUBBORN, "task"]
 
     def test_unfinished_teardown(self) -> None:
         """A teardown that finds nobody is found out, and what it leaves does not stay."""
@@ -490,7 +486,7 @@ class TestGrace:
     def test_configured(self, tmp_path: Path) -> None:
         """It is what the deployment sets."""
         result = subprocess.run(
-            [sys.executable, "-c", PATIENT_CHECK, "--json"],
+            [sys.executable, "-m", MODULE, "--json"],
             env={
                 "PATH": os.environ["PATH"],
                 "AIRFLOW_HOME": str(tmp_path),

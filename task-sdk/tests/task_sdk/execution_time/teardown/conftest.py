@@ -59,13 +59,14 @@ def list_left() -> Iterator[Callable[[], list[int]]]:
         yield list_left
 
 
-@pytest.fixture(autouse=True)
-def limit_time(list_left: Callable[[], list[int]]) -> Iterator[None]:
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
     """Turn a wait without an end, which is what some of these tests are about, into a failure."""
 
     def fail(signum: int, frame: Any) -> None:
         pytest.fail(f"not done after {PATIENCE} s")
 
+    # Not for longer: while pytest describes a failure an exception is the end of it.
     former = signal.signal(signal.SIGALRM, fail)
     signal.alarm(PATIENCE)
     yield
