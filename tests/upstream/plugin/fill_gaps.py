@@ -237,9 +237,9 @@ def fill_modules():
     backends = types.ModuleType("tests_common.test_utils.xcom_backends")
     backends.SerializeValueOnlyXCom = SerializeValueOnlyXCom
     sys.modules[backends.__name__] = backends
+    version = version_compat.get_base_airflow_version_tuple()
     for minor in range(1, KNOWN_MINORS):
-        reached = version_compat.get_base_airflow_version_tuple() >= (3, minor, 0)
-        setattr(version_compat, f"AIRFLOW_V_3_{minor}_PLUS", reached)
+        setattr(version_compat, f"AIRFLOW_V_3_{minor}_PLUS", version >= (3, minor, 0))
 
 
 set_core_options = config.conf_vars

@@ -25,7 +25,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from task_sdk.execution_time.teardown.supervised_task import PATIENCE, Relay, ending_all
+from task_sdk.execution_time.teardown.supervised_task import PATIENCE, Relay, ending_all, hear_in_popen
 
 from airflow.sdk.execution_time.child_spawn import spawn_leader
 from airflow.sdk.execution_time.child_tree import MARK_VARIABLE, ProcessTree
@@ -82,17 +82,11 @@ class TestSpawnLeader:
 
     def test_quick_daemon_is_found(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it starts belongs to it, also before it is known to anybody."""
-
-        class SlowPopen(subprocess.Popen[bytes]):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                self.daemon = relay.hear()
-
-        monkeypatch.setattr(subprocess, "Popen", SlowPopen)
+        daemons = hear_in_popen(relay, monkeypatch)
         tree = ProcessTree()
         leader = spawn(tree, relay)
-        assert isinstance(leader, SlowPopen)
-        assert find_orphans(tree, leader) == [leader.daemon]
+        assert len(daemons) == 1
+        assert find_orphans(tree, leader) == daemons
 
     def test_threads_spawn_in_turn(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of two at once, the second would inherit the mark of the first, and restore it when the first is through."""

@@ -38,6 +38,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     Tree,
     ending_all,
     fork,
+    hear_in_popen,
     lift_limit,
     pause_for_ever,
 )
@@ -505,20 +506,12 @@ class TestSudo:
     @contextlib.contextmanager
     def hanging_sudo(self, folder: Path, says: str) -> Iterator[list[Any]]:
         """Have sudo say something and hang, from when on it is timed; yields the list of what its calls have said."""
-        heard: list[Any] = []
         with contextlib.closing(Relay()) as told, pytest.MonkeyPatch.context() as patching:
-
-            class HearingPopen(subprocess.Popen[str]):
-                def __init__(self, *args: Any, **kwargs: Any) -> None:
-                    super().__init__(*args, **kwargs)
-                    heard.append(told.hear())
-
             self.install_sudo(
                 patching, folder, f"echo {says} >/proc/{os.getpid()}/fd/{told.writer}; exec sleep 600"
             )
             patching.setattr(child_tree, "SUDO_TIMEOUT", 0.1)
-            patching.setattr(subprocess, "Popen", HearingPopen)
-            yield heard
+            yield hear_in_popen(told, patching)
 
     def test_numbers_only(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """One call for all of a user, as that user, which asks for no password and gets numbers only."""

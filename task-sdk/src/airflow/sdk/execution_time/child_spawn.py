@@ -33,7 +33,7 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk.execution_time.child_tree import MARK_FLAG, MARK_VARIABLE
+from airflow.sdk.execution_time.child_tree import MARK_FLAG, MARK_VARIABLE, carry_mark
 
 try:
     import resource
@@ -61,7 +61,7 @@ def spawn_leader(
     """
     # Its PID, of which other marks are computed, is not known yet.
     mark = MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1)
-    with carry_limit(mark) as carried:
+    with carrying(mark) as carried:
         marked = env if carried else {**env, MARK_VARIABLE: str(mark)}
         process = subprocess.Popen(command, env=marked, start_new_session=True, **kwargs)
     tree.adopt(process.pid, mark)
@@ -69,17 +69,12 @@ def spawn_leader(
 
 
 @contextlib.contextmanager
-def carry_limit(mark: int) -> Iterator[bool]:
+def carrying(mark: int) -> Iterator[bool]:
     """Carry a mark for a while, and with it all that is started; yields False where the limit cannot be set."""
     with _spawning:
+        former = carry_mark(mark)
         try:
-            former = resource.getrlimit(resource.RLIMIT_RTTIME)
-            resource.setrlimit(resource.RLIMIT_RTTIME, (mark, former[1]))
-        except (AttributeError, OSError, ValueError):
-            # No such limit (macOS), or a hard one below the mark, or a sandbox that refuses the call.
-            yield False
-            return
-        try:
-            yield True
+            yield former is not None
         finally:
-            resource.setrlimit(resource.RLIMIT_RTTIME, former)
+            if former is not None:
+                resource.setrlimit(resource.RLIMIT_RTTIME, former)

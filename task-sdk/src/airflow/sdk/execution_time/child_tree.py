@@ -271,12 +271,19 @@ def mark_process() -> None:
     if own is None:
         return
     mark = compute_mark(own)
+    if carry_mark(mark) is None:
+        os.environ[MARK_VARIABLE] = str(mark)
+
+
+def carry_mark(mark: int) -> tuple[int, int] | None:
+    """Have the calling process carry a mark as its limit; return the limits before, None where that cannot be set."""
     try:
-        _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+        soft, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
         resource.setrlimit(resource.RLIMIT_RTTIME, (mark, hard))
     except (AttributeError, OSError, ValueError):
-        # No such limit (macOS), or a sandbox that refuses the call.
-        os.environ[MARK_VARIABLE] = str(mark)
+        # No such limit (macOS), or a hard one below the mark, or a sandbox that refuses the call.
+        return None
+    return soft, hard
 
 
 def compute_mark(leader: Process) -> int:

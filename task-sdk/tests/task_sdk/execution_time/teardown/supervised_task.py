@@ -33,6 +33,7 @@ import resource
 import select
 import signal
 import stat
+import subprocess
 import sys
 import traceback
 from types import SimpleNamespace
@@ -86,6 +87,19 @@ class Relay:
     def close(self) -> None:
         os.close(self.reader)
         os.close(self.writer)
+
+
+def hear_in_popen(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have Popen return only when something was told over ``relay``; return the list of what is told to each."""
+    heard: list[Any] = []
+
+    class HearingPopen(subprocess.Popen[Any]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            heard.append(relay.hear())
+
+    monkeypatch.setattr(subprocess, "Popen", HearingPopen)
+    return heard
 
 
 class Tree:

@@ -20,12 +20,18 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from task_sdk.execution_time.teardown.supervised_task import Api, Relay, describe_task, end_task, ending
+from task_sdk.execution_time.teardown.supervised_task import (
+    Api,
+    Relay,
+    describe_task,
+    end_task,
+    ending,
+    hear_in_popen,
+)
 
 from airflow.sdk.coordinators._subprocess import _PopenActivitySubprocess
 
@@ -79,14 +85,8 @@ class TestRuntimes:
 
     @pytest.fixture
     def slow_popen(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have Popen return only when the runtime's daemon is there, and its parent gone."""
-
-        class SlowPopen(subprocess.Popen[bytes]):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                relay.hear()
-
-        monkeypatch.setattr(subprocess, "Popen", SlowPopen)
+        """Have Popen return only when the runtime's daemon is there."""
+        hear_in_popen(relay, monkeypatch)
 
     def test_session(self, relay: Relay) -> None:
         """It leads a session, and it and what it starts carry the mark of the task."""
