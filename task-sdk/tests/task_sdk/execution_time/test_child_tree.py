@@ -120,17 +120,16 @@ def start_session() -> int:
     return subprocess.Popen(SLEEPER, start_new_session=True).pid
 
 
-def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
-    """Start a process in a session of its own whose parent is gone."""
-
-    def main() -> list[int]:
-        os.setsid()
-        prepare()
-        return [subprocess.Popen(SLEEPER, **kwargs).pid]
-
-    parent, [pid] = start_waiting(main)
+def start_orphan(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
+    """Start a process whose parent is gone."""
+    parent, [pid] = start_waiting(lambda: (prepare(), [subprocess.Popen(SLEEPER, **kwargs).pid])[1])
     end(parent)
     return pid
+
+
+def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
+    """Start a process in a session of its own whose parent is gone."""
+    return start_orphan(lambda: (os.setsid(), prepare()), **kwargs)
 
 
 def start_daemon_without_environment() -> int:
@@ -200,7 +199,6 @@ class TestFind:
         """When leader and session are gone, whoever has their number from then on is a stranger."""
         tree, leader, _ = lead()
         end(leader)
-        assert find(tree) == []
 
         def open_session() -> list[int]:
             os.setsid()
@@ -211,6 +209,79 @@ class TestFind:
         tree._leader = replace(tree._leader, pid=stranger)
         assert os.getsid(child) == stranger
         assert find(tree) == []
+
+    def test_session_recycled_between_two_looks(self) -> None:
+        """A stranger that is started as daemon(3) does it gets the number, and was never seen to be a stranger."""
+
+        def main() -> dict[str, Any]:
+            tree, leader, [child] = lead(start_child)
+            assert find(tree) == [child]
+            end(leader)
+            end(child)  # the first process of a namespace adopts its orphans
+            with contextlib.closing(Relay()) as told:
+                stranger = fork_as(leader, lambda: told.tell(fork(pause_for_ever)))
+                daemon = told.hear()
+            os.waitpid(stranger, 0)
+            assert os.getsid(daemon) == leader
+            assert find(tree) == []
+            return {}
+
+        run_in_namespace(main)
+
+    def test_session_of_a_known_member(self) -> None:
+        """As long as somebody is in it who was in it before, a session has kept its number, and counts."""
+
+        def start_child_that_starts_another() -> int:
+            def main() -> None:
+                order.hear()
+                told.tell(start_orphan(lift_limit))
+                pause_for_ever()
+
+            return fork(main)
+
+        with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
+            tree, leader, [child] = lead(start_child_that_starts_another)
+            assert find(tree) == [child]
+            end(leader)
+            order.tell("start another")
+            another = told.hear()
+            assert find(tree) == sorted([child, another])
+
+    def test_sessions_of_members_count_whole(self) -> None:
+        """What has lost mark and parent is found by the session of a member, be that not the leader's (su, sudo)."""
+        script = "(prlimit --rttime=unlimited sleep 600 & echo $!); exec sleep 600"
+
+        def start_script() -> list[int]:
+            shell = subprocess.Popen(["bash", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+            return [shell.pid, int(shell.stdout.readline())]
+
+        tree, leader, [pids] = lead(start_script)
+        end(leader)
+        assert find(tree) == sorted(pids)
+
+    def test_session_that_is_not_its_own(self) -> None:
+        """A leader that could not open a session is in that of its supervisor, whose others are strangers."""
+        pid, [child] = start_waiting(lambda: (mark_process(), [start_child()])[1])
+        start_child()
+        tree = ProcessTree()
+        tree.adopt(pid)
+        assert find(tree) == [child]
+
+    def test_session_is_known_until_the_leader_is_collected(self) -> None:
+        """What has lost its mark is found by the session, if somebody looks when the leader has ended."""
+        tree, leader, started = lead(lambda: start_orphan(lift_limit))
+        os.kill(leader, signal.SIGKILL)
+        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+        tree.note_exit()
+        os.waitpid(leader, 0)
+        assert find(tree) == started
+
+    def test_running_leader_costs_no_look(self, mocker: MockerFixture) -> None:
+        """Whether it has ended is asked for without a look."""
+        tree, _, _ = lead()
+        look = mocker.spy(child_tree, "list_pids")
+        tree.note_exit()
+        assert not look.called
 
     def test_leader_that_is_gone_before(self) -> None:
         """A leader that could not be adopted has no tree."""

@@ -17,12 +17,12 @@
 """
 Find and signal every process that a session leader has started, whatever became of it since.
 
-A process belongs to the tree if it is in the leader's session, or descends from one that belongs, or carries
-the leader's *mark*: a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time scheduling
-alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)), which an
-environment variable does not. It is computed from the leader's PID and start time, so that parent and child
-agree on it without talking, unless the leader is another program (child_spawn). Nothing is done or kept while the
-tree runs.
+A process belongs to the tree if it carries the leader's *mark*, or descends from a process that belongs, or is in
+a session with one. The mark is a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time
+scheduling alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)),
+which an environment variable does not. It is computed from the leader's PID and start time, so that parent and
+child agree on it without talking, unless the leader is another program (child_spawn). Nothing is done or kept while
+the tree runs.
 
 A process leaves its tree by detaching (setsid, and a parent that exits) with the limit lifted, for which
 ``prlimit --rttime=unlimited`` serves.
@@ -107,7 +107,7 @@ class ProcessTree:
         self._has_mark = has_limit
         self._remembered: dict[int, float] = {}
         self._settled: dict[int, int] = {}
-        self._session_over = False
+        self._foreign_sessions: set[int] = set()
         self.sudo_failures: dict[int, str] = {}
         """Why processes of other users could not be signalled, by their uids."""
         self.look_failure: str | None = None
@@ -132,6 +132,8 @@ class ProcessTree:
             return
         # It may be dead, and have left something behind; nobody has its number before it is collected.
         self._leader = leader
+        # It may not have opened its own yet, or not be allowed to.
+        self._foreign_sessions = {0, os.getsid(0)}
         self._mark = mark or self._mark or compute_mark(leader)
         # A hard limit below the mark raises ValueError.
         with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -144,19 +146,25 @@ class ProcessTree:
         """Note who belongs now: a descendant without a mark is lost once its ancestors are dead."""
         self.find()
 
+    def note_exit(self) -> None:
+        """
+        Look, if the leader has ended: its session is proof only until it is collected, which is when to call this.
+
+        It costs one system call while the leader runs.
+        """
+        if self._leader is not None and has_exited(self._leader.pid):
+            self.find()
+
     def find(self, *, with_leader: bool = False) -> list[Process]:
         """Return the processes of the tree. One pass; entries may vanish meanwhile."""
         if self._leader is None:
             return []
         self.look_failure = None
         try:
-            processes = self._read_candidates(self._leader)
+            members = self._find_members(self._read_candidates(self._leader), self._leader)
         except OSError as error:
             self.look_failure = error.strerror
             return []
-        members = add_descendants(processes, self._find_seeds(processes, self._leader))
-        for nobodys in (0, 1, os.getpid()):
-            members.pop(nobodys, None)
         self._remembered.update((pid, process.start) for pid, process in members.items())
         if not with_leader:
             members.pop(self._leader.pid, None)
@@ -180,20 +188,19 @@ class ProcessTree:
         self._settled = settled
         return candidates
 
-    def _find_seeds(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
-        now = processes.get(leader.pid)
-        # A session has its leader's number, which is free again when leader and session are gone: whoever has it from
-        # then on is a stranger.
-        if not any(process.session == leader.pid for process in processes.values()):
-            self._session_over |= not is_unreaped_child(leader.pid)
-        recycled = self._session_over or (now is not None and now != leader)
+    def _find_members(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
+        """Return those that belong, by PID: the ones that can be told by themselves, and what is tied to these."""
+        for nobodys in (0, 1, os.getpid()):
+            processes.pop(nobodys, None)
 
-        def belongs(process: Process) -> bool:
+        def is_known(process: Process) -> bool:
             if process == leader or self._remembered.get(process.pid) == process.start:
                 return True
-            return (process.session == leader.pid and not recycled) or self._has_mark(process.pid, self._mark)
+            return self._has_mark(process.pid, self._mark)
 
-        return {process.pid: process for process in processes.values() if belongs(process)}
+        seeds = {process.pid: process for process in processes.values() if is_known(process)}
+        sessions = {leader.pid} if is_uncollected(leader) else set()
+        return add_tied(processes, seeds, sessions, self._foreign_sessions)
 
     def stop(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
         """
@@ -248,19 +255,53 @@ class ProcessTree:
             self.sudo_failures[uid] = failure
 
 
-def add_descendants(processes: dict[int, Process], seeds: dict[int, Process]) -> dict[int, Process]:
-    """Return the seeds and all that descends from them, by PID."""
-    children: dict[int, list[Process]] = {}
+def is_uncollected(leader: Process) -> bool:
+    """
+    Whether the leader, a child of ours, still has its number, and with it the session of that number.
+
+    Nobody else gets it before the leader is collected, or while a member is in the session. From then on the number
+    proves nothing, whether or not a look has found the session empty. Another child of ours may have got it.
+    """
+    return is_unreaped_child(leader.pid) and look_at(leader.pid) in (leader, None)
+
+
+def has_exited(child: int) -> bool:
+    """Whether a child of ours has ended, and is still to be collected."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except (AttributeError, OSError):  # somebody else has collected it, or this cannot be asked
+        return False
+
+
+def add_tied(
+    processes: dict[int, Process], seeds: dict[int, Process], sessions: set[int], foreign: set[int]
+) -> dict[int, Process]:
+    """
+    Return the seeds, all that descends from them, and all that is in a session with one of them, by PID.
+
+    :param sessions: what counts as a session of theirs, whoever is in it.
+    :param foreign: the sessions that do not count.
+    """
+    tied: dict[tuple[str, int], list[Process]] = {}
     for process in processes.values():
-        children.setdefault(process.parent, []).append(process)
+        tied.setdefault(("parent", process.parent), []).append(process)
+        if process.session not in foreign:
+            tied.setdefault(("session", process.session), []).append(process)
     found = dict(seeds)
-    unvisited = list(seeds)
+    unvisited = [("session", session) for session in sessions]
+    unvisited += [tie for seed in seeds.values() for tie in list_ties(seed)]
     while unvisited:
-        for child in children.get(unvisited.pop(), []):
-            if child.pid not in found:
-                found[child.pid] = child
-                unvisited.append(child.pid)
+        # Each is followed once.
+        for process in tied.pop(unvisited.pop(), ()):
+            if process.pid not in found:
+                found[process.pid] = process
+                unvisited += list_ties(process)
     return found
+
+
+def list_ties(member: Process) -> list[tuple[str, int]]:
+    """Return what ties others to a member: that it is their parent, or is in a session with them."""
+    return [("parent", member.pid), ("session", member.session)]
 
 
 def mark_process() -> None:

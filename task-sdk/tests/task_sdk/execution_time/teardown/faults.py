@@ -297,12 +297,23 @@ def become_nobody() -> None:
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def fork_as(pid: int) -> int:
-    """Start a process that has a number of our choice, and leads a session, in a namespace of ours (proc_sys_kernel(5))."""
+def fork_as(pid: int, then: Callable[[], Any] = pause_for_ever) -> int:
+    """
+    Start a process that has a number of our choice, and leads a session, in a namespace of ours (proc_sys_kernel(5)).
+
+    :param then: what it does before it ends. SIGTERM ends it, whatever this process does at one.
+    """
+
+    def be_stranger() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setsid()
+        leads.tell(os.getpid())
+        then()
+
     leads = Relay()
     with open("/proc/sys/kernel/ns_last_pid", "w") as last:
         last.write(str(pid - 1))
-    stranger = fork(lambda: (os.setsid(), leads.tell(os.getpid()), pause_for_ever()))
+    stranger = fork(be_stranger)
     with contextlib.closing(leads):
         assert leads.hear() == stranger == pid
     return stranger
