@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -49,6 +50,7 @@ from airflow.sdk.execution_time.child_tree import (
     Process,
     ProcessTree,
     compute_mark,
+    group_by_owner,
     has_limit,
     is_alive,
     list_pids,
@@ -309,19 +311,18 @@ class TestFind:
         assert resource.prlimit(stranger, resource.RLIMIT_RTTIME) == before
         assert find(tree) == []
 
-    def test_proc_of_another_namespace(self, mocker: MockerFixture) -> None:
-        """Where /proc tells of somebody else under the leader's number, nobody is looked for."""
-        pid, _ = start_waiting(lambda: (os.setsid(), [start_child()])[1])
+    def test_proc_of_another_namespace(self) -> None:
+        """Where /proc tells of others under the numbers that are used here, nobody is looked for."""
 
-        def read_another(number: int) -> Process | None:
-            process = look_at(number)
-            return replace(process, parent=2) if process and number == pid else process
+        def main() -> dict[str, Any]:
+            tree, leader, _ = lead(start_child)
+            assert find(tree) == []
+            assert tree.look_failure
+            assert not tree.signal_leader(signal.SIGKILL)
+            end(leader)
+            return {}
 
-        mocker.patch.object(child_tree, "look_at", autospec=True, side_effect=read_another)
-        tree = ProcessTree()
-        tree.adopt(pid)
-        assert find(tree) == []
-        assert tree.look_failure
+        run_in_namespace(main, own_proc=False)
 
     def test_leader_that_did_not_mark_itself(self) -> None:
         """A leader that was spawned is marked by its parent."""
@@ -372,6 +373,62 @@ class TestLook:
             return {}
 
         run_in_namespace(main)
+
+
+class TestFailingLook:
+    """A look that cannot be taken, which is not one that has found nobody."""
+
+    @pytest.fixture
+    def errors(self, mocker: MockerFixture) -> list[int]:
+        """Return what looks fail with from now on, the next one with the last."""
+
+        def scan_or_fail(path: str) -> Any:
+            if errors:
+                raise OSError(error := errors.pop(), os.strerror(error))
+            return scan(path)
+
+        errors: list[int] = []
+        scan = os.scandir
+        self.scan = mocker.patch.object(os, "scandir", autospec=True, side_effect=scan_or_fail)
+        return errors
+
+    @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOMEM], ids=errno.errorcode.get)
+    def test_another_try(self, errors: list[int], error: int) -> None:
+        """What is wanting for a moment, for somebody else has it, is tried for again."""
+        tree, _, started = lead(start_child)
+        errors += [error] * 2
+        assert find(tree) == started
+        assert tree.look_failure is None
+
+    def test_no_end_of_it(self, errors: list[int]) -> None:
+        """It is not tried for ever, and tells why it has found nobody, until a look succeeds."""
+        tree, _, started = lead(start_child)
+        errors += [errno.EMFILE] * child_tree.LOOK_TRIES
+        assert find(tree) == []
+        assert self.scan.call_count == child_tree.LOOK_TRIES
+        assert tree.look_failure == os.strerror(errno.EMFILE)
+        assert find(tree) == started
+        assert tree.look_failure is None
+
+    def test_no_permission(self, errors: list[int]) -> None:
+        """What will not change is not tried again."""
+        tree, _, _ = lead(start_child)
+        errors.append(errno.EACCES)
+        assert find(tree) == []
+        assert self.scan.call_count == 1
+        assert tree.look_failure == os.strerror(errno.EACCES)
+
+    def test_what_was_stopped_is_returned(self, mocker: MockerFixture, errors: list[int]) -> None:
+        """Who has been stopped can be killed also if nobody can be looked for any more."""
+        tree, _, started = lead(*STARTS)
+        send = child_tree.send_signals
+
+        def fail_and_send(process: Process, signals: Any) -> bool:
+            errors[:] = [errno.EMFILE] * child_tree.LOOK_TRIES
+            return send(process, signals)
+
+        mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=fail_and_send)
+        assert sorted(process.pid for process in tree.stop(PATIENCE)) == sorted(started)
 
 
 class TestStop:
@@ -674,6 +731,34 @@ class TestSudo:
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)
         assert tree.sudo_failures == {os.geteuid(): "there is no sudo"}
+
+
+class TestGroupByOwner:
+    def test_effective_user(self, mocker: MockerFixture) -> None:
+        """It is the effective user whom sudo is asked to signal as, for a set-user-ID program has another real one."""
+        process = read_process(start_child())
+        ids = SimpleNamespace(real=1, effective=2, saved=3)
+        mocker.patch.object(psutil.Process, "uids", autospec=True, return_value=ids)
+        assert group_by_owner([process]) == {2: [process]}
+
+    def test_dead_process(self) -> None:
+        """Whoever has ended belongs to nobody."""
+        pid, _ = start_waiting(lambda: None)
+        process = read_process(pid)
+        end(pid)
+        assert group_by_owner([process]) == {}
+
+    def test_no_descriptor_left(self) -> None:
+        """Where the owner cannot be told for want of a file descriptor, nobody is asked, and nothing raised."""
+        process = read_process(start_child())
+        with contextlib.closing(Relay()) as told:
+
+            def use_up_descriptors() -> None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+                told.tell([*group_by_owner([process])])
+
+            fork(use_up_descriptors)
+            assert told.hear() == []
 
 
 class TestMark:

@@ -33,6 +33,7 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -69,6 +70,13 @@ STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 STAT_MAX_BYTES = 4096
 
 LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is another PID namespace's"
+
+TRANSIENT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What a look fails with for want of something that other threads or processes may give back any moment."""
+
+LOOK_TRIES = 5
+LOOK_RETRY_INTERVAL = 0.002
+"""Seconds between the tries."""
 
 STOP_POLL_INTERVAL = 0.001
 """Seconds between looks at processes that were sent SIGSTOP, and have not come to it."""
@@ -122,12 +130,12 @@ class ProcessTree:
         if not is_unreaped_child(pid):
             return
         try:
-            leader = look_at(pid)
+            # A /proc of another PID namespace knows somebody else by that number.
+            leader = look_at(pid) if is_own_proc() else None
         except OSError as error:
             self.look_failure = error.strerror
             return
-        # A /proc that belongs to another PID namespace knows somebody else by that number.
-        if leader is None or leader.parent != os.getpid():
+        if leader is None:
             self.look_failure = LEADER_NOT_SEEN
             return
         # It may be dead, and have left something behind; nobody has its number before it is collected.
@@ -156,12 +164,16 @@ class ProcessTree:
             self.find()
 
     def find(self, *, with_leader: bool = False) -> list[Process]:
-        """Return the processes of the tree. One pass; entries may vanish meanwhile."""
+        """
+        Return the processes of the tree; none if they cannot be looked for, when ``look_failure`` says why.
+
+        One pass; entries may vanish meanwhile.
+        """
         if self._leader is None:
             return []
         self.look_failure = None
         try:
-            members = self._find_members(self._read_candidates(self._leader), self._leader)
+            members = self._look(self._leader)
         except OSError as error:
             self.look_failure = error.strerror
             return []
@@ -169,6 +181,17 @@ class ProcessTree:
         if not with_leader:
             members.pop(self._leader.pid, None)
         return list(members.values())
+
+    def _look(self, leader: Process) -> dict[int, Process]:
+        """Return the members by PID; raises OSError if that fails repeatedly, or has no prospect."""
+        for _ in range(LOOK_TRIES - 1):
+            try:
+                return self._find_members(self._read_candidates(leader), leader)
+            except OSError as error:
+                if error.errno not in TRANSIENT_ERRORS:
+                    raise
+            time.sleep(LOOK_RETRY_INTERVAL)
+        return self._find_members(self._read_candidates(leader), leader)
 
     def _read_candidates(self, leader: Process) -> dict[int, Process]:
         """
@@ -221,14 +244,15 @@ class ProcessTree:
             # child appears. So the last look is one that began when all had been seen stopped.
             overdue = bool(sent) and time.monotonic() > deadline
             if overdue or (all_stopped and not fresh):
-                return sorted(members, key=lambda member: (member.start, member.pid), reverse=True)
+                return sort_to_kill(members)
             all_stopped = not fresh and all(member.stopped for member in members)
             self.signal(fresh, signal.SIGSTOP)
             sent.update(fresh)
             if not fresh and not all_stopped:
                 # Let those run that are to stop.
                 time.sleep(STOP_POLL_INTERVAL)
-        return []
+        # A look that failed has found nobody, which does not continue those that the looks before have stopped.
+        return sort_to_kill(sent) if self.look_failure else []
 
     def signal_leader(self, sig: int) -> bool:
         """Send ``sig`` to the leader alone; False if there is none."""
@@ -253,6 +277,19 @@ class ProcessTree:
             self.sudo_failures.pop(uid, None)
         else:
             self.sudo_failures[uid] = failure
+
+
+def sort_to_kill(members: Iterable[Process]) -> list[Process]:
+    """Return members with children before their parents; see :meth:`ProcessTree.stop`."""
+    return sorted(members, key=lambda member: (member.start, member.pid), reverse=True)
+
+
+def is_own_proc() -> bool:
+    """Whether /proc, if there is one, knows processes by the numbers that they have for us (pid_namespaces(7))."""
+    try:
+        return os.readlink(f"{PROC}/self") == str(os.getpid())
+    except FileNotFoundError:
+        return True
 
 
 def is_uncollected(leader: Process) -> bool:
@@ -489,7 +526,8 @@ def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
     """Return those that still run, by the user that they run as."""
     groups: dict[int, list[Process]] = {}
     for process in filter(is_alive, processes):
-        with contextlib.suppress(psutil.Error):
+        # psutil raises as it is what the kernel says for want of a file descriptor.
+        with contextlib.suppress(psutil.Error, OSError):
             groups.setdefault(psutil.Process(process.pid).uids().effective, []).append(process)
     return groups
 

@@ -132,12 +132,12 @@ def supervise_in_namespace(main: Callable[[], dict[str, Any]]) -> Outcome:
     return Outcome(**run_in_namespace(main))
 
 
-def run_in_namespace(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_in_namespace(main: Callable[[], dict[str, Any]], *, own_proc: bool = True) -> dict[str, Any]:
     """Run ``main`` as the first process of a PID namespace (pid_namespaces(7)), and return what it does."""
     told = Relay()
 
     def be_first() -> None:
-        report(told, lambda: (mount_proc(), main())[1])
+        report(told, lambda: (own_proc and mount_proc(), main())[1])
 
     def enter() -> dict[str, Any]:
         unshare(CLONE_NEWPID)
