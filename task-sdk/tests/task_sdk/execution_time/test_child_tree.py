@@ -627,6 +627,18 @@ class TestSudo:
         """Let a sudo that answers take as long as it does on a busy machine."""
         mocker.patch.object(child_tree, "SUDO_TIMEOUT", PATIENCE)
 
+    @pytest.fixture
+    def owned_by(self, mocker: MockerFixture) -> Callable[..., list[Process]]:
+        """Return what gives the processes of a tree to users, one each, and returns them."""
+
+        def own(tree: ProcessTree, *uids: int) -> list[Process]:
+            processes = tree.find()
+            by_owner = {uid: [process] for uid, process in zip(uids, processes)}
+            mocker.patch.object(child_tree, "group_by_owner", autospec=True, return_value=by_owner)
+            return processes
+
+        return own
+
     def install_sudo(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
         write_sudo(folder, script)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -656,11 +668,13 @@ class TestSudo:
         while any(map(is_alive, processes)):
             assert time.monotonic() < deadline
 
-    def test_as_root_where_not_as_the_user(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_as_root_where_not_as_the_user(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
         """A sudo that permits to kill as root alone is no failure."""
         self.install_sudo(monkeypatch, tmp_path, '[ "$2" = kill ] || exit 1')
         tree, _, _ = lead(start_child)
-        tree.signal(tree.find(), signal.SIGTERM)
+        tree.signal(owned_by(tree, 4711), signal.SIGTERM)
         assert tree.sudo_failures == {}
 
     def test_process_that_ends_meanwhile(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -680,31 +694,64 @@ class TestSudo:
         tree.signal(tree.find(), signal.SIGTERM)
         assert tree.sudo_failures == {os.geteuid(): "a password is required"}
 
-    def test_one_failure_is_enough(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_one_failure_is_enough(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
         """A sudo that may not is not asked again, which every time would be logged and take its time."""
         self.install_sudo(monkeypatch, tmp_path, f"echo call >>{tmp_path}/calls; exit 1")
         tree, _, _ = lead(start_child)
+        processes = owned_by(tree, 4711)
         for sig in (signal.SIGTERM, signal.SIGKILL):
-            tree.signal(tree.find(), sig)
+            tree.signal(processes, sig)
         assert (tmp_path / "calls").read_text() == "call\n" * 2, "as the user, and as root"
-        assert tree.sudo_failures == {os.geteuid(): "sudo ended with 1"}
+        assert tree.sudo_failures == {4711: "sudo ended with 1"}
 
     def test_failure_of_one_user_is_not_all_users(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mocker: MockerFixture
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
     ) -> None:
         """The sudoers may permit one user and not another."""
         self.install_sudo(
             monkeypatch, tmp_path, f'echo "$3 $4 $5" >>{tmp_path}/calls; [ "$3" = "#4712" ] || exit 1'
         )
         tree, _, _ = lead(start_child, start_child)
-        one, other = tree.find()
-        by_owner = {4711: [one], 4712: [other]}
-        mocker.patch.object(child_tree, "group_by_owner", autospec=True, return_value=by_owner)
+        processes = owned_by(tree, 4711, 4712)
         for sig in (signal.SIGTERM, signal.SIGKILL):
-            tree.signal([one, other], sig)
+            tree.signal(processes, sig)
         calls = (tmp_path / "calls").read_text().splitlines()
         assert [call for call in calls if call.startswith("#4712")] == ["#4712 kill -15", "#4712 kill -9"]
         assert list(tree.sudo_failures) == [4711]
+
+    def test_all_users_at_once(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
+        """What sudo takes for one user it takes for any number of them."""
+        calls = tmp_path / "calls"
+        wait = f"until [ $(wc -l <{calls}) = 3 ]; do :; done"
+        self.install_sudo(monkeypatch, tmp_path, f"echo $3 >>{calls}; {wait}")
+        tree, _, _ = lead(start_child, start_child, start_child)
+        tree.signal(owned_by(tree, 4711, 4712, 4713), signal.SIGTERM)
+        assert sorted(calls.read_text().split()) == ["#4711", "#4712", "#4713"]
+        assert tree.sudo_failures == {}
+
+    def test_root_is_not_asked_twice(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
+        """A process of root is signalled as root in the first place."""
+        self.install_sudo(monkeypatch, tmp_path, f"echo call >>{tmp_path}/calls; exit 1")
+        tree, _, _ = lead(start_child)
+        tree.signal(owned_by(tree, 0), signal.SIGTERM)
+        assert (tmp_path / "calls").read_text() == "call\n"
+        assert list(tree.sudo_failures) == [0]
+
+    def test_deadline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is not waited for any longer than the caller has time."""
+        tree, _, _ = lead(start_child)
+        with self.hanging_sudo(tmp_path, '"$5"'):
+            monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", PATIENCE)
+            began = time.monotonic()
+            tree.signal(tree.find(), signal.SIGTERM, signal.SIGCONT, deadline=began + 0.1)
+            assert time.monotonic() - began < PATIENCE
+        assert tree.sudo_failures == {os.geteuid(): child_tree.SUDO_TIMED_OUT}
 
     def test_sudo_that_hangs(self, tmp_path: Path) -> None:
         """It is not waited for, nor asked again but for the SIGKILL, for it may have been slow just once."""

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import signal
@@ -52,7 +53,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["Process", "ProcessTree"]
 
@@ -84,7 +85,7 @@ STOP_POLL_INTERVAL = 0.001
 SUDO_TIMEOUT = 1.0
 """Seconds; ``sudo -n`` asks nobody, but may look for its rules in the network."""
 
-SUDO_TIMED_OUT = f"sudo did not answer within {SUDO_TIMEOUT:g} s"
+SUDO_TIMED_OUT = "sudo did not answer in time"
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class ProcessTree:
             if overdue or (all_stopped and not fresh):
                 return sort_to_kill(members)
             all_stopped = not fresh and all(member.stopped for member in members)
-            self.signal(fresh, signal.SIGSTOP)
+            self.signal(fresh, signal.SIGSTOP, deadline=deadline)
             sent.update(fresh)
             if not fresh and not all_stopped:
                 # Let those run that are to stop.
@@ -261,16 +262,26 @@ class ProcessTree:
         self.signal([self._leader], sig)
         return True
 
-    def signal(self, processes: Iterable[Process], *signals: int) -> None:
-        """Send the signals to each process that still is the same; to those of another user through sudo."""
+    def signal(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
+        """
+        Send the signals to each process that still is the same; to those of another user through sudo.
+
+        :param deadline: when sudo is not waited for any longer, by time.monotonic().
+        """
         denied = [process for process in processes if not send_signals(process, signals)]
-        for uid, owned in group_by_owner(denied).items():
-            for sig in signals:
-                failure = self.sudo_failures.get(uid)
-                # It reports to the administrator who asks in vain. One that was slow may have been so just once, and
-                # is asked again when it matters most.
-                if failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL):
-                    self._note_sudo(uid, send_by_sudo(uid, owned, sig))
+        if not denied:
+            return
+        by_owner = group_by_owner(denied)
+        for sig in signals:
+            asked = {uid: owned for uid, owned in by_owner.items() if self._is_sudo_worth_asking(uid, sig)}
+            for uid, failure in send_by_sudo(asked, sig, deadline).items():
+                self._note_sudo(uid, failure)
+
+    def _is_sudo_worth_asking(self, uid: int, sig: int) -> bool:
+        # It reports to the administrator who asks in vain. One that was slow may have been so just once, and is asked
+        # again when it matters most.
+        failure = self.sudo_failures.get(uid)
+        return failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL)
 
     def _note_sudo(self, uid: int, failure: str | None) -> None:
         if failure is None:
@@ -505,21 +516,31 @@ def send_signals(process: Process, signals: Iterable[int]) -> bool:
     return True
 
 
-def send_by_sudo(uid: int, processes: Sequence[Process], sig: int) -> str | None:
+def send_by_sudo(
+    by_owner: Mapping[int, Sequence[Process]], sig: int, deadline: float = math.inf
+) -> dict[int, str | None]:
     """
-    Signal processes of another user, as that user or as root, whichever the sudoers permit.
+    Signal processes of other users, as that user or as root, whichever the sudoers permit; all users at once.
 
-    :returns: why that failed, None if it did not.
+    :param by_owner: the processes by the uids of their owners.
+    :param deadline: when it is not waited for any longer, by time.monotonic().
+    :returns: by uid, why that failed, None if it did not.
     """
     sudo = shutil.which("sudo")
     if sudo is None:
-        return "there is no sudo"
-    kill = ["kill", f"-{int(sig)}", *(str(process.pid) for process in processes)]
-    failure = run_sudo([sudo, "-n", "-u", f"#{uid}", *kill])
-    if failure and failure != SUDO_TIMED_OUT:
-        failure = run_sudo([sudo, "-n", *kill])
+        return dict.fromkeys(by_owner, "there is no sudo")
+    kills = {
+        uid: ["kill", f"-{int(sig)}", *(str(process.pid) for process in owned)]
+        for uid, owned in by_owner.items()
+    }
+    failures = run_all({uid: [sudo, "-n", "-u", f"#{uid}", *kill] for uid, kill in kills.items()}, deadline)
+    refused = [uid for uid, failure in failures.items() if uid and failure not in (None, SUDO_TIMED_OUT)]
+    failures.update(run_all({uid: [sudo, "-n", *kills[uid]] for uid in refused}, deadline))
     # kill fails also when one of them has ended meanwhile, and has signalled the others then.
-    return failure if failure and all(map(is_alive, processes)) else None
+    return {
+        uid: failure if failure and all(map(is_alive, by_owner[uid])) else None
+        for uid, failure in failures.items()
+    }
 
 
 def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
@@ -534,8 +555,27 @@ def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
 
 def run_sudo(command: list[str]) -> str | None:
     """Run sudo; return why that failed, None if it did not."""
+    return run_all({0: command})[0]
+
+
+def run_all(commands: Mapping[int, list[str]], deadline: float = math.inf) -> dict[int, str | None]:
+    """
+    Run one sudo for each user, at the same time; return why they failed, None where one did not.
+
+    :param deadline: by time.monotonic(); they have SUDO_TIMEOUT at most.
+    """
+    deadline = min(deadline, time.monotonic() + SUDO_TIMEOUT)
+    running = {uid: start_sudo(command) for uid, command in commands.items()}
+    return {
+        uid: started if isinstance(started, str) else wait_for_sudo(started, deadline)
+        for uid, started in running.items()
+    }
+
+
+def start_sudo(command: list[str]) -> subprocess.Popen[str] | str:
+    """Start sudo; return why that failed, if it did."""
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -545,8 +585,12 @@ def run_sudo(command: list[str]) -> str | None:
         )
     except OSError as error:
         return str(error)
+
+
+def wait_for_sudo(process: subprocess.Popen[str], deadline: float) -> str | None:
+    """Wait until sudo has ended; return why it failed, None if it did not."""
     try:
-        _, complaint = process.communicate(timeout=SUDO_TIMEOUT)
+        _, complaint = process.communicate(timeout=max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         # subprocess.run() would wait for it without a limit, if it may not kill it: sudo becomes root altogether.
         with contextlib.suppress(PermissionError):
