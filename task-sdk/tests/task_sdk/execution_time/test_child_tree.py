@@ -431,6 +431,64 @@ class TestFailingLook:
         assert sorted(process.pid for process in tree.stop(PATIENCE)) == sorted(started)
 
 
+class TestSpared:
+    """Programs that tasks share, and that none has started on purpose: gpg-agent, a build server, a pause process."""
+
+    NAME = "a-daemon-of-many"
+    """The kernel keeps 15 characters of it."""
+
+    @pytest.fixture
+    def start_spared(self, tmp_path: Path) -> Callable[..., int]:
+        """Return what starts a program of that name, in a session of its own, and returns the PID of its child."""
+        program = tmp_path / self.NAME
+        program.symlink_to("/bin/sh")
+
+        def start_spared() -> int:
+            command = [str(program), "-c", "sleep 600 & echo $!; wait"]
+            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+            return int(process.stdout.readline())
+
+        return start_spared
+
+    def test_left_out(self, start_spared: Callable[[], int]) -> None:
+        """A program of that name is left out with all that descends from it, and neither stopped; the rest is not."""
+        tree, leader, [child, other] = lead(start_spared, start_child)
+        spared = read_process(child).parent
+        assert {child, spared, other} <= set(find(tree))
+        tree.spared = frozenset({self.NAME})
+        assert find(tree) == [other]
+        tree.stop(PATIENCE, with_leader=True)
+        assert [pid for pid in (leader, child, spared, other) if read_process(pid).stopped] == [leader, other]
+
+    def test_descendant_that_is_left(self, start_spared: Callable[[], int]) -> None:
+        """What it has started is left out also when the program itself has ended since."""
+        tree, _, [child] = lead(start_spared)
+        tree.spared = frozenset({self.NAME})
+        assert find(tree) == []
+        with contextlib.closing(Tree()) as held:
+            parent = held.add(read_process(child).parent)
+            os.kill(parent, signal.SIGKILL)
+            assert held.gone(parent)
+        assert find(tree) == []
+
+    def test_beginning_of_a_name(self, start_spared: Callable[[], int]) -> None:
+        """A name that another one begins with is not that one's."""
+        tree, _, [child] = lead(start_spared)
+        tree.spared = frozenset({self.NAME[:8]})
+        assert {child, read_process(child).parent} <= set(find(tree))
+
+    def test_leader(self) -> None:
+        """The leader is ended, whatever its name is, and so is what it has started."""
+
+        def rename_and_start() -> int:
+            ctypes.CDLL(None).prctl(PR_SET_NAME, b"leader")
+            return start_child()
+
+        tree, leader, [child] = lead(rename_and_start)
+        tree.spared = frozenset({"leader"})
+        assert sorted(process.pid for process in tree.find(with_leader=True)) == sorted([leader, child])
+
+
 class TestStop:
     def test_all_are_stopped(self) -> None:
         """When it returns, none of them can start another process; the leader runs unless told otherwise."""

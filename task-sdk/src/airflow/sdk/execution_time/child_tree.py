@@ -53,9 +53,12 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 __all__ = ["Process", "ProcessTree"]
+
+Tie = tuple[str, int]
+"""What several processes have in common, by its kind: ("parent", 4711), ("session", 4711)."""
 
 PROC = "/proc"
 
@@ -69,6 +72,9 @@ DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 STAT_MAX_BYTES = 4096
+
+NAME_MAX_BYTES = 15
+"""What the kernel keeps of the name of a program (prctl(2), PR_SET_NAME)."""
 
 LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is another PID namespace's"
 
@@ -117,6 +123,9 @@ class ProcessTree:
         self._remembered: dict[int, float] = {}
         self._settled: dict[int, int] = {}
         self._foreign_sessions: set[int] = set()
+        self._known_as_spared: dict[int, float] = {}
+        self.spared: frozenset[str] = frozenset()
+        """Names of programs that are left out, with all that descends from them; the leader never is."""
         self.sudo_failures: dict[int, str] = {}
         """Why processes of other users could not be signalled, by their uids."""
         self.look_failure: str | None = None
@@ -179,9 +188,10 @@ class ProcessTree:
             self.look_failure = error.strerror
             return []
         self._remembered.update((pid, process.start) for pid, process in members.items())
+        left_out = set(self._find_spared(members, self._leader)) if self.spared else set()
         if not with_leader:
-            members.pop(self._leader.pid, None)
-        return list(members.values())
+            left_out.add(self._leader.pid)
+        return [process for pid, process in members.items() if pid not in left_out]
 
     def _look(self, leader: Process) -> dict[int, Process]:
         """Return the members by PID; raises OSError if that fails repeatedly, or has no prospect."""
@@ -223,8 +233,29 @@ class ProcessTree:
             return self._has_mark(process.pid, self._mark)
 
         seeds = {process.pid: process for process in processes.values() if is_known(process)}
-        sessions = {leader.pid} if is_uncollected(leader) else set()
-        return add_tied(processes, seeds, sessions, self._foreign_sessions)
+        session = [("session", leader.pid)] if is_uncollected(leader) else []
+        return add_tied(processes, seeds, self._list_ties, session)
+
+    def _list_ties(self, member: Process) -> list[Tie]:
+        ties = list_descent(member)
+        if member.session not in self._foreign_sessions:
+            ties.append(("session", member.session))
+        return ties
+
+    def _find_spared(self, members: dict[int, Process], leader: Process) -> dict[int, Process]:
+        """Return the members to be left alone, by PID. What was seen below one of them stays so when that is gone."""
+        names = set(map(shorten_name, self.spared))
+        chosen = {
+            process.pid: process
+            for process in members.values()
+            if process != leader
+            and (
+                shorten_name(process.name) in names or self._known_as_spared.get(process.pid) == process.start
+            )
+        }
+        spared = add_tied(members, chosen, list_descent)
+        self._known_as_spared.update((pid, process.start) for pid, process in spared.items())
+        return spared
 
     def stop(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
         """
@@ -322,22 +353,23 @@ def has_exited(child: int) -> bool:
 
 
 def add_tied(
-    processes: dict[int, Process], seeds: dict[int, Process], sessions: set[int], foreign: set[int]
+    processes: dict[int, Process],
+    seeds: dict[int, Process],
+    list_ties: Callable[[Process], list[Tie]],
+    further: Iterable[Tie] = (),
 ) -> dict[int, Process]:
     """
-    Return the seeds, all that descends from them, and all that is in a session with one of them, by PID.
+    Return the seeds and all that is tied to them, or to what is tied to them, by PID.
 
-    :param sessions: what counts as a session of theirs, whoever is in it.
-    :param foreign: the sessions that do not count.
+    :param list_ties: returns what ties others to a process.
+    :param further: what else ties others to the seeds.
     """
-    tied: dict[tuple[str, int], list[Process]] = {}
+    tied: dict[Tie, list[Process]] = {}
     for process in processes.values():
         tied.setdefault(("parent", process.parent), []).append(process)
-        if process.session not in foreign:
-            tied.setdefault(("session", process.session), []).append(process)
+        tied.setdefault(("session", process.session), []).append(process)
     found = dict(seeds)
-    unvisited = [("session", session) for session in sessions]
-    unvisited += [tie for seed in seeds.values() for tie in list_ties(seed)]
+    unvisited = [*further, *(tie for seed in seeds.values() for tie in list_ties(seed))]
     while unvisited:
         # Each is followed once.
         for process in tied.pop(unvisited.pop(), ()):
@@ -347,9 +379,14 @@ def add_tied(
     return found
 
 
-def list_ties(member: Process) -> list[tuple[str, int]]:
-    """Return what ties others to a member: that it is their parent, or is in a session with them."""
-    return [("parent", member.pid), ("session", member.session)]
+def list_descent(process: Process) -> list[Tie]:
+    """Return what ties its children to a process."""
+    return [("parent", process.pid)]
+
+
+def shorten_name(name: str) -> str:
+    """Return as much of a program's name as the kernel keeps."""
+    return os.fsencode(name)[:NAME_MAX_BYTES].decode(errors="replace")
 
 
 def mark_process() -> None:
