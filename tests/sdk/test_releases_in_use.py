@@ -67,6 +67,8 @@ STOCK_VARIABLES = {"TEARDOWN_TESTS_PATIENCE": "5"}
 NEED_NAMESPACES = {
     *(f"TestProc::test_hidepid[{way}]" for way in ("conflict", "killed", "failed")),
     *(f"TestRecycledNumber::test_{who}" for who in ("leader", "leftover")),
+    "TestFind::test_proc_of_another_namespace",
+    "TestFind::test_session_recycled_between_two_looks",
     "TestLook::test_namesakes_are_told_apart",
 }
 

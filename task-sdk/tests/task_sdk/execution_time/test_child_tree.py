@@ -47,15 +47,16 @@ from task_sdk.execution_time.teardown.supervised_task import (
 from airflow.sdk.execution_time import child_tree
 from airflow.sdk.execution_time.child_tree import (
     MARK_VARIABLE,
+    RLIMIT_LOCKS,
     Process,
     ProcessTree,
     compute_mark,
     group_by_owner,
-    has_limit,
     is_alive,
     list_pids,
     look_at,
     mark_process,
+    read_limits,
     read_process,
     send_signals,
 )
@@ -129,6 +130,20 @@ def start_orphan(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> in
     return pid
 
 
+def start_orphan_fork(prepare: Callable[[], Any], main: Callable[[], Any]) -> int:
+    """Fork a process that runs ``main``, and whose parent is gone by then."""
+
+    def wait_and_run() -> None:
+        orphaned.hear()
+        main()
+
+    with contextlib.closing(Relay()) as orphaned:
+        parent, [pid] = start_waiting(lambda: (prepare(), [fork(wait_and_run)])[1])
+        end(parent)
+        orphaned.tell("orphaned")
+        return pid
+
+
 def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
     """Start a process in a session of its own whose parent is gone."""
     return start_orphan(lambda: (os.setsid(), prepare()), **kwargs)
@@ -187,14 +202,14 @@ class TestFind:
         tree, leader, _ = lead()
         mark = compute_mark(read_process(leader))
         resource.prlimit(older, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
-        assert has_limit(older, mark)
+        assert mark in read_limits(older)
         assert find(tree) == []
 
     def test_recycled_leader(self) -> None:
         """The session of a process that has got the leader's number since is not the leader's."""
         tree, _, _ = lead(start_child)
         tree._leader = replace(tree._leader, start=tree._leader.start - 1)
-        tree._mark = 1
+        tree._marks = {1}
         assert find(tree) == []
 
     def test_recycled_session(self) -> None:
@@ -329,7 +344,148 @@ class TestFind:
         pid, _ = start_waiting(os.setsid)
         tree = ProcessTree()
         tree.adopt(pid)
-        assert has_limit(pid, compute_mark(read_process(pid)))
+        assert read_limits(pid) == (compute_mark(read_process(pid)),)
+
+
+def supervise(*starts: Callable[[], Any]) -> list[Any]:
+    """Supervise a leader that starts what it is told to; return its PID and theirs."""
+    _, leader, started = lead(*starts)
+    return [leader, *started]
+
+
+def lift_outer_limit() -> None:
+    """Give up the limit that is the mark of the tree around one's own."""
+    resource.prlimit(0, RLIMIT_LOCKS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class TestNested:
+    """A task that supervises tasks, as dag.test() does with an executor, or Airflow's own tests."""
+
+    def test_inner_tree_belongs_to_the_outer_one(self) -> None:
+        """All of the inner tree is found when the outer leader, which was its supervisor, has died suddenly."""
+        tree, leader, [inner] = lead(lambda: supervise(*STARTS))
+        assert find(tree) == sorted(inner)
+        end(leader)
+        assert find(tree) == sorted(inner)
+
+    def test_without_a_look_before(self) -> None:
+        """It is so, too, if nobody had looked by then."""
+        tree, leader, [inner] = lead(lambda: supervise(*STARTS))
+        end(leader)
+        assert find(tree) == sorted(inner)
+
+    def test_third_generation(self) -> None:
+        """What an inner tree has around it in turn belongs to the outermost."""
+        tree, leader, [[middle, [inner, daemon]]] = lead(lambda: supervise(lambda: supervise(start_daemon)))
+        end(leader)
+        assert find(tree) == sorted([middle, inner, daemon])
+
+    def test_mark_of_a_member(self) -> None:
+        """A mark that a member carries is one of the tree's, also if nothing else tells of the outer one."""
+        tree, leader, [[inner, daemon]] = lead(lambda: supervise(lambda: start_daemon(lift_outer_limit)))
+        assert len(read_limits(daemon)) == 1
+        end(leader)
+        assert find(tree) == sorted([inner, daemon])
+
+    def test_outer_tree_does_not_belong_to_the_inner_one(self) -> None:
+        """A supervisor that is in a tree itself takes neither its own processes nor another task for a task's."""
+
+        def supervise_two() -> list[Any]:
+            start_session()
+            tree, _, started = lead(*STARTS)
+            other, _, others = lead(*STARTS)
+            return [find(tree), sorted(started), find(other), sorted(others)]
+
+        _, _, [[found, started, found_too, others]] = lead(supervise_two)
+        assert (found, found_too) == (started, others)
+
+    def test_supervisor_that_has_left(self) -> None:
+        """A worker that a task has started with its mark lifted starts tasks that belong to nobody else."""
+
+        def start_worker() -> int:
+            def start_task() -> None:
+                told.tell(supervise(start_daemon))
+                pause_for_ever()
+
+            return start_orphan_fork(lambda: (os.setsid(), lift_limit()), start_task)
+
+        with contextlib.closing(Relay()) as told:
+            tree, leader, _ = lead(start_worker)
+            [inner, daemon] = told.hear()
+            assert find(tree) == []
+            end(leader)
+            assert find(tree) == []
+            assert read_limits(inner) == read_limits(daemon) == (compute_mark(read_process(inner)),)
+
+    def test_mark_around_is_that_of_the_supervisor(self) -> None:
+        """Whoever has left its tree by lifting the limit has left those around that, too."""
+
+        def become_leader() -> list[int]:
+            resource.prlimit(0, RLIMIT_LOCKS, (child_tree.MARK_FLAG + 1, resource.RLIM_INFINITY))
+            os.setsid()
+            mark_process()
+            return []
+
+        leader, _ = start_waiting(become_leader)
+        assert read_limits(leader) == (compute_mark(read_process(leader)),)
+
+    def test_with_a_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the limit cannot be set the variable has the marks of all trees."""
+
+        def refuse(*args: Any) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(resource, "prlimit", refuse)
+        monkeypatch.delenv(MARK_VARIABLE, raising=False)
+        tree, leader, [[middle, [inner, daemon]]] = lead(lambda: supervise(lambda: supervise(start_daemon)))
+        for runner in (middle, inner, leader):
+            with contextlib.closing(Tree()) as held:
+                held.add(runner)
+                os.kill(runner, signal.SIGKILL)
+                assert held.gone(runner)
+        os.waitpid(leader, 0)
+        assert find(tree) == [daemon]
+
+    @pytest.mark.parametrize("first", ["leader", "supervisor"])
+    def test_one_mark(self, first: str) -> None:
+        """A leader and its supervisor that come to different marks agree on one, whoever is first."""
+
+        def mark_when_told() -> None:
+            if first == "supervisor":
+                order.hear()
+            mark_process()
+            told.tell("marked")
+            pause_for_ever()
+
+        with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
+            leader = fork(mark_when_told)
+            invented = child_tree.invent_mark(leader)
+            if first == "leader":
+                assert told.hear() == "marked"
+                own = compute_mark(read_process(leader))
+                assert child_tree.give_mark(leader, invented) == own
+                assert read_limits(leader) == (own,)
+            else:
+                assert child_tree.give_mark(leader, invented) == invented
+                order.tell("mark yourself")
+                assert told.hear() == "marked"
+                assert read_limits(leader) == (invented,)
+
+    def test_mark_of_a_namesake(self) -> None:
+        """A mark that was inherited is not taken for one's own, though its leader had the same number once."""
+        leader, _ = start_waiting(os.setsid)
+        inherited, mark = child_tree.invent_mark(leader), child_tree.invent_mark(leader)
+        child_tree.give_mark(leader, inherited)
+        assert child_tree.give_mark(leader, mark, inherited=[inherited]) == mark
+        assert read_limits(leader) == (mark, inherited)
+
+    def test_marks_of_another_user(self, mocker: MockerFixture) -> None:
+        """Both marks are read in /proc where prlimit() is denied."""
+        _, _, [inner] = lead(lambda: supervise(start_daemon))
+        marks = [read_limits(pid) for pid in inner]
+        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
+        assert [read_limits(pid) for pid in inner] == marks
+        assert all(len(of_one) == 2 for of_one in marks)
 
 
 class TestLook:

@@ -361,7 +361,7 @@ def name_mark(tree: child_tree.ProcessTree) -> str:
     """Return what marks the processes of a tree."""
     if tree._leader is None:
         return "none"
-    return "limit" if tree._has_mark is child_tree.has_limit else "variable"
+    return "limit" if tree._read_marks is child_tree.read_limits else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:

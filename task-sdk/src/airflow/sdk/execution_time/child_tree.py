@@ -24,8 +24,15 @@ which an environment variable does not. It is computed from the leader's PID and
 child agree on it without talking, unless the leader is another program (child_spawn). Nothing is done or kept while
 the tree runs.
 
-A process leaves its tree by detaching (setsid, and a parent that exits) with the limit lifted, for which
-``prlimit --rttime=unlimited`` serves.
+Trees nest: a task may supervise tasks itself. The leader of an inner tree gets a mark of its own, and keeps that of
+the tree around it in ``RLIMIT_LOCKS``, a limit that nobody heeds, and that is inherited alike. Whoever belongs to a
+tree brings into it what carries the same mark, so that all inner trees belong to the outer one, also those whose
+supervisor has gone. Of three generations the first finds the third by somebody of the second who is alive, or was
+seen in an earlier look.
+
+A process leaves its tree, and all around it, by detaching (setsid, and a parent that exits) with the limit lifted,
+for which ``prlimit --rttime=unlimited`` serves. A worker that a task starts, or starts again, has to be started so:
+otherwise it, and every task that it runs from then on, ends with that task.
 
 Nothing here imports Airflow.
 """
@@ -36,11 +43,14 @@ import contextlib
 import errno
 import math
 import os
+import re
+import secrets
 import shutil
 import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -53,17 +63,26 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 __all__ = ["Process", "ProcessTree"]
 
 Tie = tuple[str, int]
-"""What several processes have in common, by its kind: ("parent", 4711), ("session", 4711)."""
+"""What several processes have in common, by its kind: ("parent", 4711), ("session", 4711), ("mark", 4711)."""
 
 PROC = "/proc"
 
 MARK_FLAG = 1 << 62
 """In every mark, which is thereby some 10^5 years as a number of microseconds."""
+
+PID_BITS = (1 << 22) - 1
+"""The part of a mark that is the leader's PID, which has 22 bits at most (proc_sys_kernel(5))."""
+
+RLIMIT_LOCKS = 10
+"""Has had no effect since Linux 2.4 (getrlimit(2)), and no name in Python."""
+
+SOFT_LIMIT = re.compile(r"^Max (realtime timeout|file locks) +(\d+)", re.MULTILINE)
+"""A line of /proc/PID/limits that may be a mark; another one says "unlimited"."""
 
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
@@ -118,8 +137,10 @@ class ProcessTree:
 
     def __init__(self) -> None:
         self._leader: Process | None = None
-        self._mark = 0
-        self._has_mark = has_limit
+        self._mark: int | None = None
+        self._read_marks = read_limits
+        self._marks: set[int] = set()
+        self._foreign_marks: set[int] = set()
         self._remembered: dict[int, float] = {}
         self._settled: dict[int, int] = {}
         self._foreign_sessions: set[int] = set()
@@ -152,13 +173,14 @@ class ProcessTree:
         self._leader = leader
         # It may not have opened its own yet, or not be allowed to.
         self._foreign_sessions = {0, os.getsid(0)}
-        self._mark = mark or self._mark or compute_mark(leader)
-        # A hard limit below the mark raises ValueError.
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
-            _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
-            resource.prlimit(pid, resource.RLIMIT_RTTIME, (self._mark, hard))
-        self._has_mark = has_limit if has_limit(pid, self._mark) else has_variable
+        # Nor have marked itself.
+        self._foreign_marks = {*read_limits(os.getpid()), *parse_variable(os.environ)}
+        mark = mark or self._mark or compute_mark(leader)
+        # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
+        self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
+        # A child may have been forked while the leader had the one of two.
+        self._marks |= {mark, self._mark}
+        self._read_marks = read_limits if self._mark in read_limits(pid) else read_variable
 
     def remember(self) -> None:
         """Note who belongs now: a descendant without a mark is lost once its ancestors are dead."""
@@ -227,20 +249,26 @@ class ProcessTree:
         for nobodys in (0, 1, os.getpid()):
             processes.pop(nobodys, None)
 
+        marks = {pid: self._read_marks(pid) for pid in processes}
+
         def is_known(process: Process) -> bool:
             if process == leader or self._remembered.get(process.pid) == process.start:
                 return True
-            return self._has_mark(process.pid, self._mark)
+            return not self._marks.isdisjoint(marks[process.pid])
+
+        def list_ties(member: Process) -> list[Tie]:
+            ties = list_descent(member)
+            if member.session not in self._foreign_sessions:
+                ties.append(("session", member.session))
+            # That of a tree within this one, be it known by nothing else than this member.
+            ties += [("mark", mark) for mark in marks[member.pid][:1] if mark not in self._foreign_marks]
+            return ties
 
         seeds = {process.pid: process for process in processes.values() if is_known(process)}
         session = [("session", leader.pid)] if is_uncollected(leader) else []
-        return add_tied(processes, seeds, self._list_ties, session)
-
-    def _list_ties(self, member: Process) -> list[Tie]:
-        ties = list_descent(member)
-        if member.session not in self._foreign_sessions:
-            ties.append(("session", member.session))
-        return ties
+        members = add_tied(processes, seeds, list_ties, session, marks)
+        self._marks |= {mark for pid in members for mark in marks[pid][:1]} - self._foreign_marks
+        return members
 
     def _find_spared(self, members: dict[int, Process], leader: Process) -> dict[int, Process]:
         """Return the members to be left alone, by PID. What was seen below one of them stays so when that is gone."""
@@ -357,17 +385,21 @@ def add_tied(
     seeds: dict[int, Process],
     list_ties: Callable[[Process], list[Tie]],
     further: Iterable[Tie] = (),
+    marks: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> dict[int, Process]:
     """
     Return the seeds and all that is tied to them, or to what is tied to them, by PID.
 
     :param list_ties: returns what ties others to a process.
     :param further: what else ties others to the seeds.
+    :param marks: what marks the processes carry, by PID.
     """
     tied: dict[Tie, list[Process]] = {}
     for process in processes.values():
         tied.setdefault(("parent", process.parent), []).append(process)
         tied.setdefault(("session", process.session), []).append(process)
+        for mark in marks.get(process.pid, ()):
+            tied.setdefault(("mark", mark), []).append(process)
     found = dict(seeds)
     unvisited = [*further, *(tie for seed in seeds.values() for tie in list_ties(seed))]
     while unvisited:
@@ -397,45 +429,94 @@ def mark_process() -> None:
     if own is None:
         return
     mark = compute_mark(own)
-    if carry_mark(mark) is None:
-        os.environ[MARK_VARIABLE] = str(mark)
+    # It may carry that of its supervisor, which is in a tree itself.
+    if give_mark(own.pid, mark, inherited=read_limits(os.getppid())) is None:
+        os.environ[MARK_VARIABLE] = extend_variable(os.environ, mark)
 
 
-def carry_mark(mark: int) -> tuple[int, int] | None:
-    """Have the calling process carry a mark as its limit; return the limits before, None where that cannot be set."""
+def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | None:
+    """
+    Have a leader carry a mark as its limit, and the mark of the tree around it, if there is one, beside it.
+
+    A leader and its supervisor both do this, and may not come to the same mark (ProcessTree.adopt). To exchange a limit
+    is one step, so that the second finds what the first has given, and leaves it.
+
+    :param inherited: the marks that its supervisor carries.
+    :returns: the mark that it carries from now on; None where the limit cannot be set.
+    """
     try:
-        soft, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
-        resource.setrlimit(resource.RLIMIT_RTTIME, (mark, hard))
+        _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
+        former, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME, (mark, hard))
+        if former == mark:
+            return mark
+        if is_mark(former) and former & PID_BITS == pid and former not in inherited:
+            resource.prlimit(pid, resource.RLIMIT_RTTIME, (former, hard))
+            return former
+        _, hard = resource.prlimit(pid, RLIMIT_LOCKS)
+        # What is beside it belongs to the tree that its supervisor was started in, and may have left.
+        resource.prlimit(pid, RLIMIT_LOCKS, (former if is_mark(former) else hard, hard))
     except (AttributeError, OSError, ValueError):
         # No such limit (macOS), or a hard one below the mark, or a sandbox that refuses the call.
         return None
-    return soft, hard
+    return mark
+
+
+def extend_variable(env: Mapping[str, str], mark: int) -> str:
+    """Return what the variable is in a tree of that mark, within those that an environment has in it."""
+    return ",".join(filter(None, [env.get(MARK_VARIABLE), str(mark)]))
 
 
 def compute_mark(leader: Process) -> int:
     """Return a number of microseconds that no other leader since boot has."""
-    # A PID has 22 bits at most (proc_sys_kernel(5)); the ticks of a year take 32.
-    return MARK_FLAG | (int(leader.start) << 22 | leader.pid) & MARK_FLAG - 1
+    # The ticks of a year take 32 bits.
+    return MARK_FLAG | (int(leader.start) << PID_BITS.bit_length() | leader.pid) & MARK_FLAG - 1
 
 
-def has_limit(pid: int, mark: int) -> bool:
-    """Whether the process carries the mark as its limit; False if it is gone, or hidden from us."""
-    with contextlib.suppress(AttributeError, OSError):
-        return resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] == mark
+def invent_mark(pid: int) -> int:
+    """Return such a number for a leader whose start is not known."""
+    return MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1) & ~PID_BITS | pid
+
+
+def is_mark(limit: int) -> bool:
+    """Whether a limit is a mark. One that is not set is negative."""
+    return limit >= MARK_FLAG
+
+
+def read_limits(pid: int) -> tuple[int, ...]:
+    """
+    Return the marks that a process carries as its limits, its own first, then that of the tree around its own.
+
+    None if it is gone, or hidden from us, or has none of its own: whoever lifts that limit has left both.
+    """
     try:
-        # Everybody may read a limit here, another user's process among them.
-        with open(f"{PROC}/{pid}/limits") as limits:
-            return f" {mark} " in limits.read()
+        own, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME)
+        around, _ = resource.prlimit(pid, RLIMIT_LOCKS) if is_mark(own) else (0, 0)
+    except (AttributeError, OSError):
+        own, around = read_limits_of_others(pid)
+    return tuple(filter(is_mark, (own, around))) if is_mark(own) else ()
+
+
+def read_limits_of_others(pid: int) -> tuple[int, int]:
+    """Return both limits of another user's process, which everybody may read in /proc; 0 for one that is not set."""
+    try:
+        with open(f"{PROC}/{pid}/limits") as lines:
+            limits = dict(SOFT_LIMIT.findall(lines.read()))
     except OSError:
-        return False
+        limits = {}
+    return int(limits.get("realtime timeout", 0)), int(limits.get("file locks", 0))
 
 
-def has_variable(pid: int, mark: int) -> bool:
-    """Whether the process carries the mark in its environment; False if it is gone, or not ours to read."""
+def read_variable(pid: int) -> tuple[int, ...]:
+    """Return the marks in the environment of a process, its own first; none if it is gone, or not ours to read."""
     try:
-        return bool(psutil.Process(pid).environ().get(MARK_VARIABLE) == str(mark))
+        return parse_variable(psutil.Process(pid).environ())
     except (psutil.Error, OSError):
-        return False
+        return ()
+
+
+def parse_variable(env: Mapping[str, str]) -> tuple[int, ...]:
+    """Return the marks that an environment has, the innermost tree's first."""
+    return tuple(int(mark) for mark in reversed(env.get(MARK_VARIABLE, "").split(",")) if mark.isdigit())
 
 
 def list_pids() -> list[tuple[int, int | None]]:

@@ -221,8 +221,7 @@ class TestMark:
                 lack("resource.RLIMIT_RTTIME")
                 lack("resource.prlimit")
             else:
-                misbehave("resource.prlimit", errno.EPERM)
-                misbehave("resource.setrlimit", errno.EPERM, spares_children=False)
+                misbehave("resource.prlimit", errno.EPERM, spares_children=False)
 
         outcome = end_supervised(relay, way, exec_sleeper, before=forbid)
         assert outcome.left == []
