@@ -32,7 +32,16 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from task_sdk.execution_time.teardown.faults import fork_as, run_in_namespace, write_sudo
+from task_sdk.execution_time.teardown.faults import (
+    become_nobody,
+    fork_as,
+    lack,
+    misbehave,
+    mount_proc,
+    run_in_fork,
+    run_in_namespace,
+    write_sudo,
+)
 from task_sdk.execution_time.teardown.supervised_task import (
     PATIENCE,
     Relay,
@@ -155,6 +164,28 @@ def start_daemon_without_environment() -> int:
 
 def start_daemon_without_mark() -> int:
     return start_daemon(lift_limit)
+
+
+def fork_child() -> int:
+    return fork_waiting(lambda: None)
+
+
+def fork_session() -> int:
+    return fork_waiting(os.setsid)
+
+
+def fork_daemon() -> int:
+    return start_orphan_fork(os.setsid, pause_for_ever)
+
+
+def fork_stray() -> int:
+    """Fork a process in the leader's session that has lost its parent and the mark."""
+    return start_orphan_fork(lift_limit, pause_for_ever)
+
+
+def fork_waiting(main: Callable[[], Any]) -> int:
+    """Fork a process that runs ``main``, and then waits for signals."""
+    return start_waiting(lambda: (main(), [])[1])[0]
 
 
 STARTS = [start_child, start_session, start_daemon, start_daemon_without_environment]
@@ -739,21 +770,169 @@ class TestFallbacks:
         end(leader)
         assert read_process(leader) is None
 
-    @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError, PermissionError])
-    def test_entries_that_vanish_or_are_hidden(self, error: type[OSError]) -> None:
-        """A process that ends between the listing and the look, or that hidepid hides, is left out."""
+    @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
+    def test_entries_that_vanish(self, error: type[OSError]) -> None:
+        """A process that ends between the listing and the look is left out."""
         tree, _, [hidden, seen] = lead(start_child, start_child)
+        with self.failing_to_open(f"/proc/{hidden}/", error):
+            assert find(tree) == [seen]
 
+    def test_entries_that_are_closed(self) -> None:
+        """A process of our own user is found by what the kernel tells without its entry (hidepid)."""
+        tree, _, [hidden, seen] = lead(start_child, start_child)
+        with self.failing_to_open(f"/proc/{hidden}/", PermissionError):
+            assert find(tree) == sorted([hidden, seen])
+
+    def test_closed_entry_of_another_user(self, mocker: MockerFixture) -> None:
+        """Somebody else's is left out, for it cannot even be told whether it is alive."""
+        tree, _, [hidden, seen] = lead(start_child, start_child)
+        look = resource.prlimit
+
+        def refuse(pid: int, *args: Any) -> Any:
+            if pid == hidden:
+                raise PermissionError
+            return look(pid, *args)
+
+        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=refuse)
+        with self.failing_to_open(f"/proc/{hidden}/", PermissionError):
+            assert find(tree) == [seen]
+
+    @contextlib.contextmanager
+    def failing_to_open(self, folder: str, error: type[OSError]) -> Iterator[None]:
         def refuse(path: str, *args: Any, **kwargs: Any) -> Any:
-            if str(path).startswith(f"/proc/{hidden}/"):
+            if str(path).startswith(folder):
                 raise error
             return original(path, *args, **kwargs)
 
         original = os.open
         with pytest.MonkeyPatch.context() as patching:
             patching.setattr(os, "open", refuse)
-            found = find(tree)
-        assert found == [seen]
+            yield
+
+
+class TestHidden:
+    """
+    An unprivileged supervisor that is not dumpable, as from SDK 1.2 on, with a /proc that is mounted with hidepid=1.
+
+    Its own tasks, which inherit that, are listed, but their entries are closed to it.
+    """
+
+    def run(self, main: Callable[[], Any]) -> None:
+        def be_unprivileged() -> dict[str, Any]:
+            mount_proc(b"hidepid=1")
+            become_nobody()
+            main()
+            return {}
+
+        run_in_fork(be_unprivileged)
+
+    def test_found_and_ended(self) -> None:
+        """All that carries the mark, or is in the session of one that does, is found, stopped and ended."""
+
+        def main() -> None:
+            forks = [fork_child, fork_session, fork_daemon, fork_stray]
+            tree, leader, started = lead(*forks)
+            assert all(read_process(pid).start < 0 for pid in [leader, *started])
+            assert find(tree) == sorted(started)
+            end(leader)
+            assert find(tree) == sorted(started)
+            stopped = tree.stop(PATIENCE)
+            assert sorted(process.pid for process in stopped) == sorted(started)
+            with contextlib.closing(Tree()) as held:
+                for pid in started:
+                    held.add(pid)
+                tree.signal(stopped, signal.SIGKILL)
+                assert all(held.gone(pid) for pid in started)
+            assert find(tree) == []
+            assert tree.look_failure is None
+
+        self.run(main)
+
+    def test_entries_that_open(self) -> None:
+        """What executes another program becomes visible, and is found all the same; so is the leader signalled."""
+
+        def main() -> None:
+            def become_sleeper(order: Relay) -> None:
+                order.hear()
+                os.execv("/bin/sleep", ["sleep", "600"])  # noqa: S606
+
+            def start() -> int:
+                return fork(lambda: become_sleeper(orders[0]))
+
+            orders = [Relay(), Relay()]
+            with contextlib.closing(Relay()) as told:
+                leader = fork(
+                    lambda: (os.setsid(), mark_process(), told.tell(start()), become_sleeper(orders[1]))
+                )
+                tree = ProcessTree()
+                tree.adopt(leader)
+                child = told.hear()
+                hidden = tree.find(with_leader=True)
+                assert sorted(process.pid for process in hidden) == sorted([leader, child])
+                for order in orders:
+                    order.tell("execute")
+                deadline = time.monotonic() + PATIENCE
+                while any(read_process(pid).start < 0 for pid in (leader, child)):
+                    assert time.monotonic() < deadline
+                assert sorted(process.pid for process in tree.find(with_leader=True)) == sorted(
+                    [leader, child]
+                )
+                assert tree.signal_leader(signal.SIGTERM)
+                assert os.WTERMSIG(os.waitpid(leader, 0)[1]) == signal.SIGTERM
+                assert find(tree) == [child]
+
+        self.run(main)
+
+    def test_strangers(self) -> None:
+        """Another task is not touched, nor whoever has got the number of a process that has ended."""
+
+        def main() -> None:
+            tree, _, [child] = lead(fork_child)
+            _, other, others = lead(fork_child, fork_daemon)
+            assert find(tree) == [child]
+            process = read_process(child)
+            assert is_alive(process)
+            assert not is_alive(replace(process, start=process.start - 1))
+            assert send_signals(replace(process, start=process.start - 1), [signal.SIGKILL])
+            assert all(read_process(pid) for pid in (child, other, *others))
+            assert read_process(1) is None, "it is another user's"
+
+        self.run(main)
+
+    def test_zombie(self) -> None:
+        """One that has ended is dead, whether or not somebody collects it."""
+
+        def main() -> None:
+            pid = fork(lambda: None)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert child_tree.has_ended(pid)
+            assert read_process(pid) is None
+
+        self.run(main)
+
+    def test_without_pidfd(self) -> None:
+        """Where there is no pidfd it is taken for alive as long as its entry is closed."""
+
+        def main() -> None:
+            pid = fork_child()
+            lack("os.pidfd_open")
+            assert read_process(pid).start < 0
+
+        self.run(main)
+
+    @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOMEM], ids=errno.errorcode.get)
+    def test_no_descriptor_left(self, error: int) -> None:
+        """What cannot be told for want of a file descriptor is not taken for gone."""
+
+        def main() -> None:
+            tree, _, [child] = lead(fork_child)
+            process = read_process(child)
+            misbehave("os.pidfd_open", error)
+            assert is_alive(process)
+            assert find(tree) == []
+            assert tree.look_failure == os.strerror(error)
+
+        self.run(main)
 
 
 class TestReadProcess:

@@ -21,8 +21,11 @@ A process belongs to the tree if it carries the leader's *mark*, or descends fro
 a session with one. The mark is a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time
 scheduling alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)),
 which an environment variable does not. It is computed from the leader's PID and start time, so that parent and
-child agree on it without talking, unless the leader is another program (child_spawn). Nothing is done or kept while
-the tree runs.
+child agree on it without talking; where they cannot, whoever sets it first decides. Nothing is done or kept while the
+tree runs.
+
+Where ``/proc`` hides a process of our own user (hidepid=1), the kernel still tells its session, its marks and whether
+it is alive, but not its parent: what has lost its mark there, and left the sessions of all others, is not found.
 
 Trees nest: a task may supervise tasks itself. The leader of an inner tree gets a mark of its own, and keeps that of
 the tree around it in ``RLIMIT_LOCKS``, a limit that nobody heeds, and that is inherited alike. Whoever belongs to a
@@ -45,6 +48,7 @@ import math
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -95,6 +99,8 @@ STAT_MAX_BYTES = 4096
 NAME_MAX_BYTES = 15
 """What the kernel keeps of the name of a program (prctl(2), PR_SET_NAME)."""
 
+HIDDEN_NAME = "?"
+
 LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is another PID namespace's"
 
 TRANSIENT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -119,7 +125,13 @@ class Process:
 
     pid: int
     start: float
-    """Clock ticks since boot (proc_pid_stat(5)), elsewhere what psutil calls the creation time."""
+    """
+    Clock ticks since boot (proc_pid_stat(5)), elsewhere what psutil calls the creation time.
+
+    Where /proc hides it, less than 0: the number of its inode there, negated, which the next process of its PID does
+    not get. It may lose it to a want of memory, and does so when its entry opens, as by an exec: it counts as another
+    process then, and is found again.
+    """
     name: str = field(compare=False)
     parent: int = field(compare=False)
     session: int = field(compare=False)
@@ -137,6 +149,7 @@ class ProcessTree:
 
     def __init__(self) -> None:
         self._leader: Process | None = None
+        self._oldest = 0.0
         self._mark: int | None = None
         self._read_marks = read_limits
         self._marks: set[int] = set()
@@ -163,6 +176,7 @@ class ProcessTree:
         try:
             # A /proc of another PID namespace knows somebody else by that number.
             leader = look_at(pid) if is_own_proc() else None
+            oldest = leader.start if leader and leader.start >= 0 else read_own_start()
         except OSError as error:
             self.look_failure = error.strerror
             return
@@ -171,11 +185,12 @@ class ProcessTree:
             return
         # It may be dead, and have left something behind; nobody has its number before it is collected.
         self._leader = leader
+        self._oldest = oldest
         # It may not have opened its own yet, or not be allowed to.
         self._foreign_sessions = {0, os.getsid(0)}
         # Nor have marked itself.
         self._foreign_marks = {*read_limits(os.getpid()), *parse_variable(os.environ)}
-        mark = mark or self._mark or compute_mark(leader)
+        mark = mark or self._mark or (invent_mark(pid) if leader.start < 0 else compute_mark(leader))
         # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
         self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
         # A child may have been forked while the leader had the one of two.
@@ -219,16 +234,16 @@ class ProcessTree:
         """Return the members by PID; raises OSError if that fails repeatedly, or has no prospect."""
         for _ in range(LOOK_TRIES - 1):
             try:
-                return self._find_members(self._read_candidates(leader), leader)
+                return self._find_members(self._read_candidates(), leader)
             except OSError as error:
                 if error.errno not in TRANSIENT_ERRORS:
                     raise
             time.sleep(LOOK_RETRY_INTERVAL)
-        return self._find_members(self._read_candidates(leader), leader)
+        return self._find_members(self._read_candidates(), leader)
 
-    def _read_candidates(self, leader: Process) -> dict[int, Process]:
+    def _read_candidates(self) -> dict[int, Process]:
         """
-        Return the processes alive that are not older than the leader.
+        Return the processes alive that are not older than the leader, as far as that can be told.
 
         The others are read once, which is what makes a look cheap on a machine with many processes.
         """
@@ -236,8 +251,8 @@ class ProcessTree:
         for pid, identity in list_pids():
             if identity is not None and self._settled.get(pid) == identity:
                 settled[pid] = identity
-            elif process := look_at(pid, since=leader.start):
-                if not process.dead and process.start >= leader.start:
+            elif process := look_at(pid, since=self._oldest):
+                if not process.dead and (process.start >= self._oldest or process.start < 0):
                     candidates[pid] = process
                 elif identity is not None:
                     settled[pid] = identity
@@ -318,7 +333,7 @@ class ProcessTree:
         """Send ``sig`` to the leader alone; False if there is none."""
         if self._leader is None:
             return False
-        self.signal([self._leader], sig)
+        self.signal([recognise(self._leader)], sig)
         return True
 
     def signal(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
@@ -351,7 +366,8 @@ class ProcessTree:
 
 def sort_to_kill(members: Iterable[Process]) -> list[Process]:
     """Return members with children before their parents; see :meth:`ProcessTree.stop`."""
-    return sorted(members, key=lambda member: (member.start, member.pid), reverse=True)
+    # Where the start is hidden, what was forked goes after what it has executed, and by the number.
+    return sorted(members, key=lambda member: (max(member.start, 0), member.pid), reverse=True)
 
 
 def is_own_proc() -> bool:
@@ -370,6 +386,15 @@ def is_uncollected(leader: Process) -> bool:
     proves nothing, whether or not a look has found the session empty. Another child of ours may have got it.
     """
     return is_unreaped_child(leader.pid) and look_at(leader.pid) in (leader, None)
+
+
+def recognise(leader: Process) -> Process:
+    """Return our child as it is to be told now, for an exec may open its entry in /proc, or close it."""
+    with contextlib.suppress(OSError):
+        now = look_at(leader.pid)
+        if now and min(now.start, leader.start) < 0 and is_unreaped_child(leader.pid):
+            return now
+    return leader
 
 
 def has_exited(child: int) -> bool:
@@ -542,6 +567,12 @@ def read_process(pid: int) -> Process | None:
     return None if process is None or process.dead else process
 
 
+def read_own_start() -> float:
+    """Return when this process started, which every child of it is younger than; 0 if that cannot be told."""
+    own = read_process(os.getpid())
+    return own.start if own else 0
+
+
 def look_at(pid: int, *, since: float = 0) -> Process | None:
     """
     Return the process, be it a zombie; None if there is none, or if it is hidden from us.
@@ -554,8 +585,10 @@ def look_at(pid: int, *, since: float = 0) -> Process | None:
         stat = _read_file(f"{PROC}/{pid}/stat")
     except (FileNotFoundError, NotADirectoryError):
         return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid)
-    except (ProcessLookupError, PermissionError):  # gone between open and read, or hidden
+    except ProcessLookupError:  # gone between open and read
         return None
+    except PermissionError:
+        return _ask_kernel(pid)
     # The name may hold anything, parentheses and spaces among it.
     name, _, rest = stat.partition(b"(")[2].rpartition(b")")
     state, parent, _, session, *others = rest.split(None, 21)
@@ -581,6 +614,53 @@ def _read_file(path: str) -> bytes:
         return os.read(descriptor, STAT_MAX_BYTES)
     finally:
         os.close(descriptor)
+
+
+def _ask_kernel(pid: int) -> Process | None:
+    """
+    Return a process of our own user whose entry in /proc is closed to us; None if it is another user's.
+
+    So are, where /proc is mounted with hidepid=1, those that are not dumpable (prctl(2)), as a supervisor of SDK 1.2 or
+    later makes itself, and what it forks. Its user is all that the kernel asks for in the calls below.
+    """
+    try:
+        resource.prlimit(pid, resource.RLIMIT_RTTIME)
+        return Process(
+            pid,
+            start=-os.stat(f"{PROC}/{pid}").st_ino,
+            name=HIDDEN_NAME,
+            parent=0,
+            session=os.getsid(pid),
+            # Nobody can tell, and so nobody need wait for it.
+            stopped=True,
+            dead=has_ended(pid),
+        )
+    except AttributeError:  # no such call, or no such limit
+        return None
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRORS:
+            raise
+        return None
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is a zombie, or gone; False where that cannot be told without /proc."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except AttributeError:
+        return False
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRORS:
+            raise
+        return (
+            error.errno == errno.ESRCH
+        )  # otherwise older than Linux 5.3, or a sandbox that does not know the call
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(pidfd)
 
 
 def _ask_psutil(pid: int) -> Process | None:

@@ -148,6 +148,13 @@ def run_in_namespace(main: Callable[[], dict[str, Any]], *, own_proc: bool = Tru
         return hear_report(told)
 
 
+def run_in_fork(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run ``main`` in a process of its own, and return what it does."""
+    told = Relay()
+    with contextlib.closing(told), forked(lambda: report(told, main)):
+        return hear_report(told)
+
+
 def report(told: Relay, main: Callable[[], dict[str, Any]]) -> None:
     """Tell what ``main`` returns, or why it does not, and stay."""
     outcome: dict[str, Any] = {"refused": None, "error": None}
