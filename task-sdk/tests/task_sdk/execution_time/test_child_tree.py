@@ -226,6 +226,24 @@ class TestFind:
         start_session()
         assert find(tree) == []
 
+    def test_never_ourselves(self) -> None:
+        """Neither this process, nor the first one, nor what descends from them, is found, whatever they carry."""
+
+        def carry_the_mark() -> None:
+            tree, _, [child] = lead(start_child)
+            start_session()
+            tree._oldest = 0
+            resource.prlimit(0, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
+            with pytest.MonkeyPatch.context() as patching:
+                marks = {1: (tree._mark,)}
+                patching.setattr(tree, "_read_marks", lambda pid: marks.get(pid, read_limits(pid)))
+                told.tell(find(tree) == [child])
+            pause_for_ever()
+
+        with contextlib.closing(Relay()) as told:
+            fork(carry_the_mark)
+            assert told.hear() is True
+
     def test_older_process_is_not_found(self) -> None:
         """Whoever ran before the leader was not started by it, whatever its limits are."""
         older = start_session()
@@ -696,6 +714,40 @@ class TestStop:
         assert stopped[-1].pid == leader
         assert stopped.index(read_process(started[0])) > stopped.index(read_process(started[1]))
 
+    def test_what_is_started_meanwhile_is_stopped(self, mocker: MockerFixture) -> None:
+        """What a member starts between the look and its SIGSTOP is looked for, and stopped, as well."""
+
+        def start_starter() -> int:
+            def main() -> None:
+                order.hear()
+                told.tell(start_daemon())
+                pause_for_ever()
+
+            return fork(main)
+
+        def start_another_and_send(process: Process, signals: Any) -> bool:
+            if not started_meanwhile:
+                order.tell("start another")
+                started_meanwhile.append(told.hear())
+            return send(process, signals)
+
+        started_meanwhile: list[int] = []
+        send = child_tree.send_signals
+        with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
+            tree, _, [child] = lead(start_starter)
+            mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=start_another_and_send)
+            stopped = tree.stop(PATIENCE)
+        assert sorted(process.pid for process in stopped) == sorted([child, *started_meanwhile])
+        assert all(read_process(process.pid).stopped for process in stopped)
+
+    def test_no_time_at_all(self) -> None:
+        """All are sent SIGSTOP once in any case."""
+        tree, _, started = lead(*STARTS)
+        assert sorted(process.pid for process in tree.stop(0)) == sorted(started)
+        deadline = time.monotonic() + PATIENCE
+        while not all(read_process(pid).stopped for pid in started):
+            assert time.monotonic() < deadline
+
     def limit_time(self, mocker: MockerFixture, find: Callable[..., list[Process]]) -> None:
         """Have a tree find what ``find`` does, and fail if it goes on asking."""
         given_up_at = time.monotonic() + PATIENCE
@@ -970,6 +1022,13 @@ class TestReadProcess:
         assert read_process(pid) is not None
 
 
+def list_pending(pid: int) -> int:
+    """Return the signals that wait for a process that blocks them, as proc_pid_status(5) has them."""
+    with open(f"/proc/{pid}/status") as status:
+        [pending] = [int(line.split()[1], 16) for line in status if line.startswith("ShdPnd:")]
+    return pending
+
+
 class TestSendSignal:
     @pytest.mark.parametrize("pidfd", ["works", errno.ENOSYS, errno.EMFILE, None])
     def test_process_gets_it(self, monkeypatch: pytest.MonkeyPatch, pidfd: Any) -> None:
@@ -992,12 +1051,26 @@ class TestSendSignal:
         assert send_signals(process, [signal.SIGTERM]), "it is gone, which nobody needs to hear of"
         assert not is_alive(process)
 
-    def test_recycled_number(self) -> None:
+    @pytest.mark.parametrize("pidfd", [True, False])
+    def test_recycled_number(self, monkeypatch: pytest.MonkeyPatch, *, pidfd: bool) -> None:
         """Whoever has got the number since is not signalled."""
-        pid, _ = start_waiting(lambda: None)
-        former = read_process(pid)
-        assert send_signals(replace(former, start=former.start - 1), [signal.SIGKILL])
-        assert is_alive(former)
+        pid, _ = start_waiting(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) and [])
+        present = read_process(pid)
+        if not pidfd:
+            monkeypatch.delattr(os, "pidfd_open")
+        assert send_signals(replace(present, start=present.start - 1), [signal.SIGTERM])
+        assert list_pending(pid) == 0
+        assert send_signals(present, [signal.SIGTERM])
+        assert list_pending(pid) == 1 << signal.SIGTERM - 1
+
+    def test_every_signal(self) -> None:
+        """A stopped process is told to end, and continued so that it can."""
+        tree, _, [pid] = lead(start_child)
+        tree.stop(PATIENCE)
+        with contextlib.closing(Tree()) as held:
+            held.add(pid)
+            tree.signal(tree.find(), signal.SIGTERM, signal.SIGCONT)
+            assert held.gone(pid)
 
     def test_descriptors_are_closed(self) -> None:
         """It leaves none behind."""

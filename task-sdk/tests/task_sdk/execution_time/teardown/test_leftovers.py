@@ -272,6 +272,20 @@ class TestLeftovers:
         assert sorted(list_left()) == sorted(neighbours)
 
 
+class TestPatience:
+    """A grace that nobody needs."""
+
+    def test_stopped_daemon_is_asked_to_end(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """One that is stopped is continued when it is told to end, so that it does not take the whole grace."""
+        set_grace(monkeypatch, NEVER)
+        process = start_task(lambda: (detach(lambda: be_stopped(relay)), wait_to_end(relay)))
+        hear_ready(relay)
+        end_task("failed", process, Api())
+        assert list_left() == []
+
+
 @pytest.mark.usefixtures("short_grace")
 class TestNested:
     """A task that supervises tasks itself, as dag.test() does with an executor."""
