@@ -244,8 +244,13 @@ class TestFind:
             fork(carry_the_mark)
             assert told.hear() is True
 
-    def test_older_process_is_not_found(self) -> None:
+    @pytest.mark.parametrize("proc", [True, False])
+    def test_older_process_is_not_found(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, proc: bool
+    ) -> None:
         """Whoever ran before the leader was not started by it, whatever its limits are."""
+        if not proc:
+            monkeypatch.setattr(child_tree, "PROC", str(tmp_path / "missing"))
         older = start_session()
         time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # start times are counted in ticks
         tree, leader, _ = lead()
@@ -447,6 +452,24 @@ class TestNested:
 
         _, _, [[found, started, found_too, others]] = lead(supervise_two)
         assert (found, found_too) == (started, others)
+
+    def test_child_that_was_started_too_early(self) -> None:
+        """What a leader has started before it was marked carries the supervisor's mark, which ties nobody to it."""
+
+        def supervise_spawned() -> list[Any]:
+            leader, [child] = start_waiting(lambda: (os.setsid(), [start_child()])[1])
+            tree = ProcessTree()
+            tree.adopt(leader)
+            start_session()
+            supervise(start_child)
+            return [
+                read_limits(child) == read_limits(os.getpid()),
+                find(tree) == [child],
+                find(tree) == [child],
+            ]
+
+        _, _, [outcome] = lead(supervise_spawned)
+        assert outcome == [True] * 3
 
     def test_supervisor_that_has_left(self) -> None:
         """A worker that a task has started with its mark lifted starts tasks that belong to nobody else."""

@@ -252,7 +252,7 @@ class ProcessTree:
             if identity is not None and self._settled.get(pid) == identity:
                 settled[pid] = identity
             elif process := look_at(pid, since=self._oldest):
-                if not process.dead and (process.start >= self._oldest or process.start < 0):
+                if not process.dead:
                     candidates[pid] = process
                 elif identity is not None:
                     settled[pid] = identity
@@ -584,7 +584,7 @@ def look_at(pid: int, *, since: float = 0) -> Process | None:
     try:
         stat = _read_file(f"{PROC}/{pid}/stat")
     except (FileNotFoundError, NotADirectoryError):
-        return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid)
+        return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid, since)
     except ProcessLookupError:  # gone between open and read
         return None
     except PermissionError:
@@ -663,10 +663,12 @@ def has_ended(pid: int) -> bool:
         os.close(pidfd)
 
 
-def _ask_psutil(pid: int) -> Process | None:
+def _ask_psutil(pid: int, since: float) -> Process | None:
     try:
         process = psutil.Process(pid)
         with process.oneshot():
+            if process.create_time() < since:
+                return OLDER
             status = process.status()
             return Process(
                 pid,
