@@ -421,18 +421,21 @@ def add_tied(
     """
     tied: dict[Tie, list[Process]] = {}
     for process in processes.values():
+        if process.pid in seeds:
+            continue
         tied.setdefault(("parent", process.parent), []).append(process)
         tied.setdefault(("session", process.session), []).append(process)
         for mark in marks.get(process.pid, ()):
             tied.setdefault(("mark", mark), []).append(process)
     found = dict(seeds)
-    unvisited = [*further, *(tie for seed in seeds.values() for tie in list_ties(seed))]
-    while unvisited:
+    # Most seeds share a session and a mark.
+    unvisited = {*further, *(tie for seed in seeds.values() for tie in list_ties(seed))}
+    while unvisited and tied:
         # Each is followed once.
         for process in tied.pop(unvisited.pop(), ()):
             if process.pid not in found:
                 found[process.pid] = process
-                unvisited += list_ties(process)
+                unvisited.update(list_ties(process))
     return found
 
 
@@ -518,7 +521,9 @@ def read_limits(pid: int) -> tuple[int, ...]:
         around, _ = resource.prlimit(pid, RLIMIT_LOCKS) if is_mark(own) else (0, 0)
     except (AttributeError, OSError):
         own, around = read_limits_of_others(pid)
-    return tuple(filter(is_mark, (own, around))) if is_mark(own) else ()
+    if not is_mark(own):
+        return ()
+    return (own, around) if is_mark(around) else (own,)
 
 
 def read_limits_of_others(pid: int) -> tuple[int, int]:
