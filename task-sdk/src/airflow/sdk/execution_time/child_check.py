@@ -103,7 +103,7 @@ class Means:
     mark: str
     """What marks a task's processes: "limit" (RLIMIT_RTTIME) or "variable"; "none" if the task was not found."""
     processes: str
-    """Where processes are looked for: "/proc" or "psutil"."""
+    """Where processes are looked for: "/proc" or "psutil"; "hidden" if /proc hides even our own (hidepid)."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +330,8 @@ def prove() -> tuple[Means, Proof]:
 
     :raises CheckFailedError: if it could not be started.
     """
+    # As whoever supervises tasks does first, from SDK 1.2 on; its tasks inherit that.
+    getattr(supervisor, "_make_process_nondumpable", lambda: None)()
     with hold_processes() as (leashes, task):
         means = find_means(task)
         began = time.monotonic()
@@ -353,15 +355,23 @@ def find_means(task: ActivitySubprocess) -> Means:
         session=os.getsid(task.pid) == os.getpgid(task.pid) == task.pid,
         exit="polling" if task._exit_watch._polls else "pidfd",
         mark=name_mark(task._tree),
-        processes="/proc" if os.path.exists(f"{child_tree.PROC}/self/stat") else "psutil",
+        processes=find_source(task.pid),
     )
+
+
+def find_source(pid: int) -> str:
+    """Return where a process of our own is looked for."""
+    if not os.path.exists(f"{child_tree.PROC}/self/stat"):
+        return "psutil"
+    process = child_tree.look_at(pid)
+    return "hidden" if process and process.start < 0 else "/proc"
 
 
 def name_mark(tree: child_tree.ProcessTree) -> str:
     """Return what marks the processes of a tree."""
     if tree._leader is None:
         return "none"
-    return "limit" if tree._has_mark is child_tree.has_limit else "variable"
+    return "limit" if tree._read_marks is child_tree.read_limits else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:
@@ -525,12 +535,19 @@ MARKS = {
 }
 
 
+SOURCES = {
+    "/proc": "found in /proc",
+    "psutil": "found in psutil",
+    "hidden": "found by their marks and sessions, for /proc hides them (hidepid)",
+}
+
+
 def describe_means(means: Means) -> Iterator[str]:
     """Yield what a task has been given, and what it is watched with."""
     yield f"  session:       {'its own, signalled as a group' if means.session else 'none of its own'}"
     yield f"  exit:          {EXITS[means.exit]}"
     yield f"  mark:          {MARKS[means.mark]}"
-    yield f"  processes:     found in {means.processes}"
+    yield f"  processes:     {SOURCES[means.processes]}"
 
 
 def describe_sudo(users: Users) -> str:

@@ -259,14 +259,16 @@ class Teardown:
             if not members:
                 return
             fresh = [member for member in members if member not in asked]
-            self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT)
+            self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)
             asked.update(fresh)
             self._wait_for(members, LOOK_INTERVAL)
 
     def kill(self) -> list[Process]:
         """Kill leftovers until nothing is left; return those that are there all the same when the time is up."""
         self._deadline = max(self._deadline, time.monotonic()) + KILL_TIME
-        while members := self._tree.kill_all(max(0, self._deadline - KILL_WAIT - time.monotonic())):
+        while members := self._tree.kill_all(
+            max(0, self._deadline - KILL_WAIT - time.monotonic()), deadline=self._deadline
+        ):
             self._wait_for(members, KILL_WAIT)
             if time.monotonic() >= self._deadline:
                 members = self._kill_fresh(members)
