@@ -39,14 +39,16 @@ from task_sdk.execution_time.teardown.supervised_task import (
 
 from airflow.sdk.execution_time import child_teardown
 from airflow.sdk.execution_time.child_exit import ExitWatch
+from airflow.sdk.execution_time.child_policy import GRACE, MAX_GRACE, MIN_GRACE, StopPolicy
+from airflow.sdk.execution_time.child_stop import StopRequest, catch_stop_signals
 from airflow.sdk.execution_time.child_teardown import (
-    GRACE,
-    MAX_GRACE,
+    HEARTBEAT_INTERVAL,
     MAX_GRACE_UNASKED,
-    MIN_GRACE,
+    RETRY_TOLD_GRACE,
     end_leftovers,
+    end_on_exception,
     end_unless_started,
-    find_grace,
+    handle_request_of_tree,
     prepare_kill,
     signal_tree,
 )
@@ -67,10 +69,12 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Conf(ConfigParser):
-    """Airflow's, as far as the grace goes: what is set in the file, and a default that nobody has set."""
+    """Airflow's, as far as this goes: what is set in the file, and a grace that nobody has set."""
 
-    def get(self, section: str, option: str, **kwargs: Any) -> str:
-        return super().get(section, option, **kwargs) if self.has_option(section, option) else "60"
+    def get(self, section: str, option: str, **kwargs: Any) -> Any:
+        if self.has_option(section, option):
+            return super().get(section, option, **kwargs)
+        return kwargs.get("fallback", "60")
 
 
 @pytest.fixture
@@ -82,16 +86,24 @@ def conf() -> Conf:
 def process(mocker: MockerFixture) -> Any:
     """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
     tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failures={}, look_failure=None)
-    tree.find.return_value = tree.stop.return_value = [STUBBORN]
+    tree.configure_mock(ended={}, spared=frozenset(), ends=True)
+    tree.find.return_value = tree.kill_all.return_value = [STUBBORN]
     mocker.patch.object(child_teardown, "is_alive", autospec=True, return_value=True)
     mocker.patch.object(child_teardown, "is_unreaped_child", autospec=True, return_value=True)
     return SimpleNamespace(
         pid=4711,
+        id="the task instance's",
+        client=SimpleNamespace(task_instances=mocker.Mock(spec_set=["heartbeat"])),
+        failed_heartbeats=0,
+        final_state="failed",
         selector=mocker.MagicMock(),
         process_log=structlog.testing.CapturingLogger(),
         _exit_code=None,
         _exit_watch=ExitWatch(),
+        _last_heartbeat_attempt=0,
         _new_session=True,
+        _stop=StopRequest(),
+        _stop_policy=StopPolicy.STOP,
         _service_subprocess=lambda max_wait_time: None,
         _terminal_state=None,
         _tree=tree,
@@ -99,51 +111,35 @@ def process(mocker: MockerFixture) -> Any:
 
 
 class TestGrace:
-    def test_default(self, conf: Conf) -> None:
-        """The documented default of 60 s, which no release before 3.4 heeds, changes nothing."""
-        assert find_grace(conf) == GRACE
+    @pytest.mark.parametrize("option", [None, "17", "60"])
+    def test_kill_by_others_than_the_server(self, conf: Conf, process: Any, option: str | None) -> None:
+        """A caller of kill() gets the grace that it names: 5 s after failed heartbeats, whatever the option says."""
+        if option:
+            conf.read_dict({"core": {"killed_task_cleanup_time": option}})
+        assert prepare_kill(process, GRACE, conf) == GRACE
+        assert process._exit_watch.grace_ends(default=NEVER) <= time.monotonic() + GRACE
 
-    def test_in_file(self, conf: Conf) -> None:
-        """What the configuration file sets counts."""
-        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
-        assert find_grace(conf) == 17
-
-    @pytest.mark.parametrize(
-        ("value", "grace"),
-        [
-            ("soon", GRACE),
-            ("", GRACE),
-            ("-1", MIN_GRACE),
-            ("0", MIN_GRACE),
-            ("inf", MAX_GRACE),
-            ("nan", MIN_GRACE),
-            ("60%", GRACE),
-        ],
-    )
-    def test_bad_value(self, conf: Conf, value: str, grace: float) -> None:
-        """A task must end also where somebody has mistyped how."""
-        conf.read_string(f"[core]\nkilled_task_cleanup_time = {value}")
-        assert find_grace(conf) == grace
-
-    @pytest.mark.parametrize(("suffix", "grace"), [("", 60), ("_CMD", GRACE), ("_SECRET", GRACE)])
-    def test_in_environment(
-        self, conf: Conf, monkeypatch: pytest.MonkeyPatch, suffix: str, grace: float
+    @pytest.mark.parametrize(("option", "grace"), [(None, 5), ("17", 17), ("60", 60), ("soon", 5)])
+    def test_kill_because_the_server_has_ended_the_task(
+        self, conf: Conf, process: Any, option: str | None, grace: float
     ) -> None:
-        """How the value is found then is the configuration's business; the suffixes are for secrets, and not heeded."""
-        monkeypatch.setenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", "x")
-        assert find_grace(conf) == grace
+        """What the deployment has set counts."""
+        if option:
+            conf.read_dict({"core": {"killed_task_cleanup_time": option}})
+        process._stop.server_ended = True
+        assert prepare_kill(process, GRACE, conf) == grace
 
-    def test_argument_wins(self, conf: Conf, process: Any) -> None:
-        """A caller of kill() that names a grace gets it."""
-        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
-        assert prepare_kill(process, 3.0, conf) == 3.0
-        assert prepare_kill(process, GRACE, conf) == 17
+    @pytest.mark.parametrize(("grace", "limited"), [(0, MIN_GRACE), (float("inf"), MAX_GRACE)])
+    def test_limits(self, conf: Conf, process: Any, grace: float, limited: float) -> None:
+        """kill() collects nobody without a grace, and cannot wait for ever."""
+        assert prepare_kill(process, grace, conf) == limited
 
     def test_other_types(self, conf: Conf, process: Any) -> None:
         """Without a session of its own a process is killed as ever."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
         process._new_session = False
-        assert prepare_kill(process, GRACE, conf) == GRACE
+        process._stop.server_ended = True
+        assert prepare_kill(process, 0, conf) == 0
         process._tree.remember.assert_not_called()
 
 
@@ -182,7 +178,7 @@ class TestSurvivors:
             process._tree.look_failure = "Too many open files"
             return []
 
-        process._tree.stop.side_effect = fail
+        process._tree.kill_all.side_effect = fail
         end_leftovers(process, -9, conf)
         assert [call.method_name for call in process.process_log.calls] == ["error", "error"]
 
