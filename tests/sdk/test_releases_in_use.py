@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Shows on a stock wheel what goes wrong there; the other modules test what only the patched one has.
 SCENARIOS = (
     "teardown/test_exit.py",
-    "teardown/test_forwarding.py",
+    "teardown/test_stopping.py",
     "teardown/test_*leftovers.py",
     "teardown/test_runtimes.py",
     "teardown/test_session.py",

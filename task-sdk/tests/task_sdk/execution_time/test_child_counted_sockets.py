@@ -23,10 +23,12 @@ from airflow.sdk.execution_time.child_counted_sockets import close_sockets
 
 
 def test_closes_all() -> None:
-    """Every socket of the selector is closed, and taken out of it first."""
+    """Every socket of the child is closed, and taken out of the selector first; what else is watched stays."""
     ours, theirs = socket.socketpair()
-    with theirs, selectors.DefaultSelector() as selector:
-        selector.register(ours, selectors.EVENT_READ)
+    signals, writer = socket.socketpair()
+    with theirs, signals, writer, selectors.DefaultSelector() as selector:
+        selector.register(ours, selectors.EVENT_READ, "handler")
+        selector.register(signals, selectors.EVENT_READ)
         close_sockets(selector)
         assert ours.fileno() == -1
-        assert not selector.get_map()
+        assert [key.fileobj for key in selector.get_map().values()] == [signals]

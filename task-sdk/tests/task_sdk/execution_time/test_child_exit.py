@@ -53,6 +53,9 @@ class Child:
     def exited(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
+    def wait(self) -> None:
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
     def close(self) -> None:
         os.close(self._writer)
         self.socket.close()
@@ -179,6 +182,52 @@ class TestExitWatch:
         clock.return_value = 105.5
         assert watch.sockets_overdue(-15), "the grace runs from the first kill()"
         assert not watch.sockets_overdue(None), "a child that is there still is no socket's fault"
+
+    def test_wakes_at_a_time(self, child: Child, selector: selectors.BaseSelector) -> None:
+        """The loop is woken for what is due besides the exit, once it is told of it; then no more."""
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        due = time.monotonic() + 0.1
+        watch.wake_at(due)
+        assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
+        assert time.monotonic() >= due
+        watch.wake_at(None)
+        timer = threading.Timer(0.1, child.finish)
+        timer.start()
+        watch.select(selector, timeout=PATIENCE, exit_code=None)
+        timer.join()
+        child.wait()
+        watch.close(selector)
+
+    def test_wake_up_is_no_event(self, child: Child, selector: selectors.BaseSelector) -> None:
+        """A socket that has no handler wakes the loop, is emptied, however much is in it, and is no event."""
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            reader.setblocking(False)
+            selector.register(reader, selectors.EVENT_READ)
+            writer.sendall(b"." * 5000)
+            assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
+            assert selector.select(0) == []
+            selector.unregister(reader)
+        assert len(selector.get_map()) == 1, "the exit is still watched"
+        watch.close(selector)
+
+    def test_what_is_no_socket_of_the_child_does_not_count(
+        self, child: Child, selector: selectors.BaseSelector, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The poll for an exit speeds up when a socket of the child has closed, and not slows down for another one."""
+        deny(monkeypatch, "ENOSYS")
+        selector.register(child.socket, selectors.EVENT_READ, "handler")
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        selector.unregister(child.socket)
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            selector.register(reader, selectors.EVENT_READ)
+            assert watch._limit(PATIENCE, selector, None) == child_exit.IMMINENT_EXIT_POLL_INTERVAL
+            selector.unregister(reader)
 
 
 def collect(received: list[bytes]) -> tuple[Any, None]:

@@ -15,3 +15,591 @@
 # specific language governing permissions and limitations
 # under the License.
 from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import select
+import signal
+import socket
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+from task_sdk.execution_time.teardown.supervised_task import (
+    PATIENCE,
+    Relay,
+    ended_by,
+    forked,
+    pause_for_ever,
+)
+
+from airflow.sdk import exceptions
+from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
+from airflow.sdk.execution_time import child_interruption, comms
+from airflow.sdk.execution_time.child_interruption import (
+    AirflowTaskTerminated,
+    TaskInterrupted,
+    begin_request,
+    end_request,
+    handle_sigterm,
+    interrupt_on_sigterm,
+    report_state,
+    run_interruptibly,
+    uninterrupted,
+)
+from airflow.sdk.execution_time.comms import ErrorResponse, GetVariable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+GOOD_ENDS = [
+    getattr(exceptions if hasattr(exceptions, name) else importlib.import_module("airflow.exceptions"), name)
+    for name in ("AirflowSkipException", "TaskDeferred")
+]
+"""Exceptions by which a task does not fail; before 1.2 they are Airflow's."""
+
+
+class Runner:
+    """A runner of tasks in this process, as far as SIGTERM goes; notes what happens, and restores all of it."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.on_kill: Callable[[], Any] = lambda: None
+        self.error: BaseException | None = None
+        self._former = signal.getsignal(signal.SIGTERM)
+        assert child_interruption._current is None
+
+    def close(self) -> None:
+        signal.signal(signal.SIGTERM, self._former)
+        child_interruption._current = None
+        child_interruption._requests_in_flight = 0
+
+    def note(self, what: str) -> None:
+        self.notes.append(what)
+
+    def prepare(self, name: str = "on_kill") -> None:
+        """Be a runner that has a task."""
+
+        def on_kill() -> None:
+            self.note(name)
+            self.on_kill()
+
+        interrupt_on_sigterm(SimpleNamespace(task=SimpleNamespace(on_kill=on_kill)))
+
+    def run(self, execute: Callable[[], Any]) -> list[str]:
+        """Run a task that is interrupted; return what it has noted."""
+        self.prepare()
+        with pytest.raises(TaskInterrupted) as raised:
+            run_interruptibly(execute)
+        self.error = raised.value
+        return self.notes
+
+
+@pytest.fixture
+def runner() -> Iterator[Runner]:
+    with contextlib.closing(Runner()) as runner:
+        yield runner
+
+
+def stop() -> None:
+    """Have SIGTERM come here and now."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+class TestExecute:
+    def test_interrupted(self, runner: Runner) -> None:
+        """After ``on_kill`` an exception that is no ``Exception`` is raised where ``execute()`` is."""
+
+        def execute() -> None:
+            try:
+                stop()
+            except Exception:  # noqa: BLE001 - as operators do
+                runner.note("swallowed")
+            except BaseException:
+                runner.note("interrupted")
+                raise
+            runner.note("unreachable")
+
+        assert runner.run(execute) == ["on_kill", "interrupted"]
+        assert isinstance(runner.error.__cause__, AirflowTaskTerminated)
+        assert not isinstance(runner.error, Exception)
+
+    def test_arguments_and_result(self, runner: Runner) -> None:
+        """A task that nobody stops is none of our business."""
+        runner.prepare()
+        assert run_interruptibly(lambda *args, **kwargs: (args, kwargs), 1, context=2) == (
+            (1,),
+            {"context": 2},
+        )
+        with pytest.raises(ZeroDivisionError):
+            run_interruptibly(lambda: 1 / 0)
+        assert runner.notes == []
+
+    def test_many_signals(self, runner: Runner) -> None:
+        """``on_kill`` runs once, however many signals come, also while it runs, and is not cut short by the next one."""
+
+        def on_kill() -> None:
+            stop()
+            runner.note("done")
+
+        def execute() -> None:
+            try:
+                stop()
+            finally:
+                stop()
+                runner.note("cleaned up")
+
+        runner.on_kill = on_kill
+        assert runner.run(execute) == ["on_kill", "done", "cleaned up"]
+
+    @pytest.mark.parametrize("error", [None, ValueError, SystemExit, KeyboardInterrupt, *GOOD_ENDS])
+    def test_swallowed(self, runner: Runner, error: Any) -> None:
+        """However ``execute()`` ends once the task was told to stop, it has neither succeeded, nor deferred or skipped."""
+
+        def execute() -> str:
+            with contextlib.suppress(BaseException):
+                stop()
+            if error is None:
+                return "result"
+            raise error.__new__(error)
+
+        assert runner.run(execute) == ["on_kill"]
+
+    def test_on_kill_that_fails(self, runner: Runner) -> None:
+        """The task ends all the same, and its log tells what was wrong."""
+
+        def on_kill() -> None:
+            raise OSError("not there")
+
+        runner.on_kill = on_kill
+        with structlog.testing.capture_logs() as logs:
+            assert runner.run(stop) == ["on_kill"]
+        [entry] = logs
+        assert (entry["log_level"], entry["event"]) == ("error", "on_kill failed")
+        assert isinstance(entry["exc_info"], OSError)
+
+    def test_timeout_is_disarmed(self, runner: Runner) -> None:
+        """The timer of ``execution_timeout`` does not cut ``on_kill`` short."""
+        runner.on_kill = lambda: runner.note(str(signal.getitimer(signal.ITIMER_REAL)))
+        former = signal.setitimer(signal.ITIMER_REAL, 1000)
+        assert runner.run(stop) == ["on_kill", "(0.0, 0.0)"]
+        signal.setitimer(signal.ITIMER_REAL, *former)
+
+    def test_task_that_was_replaced(self, runner: Runner) -> None:
+        """The ``on_kill`` of the task that runs is called, which may be an unmapped one."""
+        ti = SimpleNamespace(task=SimpleNamespace(on_kill=lambda: runner.note("template")))
+        interrupt_on_sigterm(ti)
+        ti.task = SimpleNamespace(on_kill=lambda: runner.note("unmapped"))
+        with pytest.raises(TaskInterrupted):
+            run_interruptibly(stop)
+        assert runner.notes == ["unmapped"]
+
+
+class TestPhases:
+    def test_before(self, runner: Runner) -> None:
+        """A signal while the task is prepared calls ``on_kill``, and ``execute()`` does not begin."""
+        runner.prepare()
+        stop()
+        runner.note("prepared")
+        with pytest.raises(TaskInterrupted):
+            run_interruptibly(lambda: runner.note("unreachable"))
+        assert runner.notes == ["on_kill", "prepared"]
+
+    def test_after(self, runner: Runner) -> None:
+        """A signal when ``execute()`` has returned changes nothing: its result stands."""
+        runner.prepare()
+        assert run_interruptibly(lambda: "result") == "result"
+        stop()
+        assert runner.notes == []
+
+    def test_without_a_task(self) -> None:
+        """What runs tasks without a handler, as a test does, runs them."""
+        assert child_interruption._current is None
+        assert run_interruptibly(lambda: "result") == "result"
+
+
+class TestRequests:
+    def test_answer_is_read(self, runner: Runner) -> None:
+        """A request is not interrupted: the next one would get the answer to this one."""
+
+        @uninterrupted
+        def send() -> str:
+            stop()
+            runner.note("answer")
+            return "answer"
+
+        assert runner.run(lambda: runner.note(send())) == ["answer", "on_kill"]
+
+    def test_request_that_fails(self, runner: Runner) -> None:
+        """An error is an answer, too."""
+
+        @uninterrupted
+        def send() -> None:
+            stop()
+            runner.note("answer")
+            raise ConnectionError
+
+        assert runner.run(send) == ["answer", "on_kill"]
+
+    def test_on_kill_asks(self, runner: Runner) -> None:
+        """It does so when the request before is complete, and is not interrupted itself."""
+
+        @uninterrupted
+        def send(what: str) -> None:
+            stop()
+            runner.note(what)
+
+        runner.on_kill = lambda: send("asked by on_kill")
+        assert runner.run(lambda: send("asked")) == ["asked", "on_kill", "asked by on_kill"]
+
+    def test_last_request(self, runner: Runner) -> None:
+        """One that has put off the stop until ``execute()`` is over has done so for no longer: the task has failed."""
+
+        def execute() -> None:
+            begin_request()
+            try:
+                stop()
+            finally:
+                runner.note("answer")
+                with contextlib.suppress(AirflowTaskTerminated):
+                    end_request()
+
+        assert runner.run(execute) == ["answer", "on_kill"]
+
+    def test_coroutine(self, runner: Runner) -> None:
+        """A request of a coroutine gets its answer; then the coroutine is interrupted, and asks nothing more."""
+
+        @uninterrupted
+        async def asend(what: str) -> None:
+            stop()
+            await asyncio.sleep(0)
+            runner.note(what)
+
+        async def main() -> None:
+            await asend("first")
+            runner.note("unreachable")
+
+        assert runner.run(lambda: asyncio.run(main())) == ["first", "on_kill"]
+
+    def test_many_coroutines(self, runner: Runner) -> None:
+        """Requests that overlap, one begun before the other has ended, do not put off the stop for ever."""
+        asked = 0
+
+        @uninterrupted
+        async def asend() -> None:
+            nonlocal asked
+            asked += 1
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        async def ask(number: int) -> None:
+            for _ in range(number):
+                await asyncio.sleep(0)
+            while asked < 1000:
+                await asend()
+                if asked == 10:
+                    stop()
+
+        async def main() -> None:
+            await asyncio.gather(*map(ask, range(3)))
+
+        assert runner.run(lambda: asyncio.run(main())) == ["on_kill"]
+        assert asked < 20
+
+    def test_coroutine_is_one(self) -> None:
+        """Whoever looks takes it for what it was."""
+
+        async def asend() -> None: ...
+
+        assert asyncio.iscoroutinefunction(uninterrupted(asend))
+        assert uninterrupted(asend).__name__ == "asend"
+
+    def test_other_threads(self, runner: Runner) -> None:
+        """A request of another thread does not put it off: that thread goes on, and gets its answer."""
+
+        def execute() -> None:
+            thread = threading.Thread(target=begin_request)
+            thread.start()
+            thread.join()
+            stop()
+            runner.note("unreachable")
+
+        assert runner.run(execute) == ["on_kill"]
+
+
+class InterruptingSocket(socket.socket):
+    """A socket over which a signal comes when something is sent."""
+
+    interrupts = False
+
+    def sendall(self, *args: Any) -> None:
+        self.interrupt()
+        super().sendall(*args)
+
+    def send(self, *args: Any) -> int:
+        self.interrupt()
+        return super().send(*args)
+
+    def interrupt(self) -> None:
+        if self.interrupts:
+            self.interrupts = False
+            stop()
+
+
+if COMMS := getattr(comms, "CommsDecoder", None):  # before 1.0.3 see child_paired_requests
+    METHODS = ["send", "asend"] if "_async_lock" in COMMS.__annotations__ else ["send"]
+
+    class TestComms:
+        @pytest.mark.parametrize("method", METHODS)
+        def test_real_comms(self, runner: Runner, method: str) -> None:
+            """The runner's own requests are such: whatever comes while one is sent, its answer is read."""
+            ours, theirs = (InterruptingSocket(fileno=end.detach()) for end in socket.socketpair())
+
+            def execute() -> None:
+                decoder = COMMS(socket=ours)
+                answer = getattr(decoder, method)(GetVariable(key="k"))
+                if method == "asend":
+                    asyncio.run(answer)
+
+            with ours, theirs:
+                theirs.sendall(comms._ResponseFrame(id=0, body=None).as_bytes())
+                ours.interrupts = True
+                runner.on_kill = lambda: runner.note(f"{len(select.select([ours], [], [], 0)[0])} unread")
+                assert runner.run(execute) == ["on_kill", "0 unread"]
+                assert select.select([theirs], [], [], 0)[0], "the request was sent"
+
+
+class Interrupting:
+    """The file of a log that a signal comes in the middle of."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.signals = 1
+
+    def write(self, line: bytes) -> int:
+        if self.signals:
+            self.signals -= 1
+            stop()
+        self.written.append(line)
+        return len(line)
+
+    def flush(self) -> None: ...
+
+
+class TestLogging:
+    """A log call holds the lock of the log's file, which is not reentrant."""
+
+    def log(self, runner: Runner, execute: Callable[[Any], Any]) -> Any:
+        """Have a process of its own, which may hang, log into such a file, and tell what came of it."""
+        relay = Relay()
+
+        def main() -> None:
+            file = Interrupting()
+            logger = structlog.BytesLogger(file)
+            runner.on_kill = lambda: logger.msg(b"from on_kill")
+            runner.run(lambda: execute(logger))
+            relay.tell([line.decode().strip() for line in file.written] + runner.notes)
+
+        with contextlib.closing(relay), forked(main):
+            return relay.hear()
+
+    def test_on_kill_logs(self, runner: Runner) -> None:
+        """The log call is complete before ``on_kill``, which may log; then the task is interrupted."""
+
+        def execute(logger: Any) -> None:
+            logger.msg(b"from execute")
+            runner.note("unreachable")
+
+        assert self.log(runner, execute) == ["from execute", "from on_kill", "on_kill"]
+
+    def test_log_call_within_another(self, runner: Runner) -> None:
+        """What a log call calls counts as part of it, and what has called it does not."""
+
+        def execute(logger: Any) -> None:
+            def log_twice() -> None:
+                logger.msg(b"first")
+                logger.msg(b"unreachable")
+
+            log_twice()
+
+        assert self.log(runner, execute) == ["first", "from on_kill", "on_kill"]
+
+
+class TestEventLoop:
+    def test_waiting_coroutines_are_cancelled(self, runner: Runner) -> None:
+        """A loop that waits has all of its tasks cancelled, which clean up."""
+
+        async def wait(name: str) -> None:
+            try:
+                await asyncio.sleep(PATIENCE)
+            finally:
+                await asyncio.sleep(0)
+                runner.note(f"{name} cleaned up")
+
+        async def main() -> None:
+            other = asyncio.ensure_future(wait("other"))
+            asyncio.get_running_loop().call_later(0.01, stop)
+            await asyncio.gather(other, wait("main"))
+            runner.note("unreachable")
+
+        assert sorted(runner.run(lambda: asyncio.run(main()))) == [
+            "main cleaned up",
+            "on_kill",
+            "other cleaned up",
+        ]
+
+    def test_step_of_a_coroutine(self, runner: Runner) -> None:
+        """A coroutine that is at work is interrupted there, and the others cancelled, though nobody waits for it."""
+
+        async def work() -> None:
+            stop()
+            runner.note("unreachable")
+
+        async def main() -> None:
+            working = asyncio.ensure_future(work())
+            try:
+                await asyncio.sleep(PATIENCE)
+            except asyncio.CancelledError:
+                runner.note("cancelled")
+                raise
+            finally:
+                working.done()
+
+        assert runner.run(lambda: asyncio.run(main())) == ["on_kill", "cancelled"]
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("reinstalled", [False, True])
+    def test_forked_child(self, runner: Runner, *, reinstalled: bool) -> None:
+        """A child of the task dies of SIGTERM, without an ``on_kill``, also if it comes before the fork is complete."""
+        ready = Relay()
+
+        def be_child() -> None:
+            runner.on_kill = lambda: ready.tell("on_kill")
+            if reinstalled:
+                signal.signal(signal.SIGTERM, handle_sigterm)
+            ready.tell("ready")
+            pause_for_ever()
+
+        def execute() -> None:
+            with forked(be_child) as pid:
+                assert ready.hear() == "ready"
+                os.kill(pid, signal.SIGTERM)
+                assert ended_by(pid) == signal.SIGTERM
+
+        runner.prepare()
+        run_interruptibly(execute)
+        assert runner.notes == []
+        ready.close()
+
+    def test_forked_child_with_a_handler(self, runner: Runner) -> None:
+        """One that has a handler of its own keeps it."""
+        runner.prepare()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told = Relay()
+        with forked(lambda: told.tell(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)):
+            assert told.hear() is True
+        told.close()
+
+    def test_nested_task(self, runner: Runner) -> None:
+        """A task that runs another in its own process, as ``dag.test()`` does, is told to stop after that one."""
+
+        def run_inner() -> None:
+            runner.prepare("inner on_kill")
+            run_interruptibly(stop)
+
+        def execute() -> None:
+            try:
+                run_inner()
+            except TaskInterrupted:
+                runner.note("inner interrupted")
+            # Whatever it does then.
+            select.select([], [], [], PATIENCE)
+            runner.note("unreachable")
+
+        assert runner.run(execute) == ["inner on_kill", "inner interrupted", "on_kill"]
+
+    def test_nested_task_that_has_ended(self, runner: Runner) -> None:
+        """Once it has, SIGTERM is for the task that has run it."""
+
+        def execute() -> None:
+            runner.prepare("inner on_kill")
+            assert run_interruptibly(lambda: "result") == "result"
+            stop()
+
+        assert runner.run(execute) == ["on_kill"]
+
+    def test_next_task(self, runner: Runner) -> None:
+        """A task that the same process runs after another one is interrupted as that was."""
+        runner.prepare("first")
+        run_interruptibly(lambda: None)
+        assert runner.run(stop) == ["on_kill"]
+
+    def test_other_threads(self, runner: Runner) -> None:
+        """Another thread than the main one gets no signals: it installs nothing, and its task runs as ever."""
+        results: list[Any] = []
+
+        def be_thread() -> None:
+            interrupt_on_sigterm(SimpleNamespace())
+            results.append(run_interruptibly(lambda: "result"))
+
+        former = signal.getsignal(signal.SIGTERM)
+        thread = threading.Thread(target=be_thread)
+        thread.start()
+        thread.join()
+        assert results == ["result"]
+        assert signal.getsignal(signal.SIGTERM) is former
+        assert child_interruption._current is None
+
+    def test_thread_beside_a_task(self, runner: Runner) -> None:
+        """A task of another thread is not the main thread's."""
+
+        def execute() -> None:
+            thread = threading.Thread(target=lambda: run_interruptibly(lambda: runner.note("thread")))
+            thread.start()
+            thread.join()
+            stop()
+
+        assert runner.run(execute) == ["thread", "on_kill"]
+
+
+def answer(status: int | None) -> AirflowRuntimeError:
+    """Return what the runner gets for an answer of the API that is an error; with no status, without a detail."""
+    detail = {"status_code": status} if status else None
+    return AirflowRuntimeError(ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail=detail))
+
+
+class TestReportState:
+    def test_told(self) -> None:
+        """The message is sent, however the task has ended."""
+        sent: list[Any] = []
+        for error in (None, ValueError(), TaskInterrupted()):
+            report_state(lambda *, msg: sent.append(msg), "state", error)
+        assert sent == ["state"] * 3
+
+    def test_conflict_after_an_interruption(self) -> None:
+        """A task that was interrupted because the server has ended it runs no callbacks: its runner exits, with failure."""
+
+        def send(*, msg: Any) -> None:
+            raise answer(409)
+
+        with pytest.raises(SystemExit) as raised:
+            report_state(send, "state", TaskInterrupted())
+        assert raised.value.code == 1
+
+    @pytest.mark.parametrize(
+        ("status", "error"),
+        [(409, None), (409, ValueError()), (500, TaskInterrupted()), (None, TaskInterrupted())],
+    )
+    def test_other_failures(self, status: int | None, error: BaseException | None) -> None:
+        """They are the runner's, as ever."""
+
+        def send(*, msg: Any) -> None:
+            raise answer(status)
+
+        with pytest.raises(AirflowRuntimeError):
+            report_state(send, "state", error)

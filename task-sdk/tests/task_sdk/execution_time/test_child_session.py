@@ -25,6 +25,7 @@ import pytest
 from task_sdk.execution_time.teardown.supervised_task import ended_by, waiting
 
 from airflow.sdk.execution_time.child_session import lead_session, signal_session, signal_task
+from airflow.sdk.execution_time.child_stop import StopRequest
 
 if TYPE_CHECKING:
     from pytest_mock import MockerFixture
@@ -131,15 +132,29 @@ class TestSignalSession:
             assert signal_session(pid, signal.SIGTERM)
 
 
+def task(pid: int, *, new_session: bool = True) -> Any:
+    return SimpleNamespace(pid=pid, _new_session=new_session, _stop=StopRequest())
+
+
 class TestSignalTask:
     def test_session_is_signalled(self) -> None:
         """A type that has asked for a session has it signalled."""
         with waiting(lead_session) as pid:
-            assert signal_task(SimpleNamespace(pid=pid, _new_session=True), signal.SIGTERM)
+            assert signal_task(task(pid), signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
     def test_other_types(self, killpg: Any) -> None:
         """A type that has not asked for a session is left to the caller, who signals the PID alone."""
         with waiting(lead_session) as pid:
-            assert not signal_task(SimpleNamespace(pid=pid, _new_session=False), signal.SIGTERM)
+            assert not signal_task(task(pid, new_session=False), signal.SIGTERM)
         killpg.assert_not_called()
+
+    def test_own_sigkill_is_noted(self) -> None:
+        """It is for nobody else to be blamed; SIGTERM before it, or after it, changes nothing."""
+        with waiting(lead_session) as pid:
+            process = task(pid)
+            signal_task(process, signal.SIGCONT)
+            assert not process._stop.sigkill_sent
+            signal_task(process, signal.SIGKILL)
+            signal_task(process, signal.SIGTERM)
+            assert process._stop.sigkill_sent

@@ -22,7 +22,12 @@ from typing import Any
 import pytest
 import structlog
 
-from airflow.sdk.execution_time.child_status import settle_exit_code
+from airflow.sdk.execution_time.child_status import (
+    deny_silent_success,
+    find_reported_state,
+    has_reported,
+    settle_exit_code,
+)
 
 
 @pytest.fixture
@@ -54,3 +59,54 @@ class TestSettleExitCode:
     def test_other_types(self) -> None:
         """A type that reports no terminal state gets what psutil said."""
         assert settle_exit_code(SimpleNamespace(pid=4711), None) is None
+
+
+class TestReportedState:
+    @pytest.mark.parametrize(
+        ("reported", "state"),
+        [
+            (None, None),
+            ("success", "success"),
+            (SimpleNamespace(value="up_for_retry"), "up_for_retry"),
+            ("SERVER_TERMINATED", None),
+            (SimpleNamespace(value="server_terminated"), None),
+        ],
+    )
+    def test_task(self, log: structlog.testing.CapturingLogger, reported: Any, state: str | None) -> None:
+        """What the task has told counts, as a string or a member; what the supervisor itself notes does not."""
+        process = task(log, reported)
+        assert find_reported_state(process) == state
+        assert has_reported(process) is (state is not None)
+
+
+class TestDenySilentSuccess:
+    @pytest.fixture
+    def stopped(self, log: structlog.testing.CapturingLogger) -> Any:
+        process = task(log, None)
+        process._exit_watch = SimpleNamespace(exit_expected=True)
+        return process
+
+    def test_stopped_task(self, stopped: Any) -> None:
+        """A runner that was told to stop, and exits with 0 without a word, has not succeeded."""
+        assert deny_silent_success(stopped, 0) == 1
+
+    @pytest.mark.parametrize("state", ["success", "skipped", "SERVER_TERMINATED"])
+    def test_told_state(self, stopped: Any, state: str) -> None:
+        """A state that was told, or that the server has chosen, is not silence."""
+        stopped._terminal_state = state
+        assert deny_silent_success(stopped, 0) == 0
+
+    @pytest.mark.parametrize("code", [None, 1, -9])
+    def test_other_codes(self, stopped: Any, code: int | None) -> None:
+        """What is no success anyhow stays as it is."""
+        assert deny_silent_success(stopped, code) is code
+
+    def test_task_that_nobody_stopped(self, stopped: Any) -> None:
+        """A runner that exits with 0 by itself has succeeded."""
+        stopped._exit_watch.exit_expected = False
+        assert deny_silent_success(stopped, 0) == 0
+
+    def test_other_types(self, stopped: Any) -> None:
+        """A type that reports no terminal state keeps its exit code."""
+        del stopped._terminal_state
+        assert deny_silent_success(stopped, 0) == 0

@@ -29,6 +29,7 @@ from unittest.mock import Mock
 import pytest
 import structlog
 from task_sdk.execution_time.teardown.supervised_task import (
+    NEVER,
     Relay,
     Tree,
     ending_all,
@@ -39,21 +40,22 @@ from task_sdk.execution_time.teardown.supervised_task import (
 
 from airflow.sdk.execution_time import child_teardown
 from airflow.sdk.execution_time.child_exit import ExitWatch
+from airflow.sdk.execution_time.child_policy import GRACE, MAX_GRACE, MIN_GRACE, StopPolicy
+from airflow.sdk.execution_time.child_stop import StopRequest, catch_stop_signals
 from airflow.sdk.execution_time.child_teardown import (
-    GRACE,
-    MAX_GRACE,
+    HEARTBEAT_INTERVAL,
     MAX_GRACE_UNASKED,
-    MIN_GRACE,
+    RETRY_TOLD_GRACE,
     end_leftovers,
     end_unless_started,
-    find_grace,
+    handle_request_of_tree,
     prepare_kill,
     signal_tree,
 )
 from airflow.sdk.execution_time.child_tree import Process, ProcessTree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_mock import MockerFixture
 
@@ -67,10 +69,12 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Conf(ConfigParser):
-    """Airflow's, as far as the grace goes: what is set in the file, and a default that nobody has set."""
+    """Airflow's, as far as this goes: what is set in the file, and a grace that nobody has set."""
 
-    def get(self, section: str, option: str, **kwargs: Any) -> str:
-        return super().get(section, option, **kwargs) if self.has_option(section, option) else "60"
+    def get(self, section: str, option: str, **kwargs: Any) -> Any:
+        if self.has_option(section, option):
+            return super().get(section, option, **kwargs)
+        return kwargs.get("fallback", "60")
 
 
 @pytest.fixture
@@ -82,16 +86,26 @@ def conf() -> Conf:
 def process(mocker: MockerFixture) -> Any:
     """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
     tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failures={}, look_failure=None)
-    tree.find.return_value = tree.stop.return_value = [STUBBORN]
+    tree.configure_mock(ended={}, spared=frozenset(), ends=True)
+    tree.find.return_value = tree.kill_all.return_value = [STUBBORN]
+    selector = mocker.MagicMock()
+    selector.select.return_value = []
     mocker.patch.object(child_teardown, "is_alive", autospec=True, return_value=True)
     mocker.patch.object(child_teardown, "is_unreaped_child", autospec=True, return_value=True)
     return SimpleNamespace(
         pid=4711,
-        selector=mocker.MagicMock(),
+        id="the task instance's",
+        client=SimpleNamespace(task_instances=mocker.Mock(spec_set=["heartbeat"])),
+        failed_heartbeats=0,
+        final_state="failed",
+        selector=selector,
         process_log=structlog.testing.CapturingLogger(),
         _exit_code=None,
         _exit_watch=ExitWatch(),
+        _last_heartbeat_attempt=0,
         _new_session=True,
+        _stop=StopRequest(),
+        _stop_policy=StopPolicy.STOP,
         _service_subprocess=lambda max_wait_time: None,
         _terminal_state=None,
         _tree=tree,
@@ -99,66 +113,65 @@ def process(mocker: MockerFixture) -> Any:
 
 
 class TestGrace:
-    def test_default(self, conf: Conf) -> None:
-        """The documented default of 60 s, which no release before 3.4 heeds, changes nothing."""
-        assert find_grace(conf) == GRACE
+    @pytest.mark.parametrize("option", [None, "17", "60"])
+    def test_kill_by_others_than_the_server(self, conf: Conf, process: Any, option: str | None) -> None:
+        """A caller of kill() gets the grace that it names: 5 s after failed heartbeats, whatever the option says."""
+        if option:
+            conf.read_dict({"core": {"killed_task_cleanup_time": option}})
+        assert prepare_kill(process, GRACE, conf) == GRACE
+        assert process._exit_watch.grace_ends(default=NEVER) <= time.monotonic() + GRACE
 
-    def test_in_file(self, conf: Conf) -> None:
-        """What the configuration file sets counts."""
-        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
-        assert find_grace(conf) == 17
-
-    @pytest.mark.parametrize(
-        ("value", "grace"),
-        [
-            ("soon", GRACE),
-            ("", GRACE),
-            ("-1", MIN_GRACE),
-            ("0", MIN_GRACE),
-            ("inf", MAX_GRACE),
-            ("nan", MIN_GRACE),
-            ("60%", GRACE),
-        ],
-    )
-    def test_bad_value(self, conf: Conf, value: str, grace: float) -> None:
-        """A task must end also where somebody has mistyped how."""
-        conf.read_string(f"[core]\nkilled_task_cleanup_time = {value}")
-        assert find_grace(conf) == grace
-
-    @pytest.mark.parametrize(("suffix", "grace"), [("", 60), ("_CMD", GRACE), ("_SECRET", GRACE)])
-    def test_in_environment(
-        self, conf: Conf, monkeypatch: pytest.MonkeyPatch, suffix: str, grace: float
+    @pytest.mark.parametrize(("option", "grace"), [(None, 5), ("17", 17), ("60", 60), ("soon", 5)])
+    def test_kill_because_the_server_has_ended_the_task(
+        self, conf: Conf, process: Any, option: str | None, grace: float
     ) -> None:
-        """How the value is found then is the configuration's business; the suffixes are for secrets, and not heeded."""
-        monkeypatch.setenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", "x")
-        assert find_grace(conf) == grace
+        """What the deployment has set counts."""
+        if option:
+            conf.read_dict({"core": {"killed_task_cleanup_time": option}})
+        process._stop.server_ended = True
+        assert prepare_kill(process, GRACE, conf) == grace
 
-    def test_argument_wins(self, conf: Conf, process: Any) -> None:
-        """A caller of kill() that names a grace gets it."""
-        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
-        assert prepare_kill(process, 3.0, conf) == 3.0
-        assert prepare_kill(process, GRACE, conf) == 17
+    @pytest.mark.parametrize(("grace", "limited"), [(0, MIN_GRACE), (float("inf"), MAX_GRACE)])
+    def test_limits(self, conf: Conf, process: Any, grace: float, limited: float) -> None:
+        """kill() collects nobody without a grace, and cannot wait for ever."""
+        assert prepare_kill(process, grace, conf) == limited
 
     def test_other_types(self, conf: Conf, process: Any) -> None:
         """Without a session of its own a process is killed as ever."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
         process._new_session = False
-        assert prepare_kill(process, GRACE, conf) == GRACE
+        process._stop.server_ended = True
+        assert prepare_kill(process, 0, conf) == 0
         process._tree.remember.assert_not_called()
 
 
+class Clock:
+    """Time that passes only while somebody waits, and as long as that says, however busy the machine is."""
+
+    def __init__(self, mocker: MockerFixture, process: Any) -> None:
+        self._now = mocker.patch.object(child_teardown.time, "monotonic", autospec=True, return_value=100.0)
+        mocker.patch.object(child_teardown.time, "sleep", autospec=True, side_effect=self.wait)
+        self.meanwhile: Callable[[], Any] = lambda: None
+        process._service_subprocess = self.wait
+        process._last_heartbeat_attempt = 100.0
+
+    @property
+    def passed(self) -> float:
+        passed: float = self._now.return_value - 100
+        return passed
+
+    def wait(self, max_wait_time: float) -> None:
+        self._now.return_value += max_wait_time
+        self.meanwhile()
+
+
+@pytest.fixture
+def clock(mocker: MockerFixture, process: Any) -> Clock:
+    return Clock(mocker, process)
+
+
+@pytest.mark.usefixtures("clock")
 class TestSurvivors:
-    @pytest.fixture(autouse=True)
-    def clock(self, process: Any, mocker: MockerFixture) -> None:
-        """Have time pass only while somebody waits: as long as that says, however busy the machine is."""
-
-        def wait(max_wait_time: float) -> None:
-            clock.return_value += max_wait_time
-
-        clock = mocker.patch.object(child_teardown.time, "monotonic", autospec=True, return_value=100.0)
-        mocker.patch.object(child_teardown.time, "sleep", autospec=True, side_effect=wait)
-        process._service_subprocess = wait
-
     @pytest.mark.parametrize(
         ("refused", "reason"), [(4711, "after SIGKILL"), (4712, "a password is required")]
     )
@@ -180,9 +193,10 @@ class TestSurvivors:
 
         def fail(*_: Any, **__: Any) -> list[Process]:
             process._tree.look_failure = "Too many open files"
+            process._tree.ended = {STUBBORN: "SIGTERM"}
             return []
 
-        process._tree.stop.side_effect = fail
+        process._tree.kill_all.side_effect = fail
         end_leftovers(process, -9, conf)
         assert [call.method_name for call in process.process_log.calls] == ["error", "error"]
 
@@ -200,7 +214,7 @@ class TestSurvivors:
         process._service_subprocess = Mock(side_effect=RuntimeError)
         assert end_leftovers(process, -9, conf) == -9
         assert process._service_subprocess.called
-        process._tree.signal.assert_called_with([STUBBORN], signal.SIGKILL)
+        assert process._tree.kill_all.called
 
     def test_sockets_are_given_up(self, conf: Conf, process: Any) -> None:
         """Whoever is left may hold them for as long as it likes, but the time is up."""
@@ -208,6 +222,249 @@ class TestSurvivors:
         assert process._exit_watch.sockets_overdue(-9)
         assert process._exit_watch.exit_expected
         assert process._exit_watch.grace_ends(default=60) <= time.monotonic()
+
+
+class TestTerminate:
+    """The grace of what a task has left."""
+
+    def test_look_that_fails(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """One that cannot be taken has found nobody, which does not mean that nobody is there to be asked."""
+        looks = []
+
+        def fail_once() -> list[Process]:
+            looks.append(clock.passed)
+            process._tree.look_failure = "Too many open files" if len(looks) == 1 else None
+            return [] if len(looks) == 1 else [STUBBORN]
+
+        process._tree.find.side_effect = fail_once
+        end_leftovers(process, -9, conf)
+        process._tree.signal.assert_any_call([STUBBORN], signal.SIGTERM, signal.SIGCONT)
+        assert clock.passed >= GRACE
+
+    def test_looks_that_all_fail(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """They are repeated until the grace is over, and no longer."""
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        process._tree.look_failure = "Too many open files"
+        end_leftovers(process, -9, conf)
+        assert GRACE <= clock.passed < GRACE + 1
+
+    def test_nobody(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """Nobody is waited for where nobody is."""
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        end_leftovers(process, -9, conf)
+        assert clock.passed == 0
+        assert process.process_log.calls == []
+
+    def test_everybody_is_asked_once(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What comes while another is deaf is asked to end, too, and nobody twice."""
+        late = replace(STUBBORN, pid=STUBBORN.pid + 1)
+
+        def appear() -> None:
+            process._tree.find.return_value = [STUBBORN, late]
+
+        clock.meanwhile = appear
+        end_leftovers(process, -9, conf)
+        asked = [call.args[0] for call in process._tree.signal.mock_calls if signal.SIGTERM in call.args]
+        assert asked == [[STUBBORN], [late], *[[]] * (len(asked) - 2)]
+
+    def test_told_to_stop(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """A supervisor that is told to stop ends the grace: whoever has told it may kill it soon. Both logs say so."""
+        conf.read_dict({"core": {"killed_task_cleanup_time": "60"}})
+        clock.meanwhile = lambda: signal.raise_signal(signal.SIGTERM)
+        with structlog.testing.capture_logs() as logs, catch_stop_signals():
+            end_leftovers(process, -9, conf)
+        assert clock.passed < GRACE
+        told = [call for call in process.process_log.calls if "told to stop" in call.args[0]]
+        assert len(told) == len(logs) == 1
+
+    def test_told_to_finish(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """One that is to let its task finish lets leftovers have their grace."""
+        process._stop_policy = StopPolicy.FINISH
+        clock.meanwhile = lambda: signal.raise_signal(signal.SIGTERM)
+        with catch_stop_signals():
+            end_leftovers(process, -9, conf)
+        assert clock.passed >= GRACE
+
+    @pytest.mark.parametrize(("pending", "grace"), [({}, RETRY_TOLD_GRACE), ({"pending": object()}, GRACE)])
+    def test_told_retry(
+        self, conf: Conf, process: Any, clock: Clock, pending: dict[str, Any], grace: float
+    ) -> None:
+        """A retry that the server knows of may start at any moment, and what the try has left has little time."""
+        process._terminal_state = "up_for_retry"
+        process._pending_terminal_state_msg = pending.get("pending")
+        end_leftovers(process, 0, conf)
+        assert grace <= clock.passed < grace + 1.5
+
+
+class TestHeartbeats:
+    """While leftovers end the server is told that the task is not over: it would start a retry beside them."""
+
+    @pytest.fixture(autouse=True)
+    def long_grace(self, conf: Conf, clock: Clock) -> None:
+        conf.read_dict({"core": {"killed_task_cleanup_time": "60"}})
+
+    @pytest.fixture
+    def heartbeat(self, process: Any) -> Any:
+        return process.client.task_instances.heartbeat
+
+    def test_sent(self, conf: Conf, process: Any, clock: Clock, heartbeat: Any) -> None:
+        """They are sent as long as leftovers have their grace."""
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_called_with(process.id, pid=process.pid)
+        assert heartbeat.call_count >= 60 / HEARTBEAT_INTERVAL / 1.2
+        assert heartbeat.call_count <= clock.passed / HEARTBEAT_INTERVAL
+
+    def test_task_that_the_server_has_ended(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """The server knows of that."""
+        process._stop.server_ended = True
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_not_called()
+
+    def test_server_that_is_away(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """None is sent after one has failed: each would take as long."""
+        heartbeat.side_effect = ConnectionError("away")
+        assert end_leftovers(process, -9, conf) == -9
+        heartbeat.assert_called_once()
+        assert process.failed_heartbeats == 1
+
+    def test_heartbeats_that_have_failed(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """Nor is any where those of the loop have failed."""
+        process.failed_heartbeats = 1
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_not_called()
+
+
+class TestTold:
+    """What a task has told decides what becomes of what it has left, whatever exit code follows."""
+
+    @pytest.mark.parametrize("state", ["success", "skipped", "deferred", "up_for_reschedule"])
+    @pytest.mark.parametrize("exit_code", [0, 1, -9, -11])
+    def test_good_state_stands(self, conf: Conf, process: Any, state: str, exit_code: int) -> None:
+        """A crash in an atexit hook comes after it, or a kill for overtime: what was left on purpose stays."""
+        process._terminal_state = state
+        process._exit_watch.expect_exit(GRACE)
+        assert end_leftovers(process, exit_code, conf) == exit_code
+        assert not process._tree.mock_calls
+
+    @pytest.mark.parametrize("state", ["failed", "up_for_retry"])
+    @pytest.mark.usefixtures("clock")
+    def test_failure(self, conf: Conf, process: Any, state: str) -> None:
+        """A task that has told its failure exits with 0, and leaves nothing."""
+        process._terminal_state = state
+        end_leftovers(process, 0, conf)
+        assert process._tree.kill_all.called
+
+    @pytest.mark.usefixtures("clock")
+    def test_task_that_the_server_has_ended(self, conf: Conf, process: Any) -> None:
+        """A task whose state the server does not want leaves nothing, whatever it says."""
+        process._stop.server_ended = True
+        process._terminal_state = "success"
+        end_leftovers(process, 0, conf)
+        assert process._tree.kill_all.called
+
+    @pytest.mark.usefixtures("clock")
+    def test_silence_after_a_stop(self, conf: Conf, process: Any) -> None:
+        """A runner that was told to stop, and exits with 0 without a word, leaves nothing, and has failed."""
+        process._exit_watch.expect_exit(GRACE)
+        assert end_leftovers(process, 0, conf) == 1
+        assert process._tree.kill_all.called
+
+    @pytest.mark.parametrize(
+        ("name", "noted"), [("TaskState", True), ("SucceedTask", True), ("GetXCom", False)]
+    )
+    @pytest.mark.parametrize("new_session", [False, True])
+    def test_tree_of_a_report(self, process: Any, name: str, *, noted: bool, new_session: bool) -> None:
+        """A task that reports how it ends has its tree noted, for its runner ends soon."""
+        msg = type(name, (), {})()
+        process._new_session = new_session
+        process._handle_request = Mock()
+        handle_request_of_tree(process, msg, "log", 7)
+        process._handle_request.assert_called_once_with(msg, "log", 7)
+        assert process._tree.remember.called is (noted and new_session)
+
+
+class TestPolicies:
+    """When leftovers are ended is the deployment's choice."""
+
+    @pytest.mark.parametrize(
+        ("policy", "exit_code", "ended"),
+        [
+            ("always", 1, True),
+            ("always", -9, True),
+            ("killed", 1, False),
+            ("killed", -9, True),
+            ("report", 1, False),
+            ("report", -9, False),
+            ("never", 1, False),
+            ("never", -9, False),
+            ("sometimes", 1, True),
+        ],
+    )
+    @pytest.mark.usefixtures("clock")
+    def test_ended(self, conf: Conf, process: Any, policy: str, exit_code: int, *, ended: bool) -> None:
+        """Whoever wants it has what a failure of its own leaves stay, or what any end does."""
+        conf.read_dict({"workers": {"leftover_policy": policy}})
+        assert end_leftovers(process, exit_code, conf) == exit_code
+        assert process._tree.kill_all.called is process._tree.signal.called is ended
+
+    @pytest.mark.usefixtures("clock")
+    def test_killed_on_request(self, conf: Conf, process: Any) -> None:
+        """A task that was told to stop is one that was killed, however it exits."""
+        conf.read_dict({"workers": {"leftover_policy": "killed"}})
+        process._exit_watch.expect_exit(GRACE)
+        end_leftovers(process, 1, conf)
+        assert process._tree.kill_all.called
+
+    def test_report(self, conf: Conf, process: Any) -> None:
+        """The task's log tells what would be ended, by PID and name."""
+        conf.read_dict({"workers": {"leftover_policy": "report"}})
+        end_leftovers(process, -9, conf)
+        [call] = process.process_log.calls
+        assert call.method_name == "warning"
+        assert call.kwargs == {"count": 1, "processes": [{"pid": STUBBORN.pid, "name": "stubborn"}]}
+
+    @pytest.mark.parametrize("policy", ["report", "never"])
+    def test_nothing_to_report(self, conf: Conf, process: Any, policy: str) -> None:
+        """The log is silent where nothing is left, or nobody wants to know."""
+        conf.read_dict({"workers": {"leftover_policy": policy}})
+        process._tree.find.return_value = []
+        end_leftovers(process, -9, conf)
+        assert process.process_log.calls == []
+
+    @pytest.mark.parametrize(
+        ("policy", "ends"), [("always", True), ("killed", True), ("report", False), ("never", False)]
+    )
+    def test_kill(self, conf: Conf, process: Any, policy: str, *, ends: bool) -> None:
+        """The SIGKILL of a kill goes to all of the tree only where that is to be ended."""
+        conf.read_dict({"workers": {"leftover_policy": policy}})
+        prepare_kill(process, GRACE, conf)
+        assert process._tree.ends is ends
+        signal_tree(process, signal.SIGKILL)
+        assert process._tree.kill_all.called is ends
+
+    def test_tree_knows_whom_to_spare(self, conf: Conf, process: Any) -> None:
+        """It is told before the first signal of a kill, and before leftovers are looked for."""
+        conf.read_dict({"workers": {"spared_leftovers": "ssh, gpg-agent"}})
+        prepare_kill(process, GRACE, conf)
+        assert process._tree.spared == {"ssh", "gpg-agent"}
+        process._tree.spared = frozenset()
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        end_leftovers(process, -9, conf)
+        assert process._tree.spared == {"ssh", "gpg-agent"}
+
+    @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
+    @pytest.mark.parametrize("spared", [frozenset(), frozenset({"ssh"})])
+    @pytest.mark.parametrize("in_group", [False, True])
+    def test_signal_to_the_group(
+        self, process: Any, mocker: MockerFixture, sig: int, spared: frozenset[str], *, in_group: bool
+    ) -> None:
+        """Where somebody is spared, the group gets its signal one by one, if it has members, and not as a whole."""
+        signal_task = mocker.patch.object(child_teardown, "signal_task", autospec=True, return_value=True)
+        process._tree.spared = spared
+        process._tree.signal_group.return_value = in_group
+        assert signal_tree(process, sig)
+        assert process._tree.signal_group.called is bool(spared)
+        assert signal_task.called is not (bool(spared) and in_group)
 
 
 class TestKill:
@@ -218,13 +475,18 @@ class TestKill:
         assert signal_tree(process, signal.SIGTERM)
         assert not process._tree.mock_calls
 
-    def test_nobody_waits_for_long_unasked(self, conf: Conf, process: Any, mocker: MockerFixture) -> None:
+    def test_nobody_waits_for_long_unasked(self, conf: Conf, process: Any, clock: Clock) -> None:
         """What a crash has left gets a minute of a longer grace, for the server is not told of the end before."""
-        grace_ends = mocker.patch.object(ExitWatch, "grace_ends", autospec=True, side_effect=InterruptedError)
         conf.read_dict({"core": {"killed_task_cleanup_time": "600"}})
-        with pytest.raises(InterruptedError):
-            end_leftovers(process, -9, conf)
-        grace_ends.assert_called_once_with(process._exit_watch, default=MAX_GRACE_UNASKED)
+        end_leftovers(process, -9, conf)
+        assert MAX_GRACE_UNASKED <= clock.passed < MAX_GRACE_UNASKED + 1.5
+
+    def test_error_of_our_own(self, conf: Conf, process: Any) -> None:
+        """It does not keep the state of the task from being told, without which it counts as running."""
+        process._tree.find.side_effect = RuntimeError
+        with structlog.testing.capture_logs() as logs:
+            assert end_leftovers(process, -9, conf) == -9
+        assert [entry["log_level"] for entry in logs] == ["error"]
 
 
 class TestNotStarted:

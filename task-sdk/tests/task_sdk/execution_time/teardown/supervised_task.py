@@ -137,11 +137,12 @@ class Log(structlog.testing.LogCapture):
 
 
 class Api:
-    """The part of the Execution API that a task's life touches."""
+    """The part of the Execution API that a task's life touches; ``told`` are the states that it was told, in turn."""
 
     def __init__(self, *, should_retry: bool = False) -> None:
-        self.task_instances = self
+        self.task_instances = self.variables = self
         self.terminate = False
+        self.told: list[str] = []
         self._context = TIRunContext.model_construct(should_retry=should_retry, max_tries=0, start_date=None)
 
     def start(self, *args: Any, **kwargs: Any) -> TIRunContext:
@@ -151,8 +152,37 @@ class Api:
         if self.terminate:
             raise conflict()
 
-    def finish(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def finish(self, *args: Any, state: Any, **kwargs: Any) -> None:
+        self.tell(state)
+
+    def succeed(self, *args: Any, **kwargs: Any) -> None:
+        self.tell("success")
+
+    def retry(self, *args: Any, **kwargs: Any) -> None:
+        self.tell("up_for_retry")
+
+    def tell(self, state: Any) -> None:
+        if self.terminate:
+            raise conflict()
+        self.told.append(str(getattr(state, "value", state)))
+
+
+class SteppingApi(Api):
+    """Has each heartbeat do one thing, which the supervisor has heeded when the next one comes."""
+
+    def __init__(self, *steps: Callable[[], object], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.steps = list(steps)
+
+    def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+        if self.steps:
+            self.steps.pop(0)()
+        super().heartbeat(*args, **kwargs)
+
+
+def stop_supervisor() -> None:
+    """Have SIGTERM come to the supervisor, which this process is, here and now."""
+    signal.raise_signal(signal.SIGTERM)
 
 
 def conflict() -> ServerResponseError:
@@ -160,7 +190,7 @@ def conflict() -> ServerResponseError:
     http = sys.modules[ServerResponseError.__base__.__module__.partition(".")[0]]
     request = http.Request("PUT", "http://127.0.0.1/")
     error = ServerResponseError("conflict", request=request, response=http.Response(409, request=request))
-    error.detail = {"reason": "not_running"}
+    error.detail = {"reason": "not_running", "current_state": "failed"}
     return error
 
 
@@ -310,6 +340,11 @@ def set_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", str(seconds))
     # From 1.4 on it is read at import.
     monkeypatch.setattr(supervisor, "KILLED_TASK_CLEANUP_TIME", seconds, raising=False)
+
+
+def set_stop_policy(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    """Choose what a signal to a supervisor means; an unfixed one does not ask."""
+    monkeypatch.setenv("AIRFLOW__WORKERS__STOP_SIGNAL_POLICY", policy)
 
 
 def be_polite(relay: Relay) -> None:

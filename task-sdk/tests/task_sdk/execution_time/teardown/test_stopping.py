@@ -14,7 +14,7 @@
 # KIND, either express or implied.  See the License for the
 # specific language governing permissions and limitations
 # under the License.
-"""A supervisor passes the signals that stop it on to its task."""
+"""A supervisor that is told to stop stops its task, waits for its end, and tells the truth about it."""
 
 from __future__ import annotations
 
@@ -23,69 +23,267 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any, TextIO
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
 import structlog
 from task_sdk.execution_time.teardown.supervised_task import (
     SLEEPER,
+    Api,
+    Log,
     Relay,
+    SteppingApi,
     Tree,
+    describe_task,
     forked,
     pause_for_ever,
+    set_stop_policy,
     start_task,
+    stop_supervisor,
     tell_when_monitoring,
 )
 
 from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
-class TestForwarding:
-    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-    def test_signal_reaches_the_group(
+@pytest.fixture
+def runner() -> Iterator[Relay]:
+    """Return what the runner tells its supervisor over, or the supervisor its runner."""
+    runner = Relay()
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(autouse=True)
+def stop_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have signals stop the task, which is not every release's default."""
+    set_stop_policy(monkeypatch, "stop")
+
+
+def tell_end(relay: Relay, process: ActivitySubprocess, *more: Any) -> None:
+    """Wait for a task, and tell how it has ended."""
+    code = process.wait()
+    state = process.final_state
+    relay.tell(["ended", code, str(getattr(state, "value", state)), *more])
+
+
+class TestStopping:
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+    def test_task_ends(
         self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
     ) -> None:
-        """A supervisor that is told to stop passes that on to the task's group, and restores its handlers."""
+        """Whatever tells a supervisor to stop, its task and the task's group get SIGTERM; then handlers are restored."""
+
+        def handle(signum: int, frame: Any) -> None: ...
 
         def supervise() -> None:
             tell_when_monitoring(relay, monkeypatch)
             process = start_task(lambda: (relay.tell(subprocess.Popen(SLEEPER).pid), pause_for_ever()))
-            former = signal.signal(signum, signal.SIG_IGN)
+            signal.signal(signum, handle)
             code = process.wait()
-            relay.tell([code, signal.getsignal(signum) == signal.SIG_IGN])
-            signal.signal(signum, former)
+            relay.tell([code, signal.getsignal(signum) is handle])
 
         with forked(supervise) as supervising:
             told = [relay.hear(), relay.hear()]
             child = tree.add(next(pid for pid in told if pid != "monitoring"))
             os.kill(supervising, signum)
-            assert relay.hear() == [-signum, True]
+            assert relay.hear() == [-signal.SIGTERM, True]
             assert tree.gone(child)
 
+    def test_task_is_told_once(self, relay: Relay, runner: Relay) -> None:
+        """However many signals come, they are one request to the task."""
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, lambda *_: runner.tell("SIGTERM"))
+            signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
+            runner.tell("ready")
+            pause_for_ever()
+
+        def supervise() -> None:
+            api = SteppingApi(
+                stop_supervisor,
+                lambda: relay.tell(runner.hear()),
+                *[stop_supervisor] * 3,
+                lambda: os.kill(process.pid, signal.SIGUSR1),
+            )
+            process = start_task(target, api)
+            assert runner.hear() == "ready"
+            tell_end(relay, process)
+            runner.tell("no more")
+            relay.tell(runner.hear())
+
+        with forked(supervise):
+            assert relay.hear() == "SIGTERM"
+            assert relay.hear() == ["ended", 1, "failed"]
+            assert relay.hear() == "no more"
+
     def test_signals_while_logging(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A second signal, while the first is being logged, does not hang the supervisor."""
+        """A signal while something is logged, under the lock of the log's file, does not hang the supervisor."""
 
         class Interrupting(io.StringIO):
             def write(self, text: str) -> int:
-                signal.raise_signal(signal.SIGTERM)
+                stop_supervisor()
                 return super().write(text)
 
         install = signal.signal
 
         def install_and_signal(signum: int, handler: Any) -> Any:
             former = install(signum, handler)
-            signal.raise_signal(signal.SIGTERM)
+            stop_supervisor()
             return former
 
         def supervise() -> None:
             process = start_task(pause_for_ever)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: None)
             monkeypatch.setattr(signal, "signal", install_and_signal)
             log_into(Interrupting(), monkeypatch)
             relay.tell(process.wait())
 
         with forked(supervise):
             assert relay.hear() == -signal.SIGTERM
+
+    @pytest.mark.usefixtures("short_grace")
+    def test_deaf_task_is_killed(self, relay: Relay, runner: Relay) -> None:
+        """A task that does not end is killed when its grace is over, and nobody guesses at a lack of memory."""
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            runner.tell("ready")
+            pause_for_ever()
+
+        def supervise() -> None:
+            log = Log()
+            process = start_task(target, SteppingApi(stop_supervisor), logger=log.logger)
+            assert runner.hear() == "ready"
+            tell_end(relay, process, log.find("memory"), len(log.find("told to stop")))
+
+        with forked(supervise):
+            assert relay.hear() == ["ended", -signal.SIGKILL, "failed", [], 1]
+
+    @pytest.mark.parametrize(("should_retry", "state"), [(False, "failed"), (True, "up_for_retry")])
+    def test_silent_exit_is_a_failure(
+        self, relay: Relay, runner: Relay, state: str, *, should_retry: bool
+    ) -> None:
+        """A runner that was told to stop, and exits with 0 without a word, has not succeeded; the server is told so."""
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            runner.tell("ready")
+            pause_for_ever()
+
+        def supervise() -> None:
+            api = SteppingApi(stop_supervisor, should_retry=should_retry)
+            process = start_task(target, api)
+            assert runner.hear() == "ready"
+            process.wait()
+            relay.tell(["told", *api.told])
+
+        with forked(supervise):
+            # Before 1.1 nobody knows whether there are retries left.
+            states = [state, "failed"] if not hasattr(ActivitySubprocess, "_should_retry") else [state]
+            assert relay.hear() in [["told", state] for state in states]
+
+    def test_signal_during_start(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A supervisor that is told to stop before its task has begun stops it, instead of dying beside it."""
+
+        class Interrupted(Api):
+            def start(self, *args: Any, **kwargs: Any) -> Any:
+                stop_supervisor()
+                return super().start(*args, **kwargs)
+
+        def supervise() -> None:
+            task = describe_task(Interrupted())
+            start = partial(ActivitySubprocess.start, target=pause_for_ever)
+            monkeypatch.setattr(ActivitySubprocess, "start", start)
+            run = getattr(supervisor, "supervise_task", None) or supervisor.supervise
+            relay.tell(
+                run(
+                    ti=task["what"],
+                    bundle_info=task["bundle_info"],
+                    dag_rel_path=task["dag_rel_path"],
+                    token="",
+                    client=task["client"],
+                )
+            )
+
+        with forked(supervise):
+            assert relay.hear() == -signal.SIGTERM
+
+
+class TestUnchanged:
+    def test_ignored_signal(self, relay: Relay, runner: Relay) -> None:
+        """A signal that the supervisor ignores it goes on to ignore: Celery's pool does so with Ctrl-C."""
+
+        def interrupt() -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def supervise() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            api = SteppingApi(interrupt, lambda: runner.tell("go"))
+            tell_end(relay, start_task(lambda: (runner.hear(), os._exit(3)), api))
+
+        with forked(supervise):
+            assert relay.hear() == ["ended", 3, "failed"]
+
+
+class TestWhoHasAsked:
+    """The task's log says who has asked for its end, when it is asked, not only when it is over."""
+
+    @pytest.fixture
+    def log(self) -> Log:
+        return Log()
+
+    @pytest.fixture
+    def before_kill(self, log: Log, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+        """Return what the log says when the task is killed."""
+        entries: list[dict[str, Any]] = []
+        kill = ActivitySubprocess.kill
+
+        def note_and_kill(process: ActivitySubprocess, *args: Any, **kwargs: Any) -> None:
+            entries.extend(map(dict, log.entries))
+            kill(process, *args, **kwargs)
+
+        monkeypatch.setattr(ActivitySubprocess, "kill", note_and_kill)
+        return entries
+
+    def test_server(self, log: Log, before_kill: list[dict[str, Any]]) -> None:
+        """It tells status, reason and state of the server's answer."""
+        api = Api()
+        process = start_task(pause_for_ever, api, logger=log.logger)
+        api.terminate = True
+        process.wait()
+        [entry] = [entry for entry in before_kill if "status" in entry]
+        assert (entry["status"], entry["reason"], entry["state"]) == (409, "not_running", "failed")
+
+    def test_failed_heartbeats(
+        self, log: Log, before_kill: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It tells how many heartbeats have failed."""
+
+        def fail() -> None:
+            raise ConnectionError("away")
+
+        monkeypatch.setattr(supervisor, "MAX_FAILED_HEARTBEATS", 2)
+        process = start_task(pause_for_ever, SteppingApi(fail, fail), logger=log.logger)
+        process.wait()
+        [entry] = [entry for entry in before_kill if "failed_heartbeats" in entry]
+        assert entry["failed_heartbeats"] == 2
+
+    def test_overtime(
+        self, log: Log, before_kill: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It tells of the limit, and the state that the task had told stands."""
+        monkeypatch.setattr(supervisor, "TASK_OVERTIME_THRESHOLD", 0)
+        process = start_task(pause_for_ever, logger=log.logger)
+        process._terminal_state, process._task_end_time_monotonic = "success", 1.0
+        process.wait()
+        assert [entry for entry in before_kill if "task_success_overtime" in str(entry.get("limit"))]
+        assert process.final_state == "success"
 
 
 def log_into(file: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
