@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib
 import inspect
 import itertools
 import json
 import os
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -46,6 +48,10 @@ LOOP_LIMIT = 50
 """Signals after which a loop that answers each with another gives up."""
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 DAG = "told.py"
+# From 1.4 on the supervisor tells the server so that it has ended the task as the server said.
+ACKNOWLEDGED = "server_terminated"
+CHATTER = b'"line '
+"""Begins what a task logs all the time."""
 
 # httpx up to SDK 1.3, httpx2 from 1.4 on
 http = sys.modules[api_client.Client.__mro__[1].__module__.partition(".")[0]]
@@ -148,8 +154,9 @@ class Server:
         return http.Response(204)
 
     def answer_state(self, request: Any) -> Any:
-        accepted = self.ended_by is None
-        tell("state", state=json.loads(request.content)["state"], accepted=accepted)
+        state = json.loads(request.content)["state"]
+        accepted = self.ended_by is None or state == ACKNOWLEDGED
+        tell("state", state=state, accepted=accepted)
         return http.Response(204) if accepted else http.Response(409, json={"detail": {"reason": "invalid_state"}})
 
     def answer_variable(self, request: Any, key: str) -> Any:
@@ -236,7 +243,7 @@ def supervise(case: dict[str, Any], order: int) -> None:
         end["exception"] = type(error).__name__
     returned_at = time.monotonic()
     if processes and end["exception"] is None:
-        end["final_state"] = getattr(processes[0].final_state, "value", processes[0].final_state)
+        end["final_state"] = str(getattr(processes[0].final_state, "value", processes[0].final_state)).lower()
     tell("returned", returned_at=returned_at, **end)
 
 
@@ -363,7 +370,7 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
     host = fork(be)
     pidfd = os.pidfd_open(host)
     began = time.monotonic()
-    ready = case["end"] == "" or told.wait_for("ready", until=began + READY_TIMEOUT, pidfd=pidfd)
+    ready = case["end"] == "" or told.wait_for(case["at"], until=began + READY_TIMEOUT, pidfd=pidfd)
     if not ready:
         raise RuntimeError(f"the task was not ready:\n{told.events}\n{(folder / 'supervisor.log').read_text()}")
     time.sleep(case["delay"])
@@ -408,11 +415,16 @@ def describe(events: list[dict[str, Any]], began: float) -> dict[str, Any]:
     returned_at = find(events, "returned", "returned_at")
     return {
         "seconds": returned_at - began if returned_at else None,
-        "states": [each["state"] for each in events if each["event"] == "state" and each["accepted"]],
-        "refused": [each["state"] for each in events if each["event"] == "state" and not each["accepted"]],
+        "states": list_states(events, accepted=True),
+        "refused": list_states(events, accepted=False),
         "events": [each for each in events if each["event"] not in {"state", "beat"}],
         **{key: find(events, "returned", key) for key in ("exit_code", "exception", "final_state")},
     }
+
+
+def list_states(events: list[dict[str, Any]], *, accepted: bool) -> list[str]:
+    told = [each["state"] for each in events if each["event"] == "state" and each["accepted"] == accepted]
+    return [state for state in told if state != ACKNOWLEDGED]
 
 
 def list_left(hosts: set[int | None]) -> list[tuple[int, str]]:
@@ -434,7 +446,8 @@ def read_signal(pidfd: int) -> int | None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if CHATTER not in line]
 
 
 def end_descendants() -> None:
@@ -478,6 +491,9 @@ def main() -> None:
 
 def preload() -> None:
     """Import what a task runner imports on its way."""
+    for name in ("airflow.models.dagbag", "airflow.serialization.serialized_objects"):
+        importlib.import_module(name)
+    runpy.run_path(str(Path(__file__).parent / "real_dags" / DAG))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Case:
     task: str
     end: str = "SIGTERM"
     """A signal, the status of the answer to a heartbeat, or nothing: the task ends by itself."""
+    at: str = "ready"
+    """The event that shows that it is time."""
     to: str = "supervisor"
     """Who gets the signal: the supervisor (or the loop that has forked it), or the runner."""
     count: int = 1

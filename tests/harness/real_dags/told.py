@@ -35,8 +35,8 @@ ON_KILL_TIME = 2.0
 WORKERS = 2
 WARM_UP = 3
 """Requests or pokes after which a task is in its loop for certain."""
-# A program that waits for ever under a name of its own: `sh` opens a FIFO that nobody writes to.
-DAEMON = ["setsid", "--fork", "sh", "-c", """echo '{"event": "daemon"}' > "$TOLD"; read -r line < "$FREED" """]
+# Waits for ever under a name of its own, and says when it has that name: `sh` opens a FIFO that nobody writes to.
+DAEMON = ["setsid", "--fork", "sh", "-c", 'echo; exec > /dev/null; read -r line < "$FREED"']
 
 
 def tell(event: str, **details: Any) -> None:
@@ -161,9 +161,18 @@ class PostOperator(ToldOperator):
         return "done"
 
     def post_execute(self, context: Any, result: Any = None) -> None:
-        tell("ready")
-        wait_until_freed()
+        wait_for_signal()
         tell("finished")
+
+
+class PreOperator(ToldOperator):
+    """Is told to end before it has begun."""
+
+    def pre_execute(self, context: Any) -> None:
+        wait_for_signal()
+
+    def execute(self, context: Any) -> Any:
+        return "done"
 
 
 class BashAfterRunnerOperator(BashOperator):
@@ -190,7 +199,21 @@ def defer() -> None:
 
 
 def start_daemon() -> None:
-    subprocess.run(DAEMON, check=True)
+    daemon = subprocess.Popen(DAEMON, stdout=subprocess.PIPE)
+    assert daemon.stdout
+    daemon.stdout.readline()
+    daemon.wait()
+    tell("daemon")
+
+
+def wait_for_signal() -> None:
+    """Return when this process has got a signal, whatever is done about it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    former = signal.set_wakeup_fd(writer)
+    tell("ready")
+    os.read(reader, 1)
+    signal.set_wakeup_fd(former)
 
 
 TELL_CALLBACKS = {
@@ -207,6 +230,7 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     AsksAlwaysOperator(task_id="asks_always")
     LogsOnKillOperator(task_id="logs")
     PostOperator(task_id="post_execute")
+    PreOperator(task_id="pre_execute")
     ToldOperator(task_id="has_timeout", execution_timeout=timedelta(seconds=LONG))
     PokeSensor(task_id="sensor", poke_interval=TICK, mode="poke", timeout=LONG)
     BashAfterRunnerOperator(
@@ -309,6 +333,7 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     @task
     def sleeps_with_daemon() -> None:
         start_daemon()
+        tell("ready")
         time.sleep(LONG)
 
     @task
