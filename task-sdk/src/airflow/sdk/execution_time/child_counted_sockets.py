@@ -34,8 +34,8 @@ __all__ = ["close_sockets"]
 
 
 def close_sockets(selector: selectors.BaseSelector) -> None:
-    """Close every socket of ``selector``, which must be nobody else's."""
-    for key in list(selector.get_map().values()):
+    """Close every socket of the child that ``selector`` has; they have their handlers with them."""
+    for key in [key for key in selector.get_map().values() if key.data is not None]:
         sock = cast("socket.socket", key.fileobj)
         unregister(selector, sock)
         sock.close()

@@ -75,13 +75,14 @@ class ExitWatch:
         self._polls = False
         self._sockets_at_start = 0
         self._kill_ends: float | None = None
+        self._wake_at = math.inf
         self._started = False
         self._follows = False
 
     def start(self, selector: selectors.BaseSelector, pid: int) -> None:
         """Make the exit of our child ``pid`` wake ``selector``, or have :meth:`select` poll for it."""
         self._started = True
-        self._sockets_at_start = len(selector.get_map())
+        self._sockets_at_start = count_sockets(selector)
         self._polls = not self._watch(selector, pid)
 
     def follow(self, selector: selectors.BaseSelector, pid: int) -> bool:
@@ -142,6 +143,10 @@ class ExitWatch:
         ends = time.monotonic() + grace
         self._kill_ends = ends if self._kill_ends is None else min(self._kill_ends, ends)
 
+    def wake_at(self, deadline: float | None) -> None:
+        """Have :meth:`select` end at a time, by time.monotonic(), for something other than the exit; None: no more."""
+        self._wake_at = math.inf if deadline is None else deadline
+
     def select(self, selector: selectors.BaseSelector, *, timeout: float, exit_code: int | None) -> _Events:
         """
         ``selector.select(timeout)`` that the child's exit ends early, and that a closed selector cannot break.
@@ -154,9 +159,15 @@ class ExitWatch:
             self._sleep_without_selector(timeout)
             return []
         events = selector.select(timeout=self._limit(timeout, selector, exit_code))
-        # A signal handler that kills the child may have taken the pidfd meanwhile.
-        on_sockets = [event for event in events if not isinstance(event[0].fileobj, io.FileIO)]
-        if len(on_sockets) < len(events):
+        if not self._started:
+            return events
+        # The child's sockets have their handlers with them. What else is watched has woken the caller, and that is all.
+        on_sockets = [event for event in events if event[0].data is not None]
+        wake_ups = [key.fileobj for key, _ in events if key.data is None]
+        for wake_up in wake_ups:
+            if isinstance(wake_up, socket.socket):
+                empty(wake_up)
+        if any(isinstance(wake_up, io.FileIO) for wake_up in wake_ups):
             # It stays readable for good, and would turn the next select() into a busy loop. Under a tracer
             # (strace, gdb) the child cannot be waited for until the tracer has collected it: poll from here.
             self.close(selector)
@@ -177,9 +188,10 @@ class ExitWatch:
             return timeout
         if exit_code is not None:
             return max(0, min(timeout, self._release_due_in()))
+        timeout = max(0, min(timeout, self._wake_at - time.monotonic()))
         if not self._polls:
             return timeout
-        imminent = self._kill_ends is not None or len(selector.get_map()) < self._sockets_at_start
+        imminent = self._kill_ends is not None or count_sockets(selector) < self._sockets_at_start
         return min(timeout, IMMINENT_EXIT_POLL_INTERVAL if imminent else EXIT_POLL_INTERVAL)
 
     def _sleep_without_selector(self, timeout: float) -> None:
@@ -220,6 +232,18 @@ def release_sockets(
             _drain(sock, key.data[0] if isinstance(key.data, tuple) else key.data)
         unregister(selector, sock)
     return held
+
+
+def count_sockets(selector: selectors.BaseSelector) -> int:
+    """Return how many of the child's sockets are open still; they have their handlers with them."""
+    return sum(key.data is not None for key in selector.get_map().values())
+
+
+def empty(sock: socket.socket) -> None:
+    """Read what has woken somebody, which may be many signals."""
+    with contextlib.suppress(BlockingIOError):
+        while sock.recv(4096):
+            pass
 
 
 def unregister(selector: selectors.BaseSelector, file: socket.socket | io.FileIO) -> None:

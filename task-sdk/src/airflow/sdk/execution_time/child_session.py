@@ -27,9 +27,13 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+import signal
+from typing import TYPE_CHECKING, Protocol
 
 from airflow.sdk.execution_time.child_status import is_unreaped_child
+
+if TYPE_CHECKING:
+    from airflow.sdk.execution_time.child_stop import StopRequest
 
 __all__ = ["lead_session", "signal_session", "signal_task"]
 
@@ -39,6 +43,7 @@ class _SupervisedProcess(Protocol):
 
     pid: int
     _new_session: bool
+    _stop: StopRequest
 
 
 def lead_session() -> bool:
@@ -83,4 +88,5 @@ def signal_session(leader: int, sig: int) -> bool:
 
 def signal_task(process: _SupervisedProcess, sig: int) -> bool:
     """Send a signal of ``kill()`` to the session of a task, if it has one; see :func:`signal_session`."""
+    process._stop.sigkill_sent |= sig == signal.SIGKILL
     return process._new_session and signal_session(process.pid, sig)

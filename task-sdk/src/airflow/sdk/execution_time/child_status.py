@@ -29,7 +29,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["find_reported_state", "is_unreaped_child", "settle_exit_code"]
+__all__ = [
+    "deny_silent_success",
+    "find_reported_state",
+    "has_reported",
+    "is_unreaped_child",
+    "settle_exit_code",
+]
 
 NOT_REPORTED = "server_terminated"
 """What the supervisor itself notes as the state of a task that the server does not want any more."""
@@ -66,6 +72,23 @@ def find_reported_state(process: Any) -> str | None:
     state = process._terminal_state
     name = None if state is None else str(getattr(state, "value", state)).lower()
     return None if name == NOT_REPORTED else name
+
+
+def has_reported(process: Any) -> bool:
+    """Whether a task process has told its terminal state, which then stands, whatever it exits with."""
+    return find_reported_state(process) is not None
+
+
+def deny_silent_success(process: Any, exit_code: int | None) -> int | None:
+    """
+    Replace the 0 of a task process that was told to stop, and has told no state: it has not succeeded.
+
+    :param process: a ``WatchedSubprocess``. Only task processes report a terminal state.
+    """
+    if exit_code != 0 or not hasattr(process, "_terminal_state"):
+        return exit_code
+    silent = process._exit_watch.exit_expected and process._terminal_state is None
+    return UNKNOWN if silent else exit_code
 
 
 def is_unreaped_child(pid: int) -> bool:

@@ -63,6 +63,8 @@ MARK_FLAG = 1 << 62
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
 
+ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGKILL))
+
 DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
@@ -110,6 +112,13 @@ class ProcessTree:
         self._session_over = False
         self.sudo_failures: dict[int, str] = {}
         """Why processes of other users could not be signalled, by their uids."""
+        self.spared: frozenset[str] = frozenset()
+        """Names of programs that are never ended, nor what they have started."""
+        self.ends = True
+        """Whether the deployment has what a task leaves behind ended."""
+        self.ended: dict[Process, str] = {}
+        """Those that were asked to end or killed, by the last signal, since this was last reported; not the leader."""
+        self._stopped: list[Process] = []
         self.look_failure: str | None = None
         """Why the last look, or any, has found nothing, if it could not be taken."""
 
@@ -206,6 +215,7 @@ class ProcessTree:
             stop, in an uninterruptible sleep.
         """
         sent: set[Process] = set()
+        self._stopped.clear()
         all_stopped = False
         deadline = time.monotonic() + time_limit
         while members := self.find(with_leader=with_leader):
@@ -216,21 +226,55 @@ class ProcessTree:
             if overdue or (all_stopped and not fresh):
                 return sorted(members, key=lambda member: (member.start, member.pid), reverse=True)
             all_stopped = not fresh and all(member.stopped for member in members)
-            self.signal(fresh, signal.SIGSTOP)
             sent.update(fresh)
+            self._stopped.extend(fresh)
+            self.signal(fresh, signal.SIGSTOP)
             if not fresh and not all_stopped:
                 # Let those run that are to stop.
                 time.sleep(STOP_POLL_INTERVAL)
         return []
 
+    def kill_all(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
+        """
+        Stop the processes of the tree and kill them, as one step: nothing stays stopped, whatever cuts this short.
+
+        :param time_limit: seconds to wait for those that do not come to stop.
+        :returns: whom it has killed, in that order.
+        """
+        members: list[Process] = []
+        try:
+            members = self.stop(time_limit, with_leader=with_leader)
+        finally:
+            # If an exception has come in between, all that were stopped.
+            self.signal(members or self._stopped, signal.SIGKILL)
+        return members
+
+    def signal_group(self, sig: int) -> bool:
+        """Send ``sig`` to each member of the leader's process group that is not spared; False if there is none."""
+        leader = self._leader
+        group = [
+            member
+            for member in self.find(with_leader=True)
+            if leader is not None and find_group(member.pid) == leader.pid
+        ]
+        self._send(group, sig)
+        return bool(group)
+
     def signal_leader(self, sig: int) -> bool:
         """Send ``sig`` to the leader alone; False if there is none."""
         if self._leader is None:
             return False
-        self.signal([self._leader], sig)
+        self._send([self._leader], sig)
         return True
 
     def signal(self, processes: Iterable[Process], *signals: int) -> None:
+        """Send the signals to each process that still is the same, and note whom they end."""
+        processes = list(processes)
+        for sig in ENDING_SIGNALS.intersection(signals):
+            self.ended.update((process, sig.name) for process in processes if process != self._leader)
+        self._send(processes, *signals)
+
+    def _send(self, processes: Iterable[Process], *signals: int) -> None:
         """Send the signals to each process that still is the same; to those of another user through sudo."""
         denied = [process for process in processes if not send_signals(process, signals)]
         for uid, owned in group_by_owner(denied).items():
@@ -246,6 +290,14 @@ class ProcessTree:
             self.sudo_failures.pop(uid, None)
         else:
             self.sudo_failures[uid] = failure
+
+
+def find_group(pid: int) -> int | None:
+    """Return the process group that a process is in, None if it is gone."""
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
 
 
 def add_descendants(processes: dict[int, Process], seeds: dict[int, Process]) -> dict[int, Process]:

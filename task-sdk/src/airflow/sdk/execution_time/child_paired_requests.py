@@ -1,0 +1,64 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Keep requests and answers together where a runner sends the one and reads the other by two calls, before 1.0.3.
+
+Imports nothing of Airflow outside this package.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, TypeVar
+
+from airflow.sdk.execution_time.child_interruption import begin_request, end_request, request_in_flight
+from airflow.sdk.execution_time.child_requests import expects_answer
+
+__all__ = ["reads_answer", "sends_request"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def sends_request(method: _Method) -> _Method:
+    """Have a method that sends ``msg`` put off an interruption until the answer was read, if there is one; a decorator."""
+
+    @functools.wraps(method)
+    def send(comms: Any, log: Any, msg: Any) -> Any:
+        if not expects_answer(msg):
+            with request_in_flight():
+                return method(comms, log, msg)
+        begin_request()
+        try:
+            return method(comms, log, msg)
+        except BaseException:
+            end_request()
+            raise
+
+    return send  # type: ignore[return-value]
+
+
+def reads_answer(method: _Method) -> _Method:
+    """Have a method that reads an answer let the task be interrupted again after it; a decorator."""
+
+    @functools.wraps(method)
+    def read(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            end_request()
+
+    return read  # type: ignore[return-value]

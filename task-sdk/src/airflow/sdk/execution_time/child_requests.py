@@ -1,0 +1,109 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Answer what a task asks its supervisor, also when the API server cannot, or has ended the task.
+
+A request that fails in an unforeseen way, as when the API server is away, must not end the supervisor: its task would
+run on without one. And a task that the server has ended gets no state accepted, so that its runner does not go on to run
+the callbacks of a failure that is none.
+
+Imports nothing of Airflow but messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from airflow.sdk.api.client import ServerResponseError
+from airflow.sdk.exceptions import ErrorType
+from airflow.sdk.execution_time.child_interruption import CONFLICT
+from airflow.sdk.execution_time.comms import ErrorResponse
+
+__all__ = ["expects_answer", "handle_request"]
+
+STATE_REPORTS = (
+    "TaskState",
+    "SucceedTask",
+    "RetryTask",
+    "DeferTask",
+    "RescheduleTask",
+    "AwaitInputTask",
+)
+"""Messages that tell how a task has ended; not every release has each."""
+
+ANSWERED = ("DeleteVariable", "TriggerDagRun", "ValidateInletsAndOutlets")
+"""Messages that are answered before 1.0.3, besides those whose names begin with "Get"; from then on all are."""
+
+
+def handle_request(process: Any, msg: Any, log: Any, *request_id: int, answer_failures: bool = False) -> None:
+    """
+    Handle a request of a task, or refuse it.
+
+    :param process: a ``WatchedSubprocess``. Types that lead no session of their own are served as ever.
+    :param request_id: none before 1.0.3.
+    :param answer_failures: whether a failure that nobody has foreseen is answered with an error; from 1.3 on the caller
+        does so.
+    :raises ServerResponseError: which the caller answers.
+    """
+    if not process._new_session:
+        process._handle_request(msg, log, *request_id)
+    elif process._stop.server_ended and type(msg).__name__ in STATE_REPORTS:
+        refuse(process, msg, *request_id)
+    elif answer_failures:
+        handle_or_answer(process, msg, log, *request_id)
+    else:
+        process._handle_request(msg, log, *request_id)
+
+
+def refuse(process: Any, msg: Any, *request_id: int) -> None:
+    """Answer a state that nobody wants any more as the API server does."""
+    answer(
+        process, msg, {"status_code": CONFLICT, "message": "The API server has ended this task"}, *request_id
+    )
+
+
+def handle_or_answer(process: Any, msg: Any, log: Any, *request_id: int) -> None:
+    """Handle a request; if that fails, answer with an error, and forget the state that could not be told."""
+    state = process._terminal_state
+    try:
+        process._handle_request(msg, log, *request_id)
+    except ServerResponseError:
+        process._terminal_state = state
+        raise
+    except Exception as error:
+        process._terminal_state = state
+        log.exception("A request of the task could not be handled", request=type(msg).__name__)
+        detail = {"status_code": None, "message": str(error), "exception_type": type(error).__name__}
+        # The task may be gone by now.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            answer(process, msg, detail, *request_id)
+
+
+def answer(process: Any, msg: Any, detail: dict[str, Any], *request_id: int) -> None:
+    """Send an error, unless nobody waits for an answer."""
+    error = ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail=detail)
+    if request_id:
+        process.send_msg(msg=None, error=error, request_id=request_id[0])
+    elif expects_answer(msg):
+        process.send_msg(error)
+
+
+def expects_answer(msg: Any) -> bool:
+    """Whether a runner of a release before 1.0.3 waits for the answer to a message."""
+    name = type(msg).__name__
+    return name.startswith("Get") or name in ANSWERED

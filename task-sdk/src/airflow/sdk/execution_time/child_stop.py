@@ -1,0 +1,316 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Stop a task because its supervisor was told to stop, or somebody else has asked for the task's end, and say who.
+
+A task in a session of its own is reached neither by Ctrl-C nor by the broadcast of an init such as dumb-init, so its
+supervisor has to tell it. The signal handler only takes note. Python writes a byte to a *wakeup descriptor* for each
+signal (``signal.set_wakeup_fd``); ours is a socket that the supervisor's selector watches, so the loop does the rest. A
+handler that logs can wait for ever for the logger's lock, which the code that it interrupts may hold. A wakeup
+descriptor that was inherited, as from an asyncio loop, tells the parent's loop of signals that it never got: apache/airflow
+issue 65830.
+
+Nothing here imports Airflow outside this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, Callable, Protocol
+
+import structlog
+
+from airflow.sdk.execution_time.child_exit import unregister
+from airflow.sdk.execution_time.child_policy import STOP_GRACE, StopPolicy, find_grace, find_stop_policy
+from airflow.sdk.execution_time.child_session import lead_session, signal_task
+from airflow.sdk.execution_time.child_status import is_unreaped_child
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from configparser import ConfigParser
+
+    from airflow.sdk.execution_time.child_exit import ExitWatch
+
+__all__ = [
+    "StopRequest",
+    "begin_runner",
+    "catch_stop_signals",
+    "hear_stop_signal",
+    "heed_stop_signals",
+    "note_failed_heartbeats",
+    "note_overtime",
+    "note_server_ended",
+    "signal_pid",
+    "watch_stop_signals",
+]
+
+log = structlog.get_logger(logger_name="supervisor")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""
+What tells a supervisor to stop: dumb-init, Kubernetes and Celery send SIGTERM, a terminal the others.
+
+The task gets SIGTERM for each of them: SIGINT would end its runner without ``on_kill``.
+"""
+
+RUNNER_FAILED = 124
+"""Exit status of a forked runner that could not begin, as upstream has it."""
+
+
+class StopRequest:
+    """Who has asked for the end of a task, and when it is killed if it does not end by itself."""
+
+    def __init__(self) -> None:
+        self.server_ended = False
+        """Whether the API server has answered that the task is not to run any more."""
+        self.kill_at: float | None = None
+        """By time.monotonic(), while a task that its supervisor has told to stop is in its grace period."""
+        self.sigkill_sent = False
+        """Whether the supervisor itself has sent SIGKILL, for which nobody else is to be blamed."""
+        self.signal_heard = False
+        """Whether a signal for the supervisor was logged: the second one changes nothing."""
+
+
+class _SupervisedProcess(Protocol):
+    """The part of ``WatchedSubprocess`` that this module relies on."""
+
+    pid: int
+    selector: selectors.BaseSelector
+    process_log: Any
+    failed_heartbeats: int
+    _task_end_time_monotonic: float | None
+    _exit_code: int | None
+    _exit_watch: ExitWatch
+    _new_session: bool
+    _stop: StopRequest
+    _stop_policy: StopPolicy
+
+    def kill(self, signal_to_send: signal.Signals, *, force: bool) -> None: ...
+
+
+class _CaughtSignals:
+    """The stop signals that this process has received since it began to supervise."""
+
+    def __init__(self) -> None:
+        self.signum: signal.Signals | None = None
+        self._pid = os.getpid()
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+
+    def handle(self, signum: int, _frame: object) -> None:
+        """Take note, and nothing else: the code that this interrupts may hold any lock."""
+        if os.getpid() != self._pid:
+            # A runner, forked a moment ago, that has not come to begin_runner(). It ends, as it would a moment later.
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif self.signum is None:
+            self.signum = signal.Signals(signum)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+
+_caught: _CaughtSignals | None = None
+"""Of the main thread, the only one that Python delivers signals to; None while it supervises nothing."""
+
+
+@contextlib.contextmanager
+def catch_stop_signals() -> Iterator[None]:
+    """
+    Take note of stop signals for the duration, and restore the former handlers after it.
+
+    A signal that is ignored stays ignored: Celery's pool and LocalExecutor ignore SIGINT, so that Ctrl-C lets their tasks
+    finish. Harmless when nested, and in other threads than the main one, which cannot have handlers.
+    """
+    global _caught  # noqa: PLW0603 - signal handlers belong to the process, too
+    if _caught is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with contextlib.ExitStack() as restoring:
+        caught = _CaughtSignals()
+        restoring.callback(caught.close)
+        former_descriptor = signal.set_wakeup_fd(caught.writer.fileno(), warn_on_full_buffer=False)
+        restoring.callback(signal.set_wakeup_fd, former_descriptor)
+        handler = caught.handle
+        for signum in STOP_SIGNALS:
+            former = signal.getsignal(signum)
+            if former != signal.SIG_IGN:
+                # Before the handler is replaced: one that has arrived for the former may have it raise.
+                restoring.callback(restore_handler, signum, former)
+                signal.signal(signum, handler)
+        _caught = caught
+        restoring.callback(forget_caught)
+        yield
+
+
+def find_caught() -> _CaughtSignals | None:
+    """Return what catches the signals of this thread, None if nothing does."""
+    return _caught if threading.current_thread() is threading.main_thread() else None
+
+
+def forget_caught() -> None:
+    """Have nobody look for signals that are not caught any more."""
+    global _caught  # noqa: PLW0603 - see catch_stop_signals
+    _caught = None
+
+
+def restore_handler(signum: int, handler: Any) -> None:
+    """Install what ``signal.getsignal()`` has returned: None stands for a handler of C code, which is lost."""
+    signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def watch_stop_signals(process: _SupervisedProcess) -> Iterator[None]:
+    """Have stop signals wake the selector of ``process`` for the duration, and be caught."""
+    with catch_stop_signals():
+        caught = find_caught()
+        if caught is None:
+            yield
+            return
+        process.selector.register(caught.reader, selectors.EVENT_READ)
+        try:
+            yield
+        finally:
+            if process.selector.get_map() is not None:
+                unregister(process.selector, caught.reader)
+
+
+def begin_runner(*steps: Callable[[], object]) -> None:
+    """
+    Be a forked task runner: handle signals no more as the supervisor does, lead a session, and take further steps.
+
+    Never raises: the code after it is the supervisor's, of which this process is a copy, and would go on as a second
+    worker. Ends the process instead.
+    """
+    try:
+        drop_stop_handlers()
+        lead_session()
+        for step in steps:
+            step()
+    except BaseException:  # noqa: BLE001 - SystemExit of an inherited handler among them
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+        os._exit(RUNNER_FAILED)
+
+
+def drop_stop_handlers() -> None:
+    """Have stop signals end this process, a forked copy of a supervisor, and not tell the supervisor of them."""
+    signal.set_wakeup_fd(-1)
+    for signum in STOP_SIGNALS:
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_DFL)
+    forget_caught()
+
+
+def heed_stop_signals(
+    process: _SupervisedProcess,
+    conf: ConfigParser,
+    send: Callable[[Any, int], bool] = signal_task,
+) -> None:
+    """
+    Tell the task to stop once its supervisor was, and kill it when its grace is over; to be called in the loop.
+
+    :param send: what sends a signal to the task; False if it is for us to signal the PID alone.
+    """
+    request = process._stop
+    if request.kill_at is not None:
+        if time.monotonic() >= request.kill_at:
+            request.kill_at = None
+            process._exit_watch.wake_at(None)
+            process.kill(signal.SIGKILL, force=True)
+    elif process._exit_code is None and hear_stop_signal(process, conf):
+        grace = find_grace(conf, default=STOP_GRACE)
+        request.kill_at = time.monotonic() + grace
+        process._exit_watch.expect_exit(grace)
+        process._exit_watch.wake_at(request.kill_at)
+        if not send(process, signal.SIGTERM):
+            signal_pid(process.pid)
+
+
+def hear_stop_signal(process: _SupervisedProcess, conf: ConfigParser) -> bool:
+    """Whether the supervisor was told to stop just now, and is to heed it. Says in both logs what it was told."""
+    caught = find_caught()
+    signum = caught.signum if caught else None
+    if signum is None or process._stop.signal_heard:
+        return False
+    process._stop.signal_heard = True
+    policy = find_stop_policy(conf, process._stop_policy)
+    stops = policy is StopPolicy.STOP
+    event = "The supervisor was told to stop; " + (
+        "stopping the task" if stops else "it lets the task finish"
+    )
+    log.info(event, signal=signum.name, pid=process.pid)
+    (process.process_log.warning if stops else process.process_log.info)(event, signal=signum.name)
+    return stops
+
+
+def signal_pid(pid: int, sig: int = signal.SIGTERM) -> None:
+    """Send a signal to a runner that leads no group, unless somebody has collected it; its number may be another's."""
+    if is_unreaped_child(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, sig)
+
+
+def note_server_ended(process: _SupervisedProcess, error: Any) -> None:
+    """
+    Say in the task's log what the API server answered to its heartbeat.
+
+    :param error: the client's ``ServerResponseError``, with the ``response`` and its ``detail``.
+    """
+    process._stop.server_ended = True
+    detail = find_detail(error.detail)
+    process.process_log.warning(
+        "Stopping the task: the API server does not want it to run any more",
+        status=error.response.status_code,
+        reason=detail.get("reason"),
+        state=detail.get("current_state"),
+    )
+
+
+def find_detail(detail: Any) -> dict[str, Any]:
+    """Return the part of an answer that tells reason and state, which is nested in some releases; empty if none does."""
+    if isinstance(detail, dict):
+        nested = detail.get("detail")
+        return nested if isinstance(nested, dict) else detail
+    return {}
+
+
+def note_failed_heartbeats(process: _SupervisedProcess, error: Exception | None = None) -> None:
+    """Say in the task's log how many heartbeats have failed in a row, and how the last one did, if that is known."""
+    process.process_log.error(
+        "Stopping the task: too many heartbeats in a row have failed",
+        failed_heartbeats=process.failed_heartbeats,
+        last_error=repr(error) if error else None,
+    )
+
+
+def note_overtime(process: _SupervisedProcess) -> None:
+    """Say in the task's log for how long its process has run on since the task ended."""
+    process.process_log.warning(
+        "Ending the task's process: it still runs long after the task has ended",
+        seconds=round(time.monotonic() - (process._task_end_time_monotonic or 0)),
+        limit="[core] task_success_overtime",
+    )
