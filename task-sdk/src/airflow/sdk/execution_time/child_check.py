@@ -50,8 +50,8 @@ import structlog
 
 from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
 from airflow.sdk.execution_time import child_tree, supervisor
+from airflow.sdk.execution_time.child_policy import find_grace, is_grace_set
 from airflow.sdk.execution_time.child_session import lead_session
-from airflow.sdk.execution_time.child_teardown import find_grace, is_grace_set
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ NOBODY = (1 << 22) + 1
 """A PID beyond all (proc_sys_kernel(5))."""
 
 CALLS = (
-    (WatchedSubprocess, "start", "lead_session"),
+    (WatchedSubprocess, "start", "begin_runner"),
     (WatchedSubprocess, "start", "mark_process"),
     (ActivitySubprocess, "_on_child_started", "adopt"),
     (WatchedSubprocess, "_service_subprocess", "_exit_watch"),

@@ -69,8 +69,8 @@ __all__ = [
 
 log = structlog.get_logger(logger_name="task")
 
-RETRY_INTERVAL = 0.002
-"""Seconds until a signal that came during a log call is looked at again."""
+SIGNAL_DELAY = 0.002
+"""Seconds until the task that runs an interrupted one in its own process is told."""
 
 LOG_WRITER = "structlog._output"
 """The module whose functions hold the lock of a log's file, which is not reentrant."""
@@ -141,7 +141,7 @@ class Interruption:
         if not self._requested or self._delivered or _requests_in_flight:
             return
         if is_writing_log(frame):
-            threading.Thread(target=signal_again, daemon=True).start()
+            sys.setprofile(self._deliver_after_log_call)
             return
         self._delivered = True
         # From here on the grace of whoever stops the task is the only limit: a timeout would cut on_kill short.
@@ -149,6 +149,12 @@ class Interruption:
         self._run_on_kill()
         if self.is_executing:
             interrupt()
+
+    def _deliver_after_log_call(self, frame: FrameType, event: str, _value: object) -> None:
+        """Deliver when the log call returns; a profile function, which every call and return of this thread calls."""
+        if event == "return" and not is_writing_log(frame.f_back):
+            sys.setprofile(None)
+            self.deliver(frame.f_back)
 
     def _run_on_kill(self) -> None:
         try:
@@ -341,7 +347,7 @@ def is_writing_log(frame: FrameType | None) -> bool:
 
 def signal_again() -> None:
     """Send this process SIGTERM a moment later."""
-    time.sleep(RETRY_INTERVAL)
+    time.sleep(SIGNAL_DELAY)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

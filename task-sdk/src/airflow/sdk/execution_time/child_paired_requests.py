@@ -17,6 +17,9 @@
 """
 Keep requests and answers together where a runner sends the one and reads the other by two calls, before 1.0.3.
 
+Most callers hold the lock of the comms for both, which is not reentrant: an ``on_kill`` that asks needs it, too. The others
+are known by what they send.
+
 Imports nothing of Airflow outside this package.
 """
 
@@ -25,12 +28,32 @@ from __future__ import annotations
 import functools
 from typing import Any, Callable, TypeVar
 
+import aiologic
+
 from airflow.sdk.execution_time.child_interruption import begin_request, end_request, request_in_flight
 from airflow.sdk.execution_time.child_requests import expects_answer
 
-__all__ = ["reads_answer", "sends_request"]
+__all__ = ["CommsLock", "reads_answer", "sends_request"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+class CommsLock(aiologic.Lock):  # type: ignore[misc]
+    """A lock whose holder is not interrupted."""
+
+    def __enter__(self) -> Any:
+        """Acquire the lock."""
+        begin_request()
+        try:
+            return super().__enter__()
+        except BaseException:
+            end_request()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        """Release the lock, and let the task be interrupted again."""
+        super().__exit__(*exception)
+        end_request()
 
 
 def sends_request(method: _Method) -> _Method:

@@ -27,14 +27,16 @@ Imports nothing of Airflow but messages.
 from __future__ import annotations
 
 import contextlib
+from datetime import datetime, timezone
 from typing import Any
 
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time.child_interruption import CONFLICT
+from airflow.sdk.execution_time.child_status import has_reported
 from airflow.sdk.execution_time.comms import ErrorResponse
 
-__all__ = ["expects_answer", "handle_request"]
+__all__ = ["expects_answer", "handle_request", "tell_state"]
 
 STATE_REPORTS = (
     "TaskState",
@@ -45,6 +47,8 @@ STATE_REPORTS = (
     "AwaitInputTask",
 )
 """Messages that tell how a task has ended; not every release has each."""
+
+UP_FOR_RETRY = "up_for_retry"
 
 ANSWERED = ("DeleteVariable", "TriggerDagRun", "ValidateInletsAndOutlets")
 """Messages that are answered before 1.0.3, besides those whose names begin with "Get"; from then on all are."""
@@ -107,3 +111,19 @@ def expects_answer(msg: Any) -> bool:
     """Whether a runner of a release before 1.0.3 waits for the answer to a message."""
     name = type(msg).__name__
     return name.startswith("Get") or name in ANSWERED
+
+
+def tell_state(process: Any) -> None:
+    """
+    Tell the API server how a task has ended, also that it is up for retry where its runner was killed.
+
+    Upstream leaves that out, and the server learns of it by the heartbeat timeout.
+    """
+    process.update_task_state_if_needed()
+    untold = getattr(process, "_pending_terminal_state_msg", None)
+    if process.final_state == UP_FOR_RETRY and not has_reported(process) and untold is None:
+        process.client.task_instances.retry(
+            id=process.id,
+            end_date=datetime.now(tz=timezone.utc),
+            rendered_map_index=process._rendered_map_index,
+        )
