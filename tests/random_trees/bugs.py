@@ -55,7 +55,7 @@ def look_once() -> None:
 
 
 def never_kill() -> None:
-    replace(child_teardown, "kill", lambda *_arguments: [])
+    replace(child_teardown.Teardown, "kill", lambda _teardown: [])
 
 
 def take_siblings() -> None:
