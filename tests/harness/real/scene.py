@@ -13,7 +13,8 @@ import select
 import signal
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,9 +22,6 @@ from tests.harness.processes import set_subreaper
 from tests.harness.real.api import ACKNOWLEDGED
 from tests.harness.real.supervising import be_host, fork
 from tests.harness.real.telling import Gone, Told, find
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 READY_TIMEOUT = 60.0
 """Seconds until a task must be where it is to be ended, on a machine that is busy."""
@@ -70,19 +68,32 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
     host = fork(be)
     pidfd = os.pidfd_open(host)
     began = time.monotonic()
-    ready = case["end"] == "" or told.wait_for(case["at"], until=began + READY_TIMEOUT, pidfd=pidfd)
-    if not ready:
-        raise RuntimeError(
-            f"the task was not ready:\n{told.events}\n{(folder / 'supervisor.log').read_text()}"
-        )
-    time.sleep(case["delay"])
-    began = time.monotonic()
-    end_task(case, told, order_writer, host)
+    if wait_until_ready(case, told, pidfd):
+        time.sleep(case["delay"])
+        began = time.monotonic()
+        end_task(case, told, order_writer, host)
     until = time.monotonic() + case["patience"]
     if case["notice"]:
         told.wait_for("beat", times=BEATS, after=len(told.events), until=until, pidfd=pidfd)
     if case["free"]:
         told.free()
+    return observe(told, began, until, host, pidfd)
+
+
+def wait_until_ready(case: dict[str, Any], told: Told, pidfd: int) -> bool:
+    """Return whether the task waits to be ended; it does not if its supervisor has failed."""
+    if case["end"] == "":
+        return False
+    if told.wait_for(case["at"], until=time.monotonic() + READY_TIMEOUT, pidfd=pidfd):
+        return True
+    if find(told.events, "returned", "at"):
+        return False
+    output = Path("supervisor.log").read_text()
+    raise RuntimeError(f"the task was not ready:\n{told.events}\n{output}")
+
+
+def observe(told: Told, began: float, until: float, host: int, pidfd: int) -> dict[str, Any]:
+    """Wait for the supervisor's return, or its death, and describe what has come of it at that moment."""
     returned = told.wait_for("returned", until=until, pidfd=pidfd)
     ended = time.monotonic()
     left = list_left({host, find(told.events, "supervisor", "supervisor")})
@@ -93,8 +104,8 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
         "killed_by": None if returned else read_signal(pidfd),
         "seconds_to_death": ended - began,
         "left": left,
-        "log": read_log(folder / "task.log"),
-        "output": (folder / "supervisor.log").read_text(),
+        "log": read_log(Path("task.log")),
+        "output": Path("supervisor.log").read_text(),
     }
 
 
