@@ -307,9 +307,9 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
 
     @task
     def deaf() -> None:
-        tell("ready")
         while True:
             try:
+                tell("ready")
                 time.sleep(LONG)
             except BaseException:  # noqa: BLE001  # what a few tasks do
                 tell("swallowed")
