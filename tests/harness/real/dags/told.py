@@ -1,4 +1,4 @@
-"""The tasks that real_runner.py ends: a Dag of every supported Airflow.
+"""The tasks that running.py ends: a Dag of every supported Airflow.
 
 What happens in a task is told as a line of JSON, written to the FIFO that TOLD names. `ready` says that the task is where it
 is to be ended; FREED names a FIFO that never has a line before the task may finish.
@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta, timezone
 from itertools import count
+from pathlib import Path
 from threading import Thread, main_thread
 from typing import Any
 
@@ -70,7 +71,7 @@ def ask_for_ever() -> None:
 
 
 def wait_until_freed() -> None:
-    with open(os.environ["FREED"]) as fifo:
+    with Path(os.environ["FREED"]).open() as fifo:
         fifo.readline()
 
 
@@ -306,9 +307,9 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
 
     @task
     def deaf() -> None:
-        tell("ready")
         while True:
             try:
+                tell("ready")
                 time.sleep(LONG)
             except BaseException:  # noqa: BLE001  # what a few tasks do
                 tell("swallowed")
@@ -404,4 +405,3 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
 
     # Before SDK 1.2 a coroutine function is called, and nobody awaits what it returns.
     sleeps_async()
-

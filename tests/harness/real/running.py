@@ -16,6 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from patches.errors import PatchError
+from patches.releases import ROOT
 from tests.harness.environments import clean_env
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
     from tests.harness.environments import Environment
 
-HERE = Path(__file__).parent
-DAGS = HERE / "real_dags"
+DAGS = Path(__file__).parent / "dags"
 PATIENCE = 60.0
 """Seconds from the order to end after which a supervisor hangs; far more than any grace that is set here."""
 SCENE_TIMEOUT = 180.0
@@ -56,7 +56,7 @@ class DriverFailedError(PatchError):
 
 @dataclass(frozen=True)
 class Case:
-    """A task of real_dags/told.py, and how it is ended when it is ready."""
+    """A task of dags/told.py, and how it is ended when it is ready."""
 
     task: str
     end: str = "SIGTERM"
@@ -150,8 +150,12 @@ def start_driver(environment: Environment) -> Iterator[Driver]:
         log = folder / "driver.log"
         with theirs, log.open("wb") as output:
             process = subprocess.Popen(
-                [environment.python, HERE / "real_driver.py", str(theirs.fileno()), folder],
-                env={**clean_env(folder, python=environment.python), **SETTINGS},
+                [environment.python, "-m", "tests.harness.real.driver", str(theirs.fileno()), folder],
+                env={
+                    **clean_env(folder, python=environment.python),
+                    **SETTINGS,
+                    "PYTHONPATH": str(ROOT),
+                },
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
