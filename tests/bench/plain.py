@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tests.bench.series import Series
-from tests.harness.real_runner import Case, start_driver
+from tests.harness.real.running import Case, start_driver
 from tests.harness.supervised import SupervisorFailedError
 
 if TYPE_CHECKING:
     from tests.bench.setup import Setup
-    from tests.harness.real_runner import Driver
+    from tests.harness.real.running import Driver
 
 ROUNDS = 5
 DEFAULT_GRACE, QUICK_GRACE = 60, 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.demo.told import describe
-from tests.harness.real_runner import Case, Result
+from tests.harness.real.running import Case, Result
 from tests.harness.supervised import KILL_GRACE
 
 ENDED = Result(

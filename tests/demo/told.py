@@ -6,14 +6,14 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.harness.real_runner import Case, start_driver
+from tests.harness.real.running import Case, start_driver
 from tests.harness.supervised import ENDS_TASK_ON_SIGTERM, KILL_GRACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.harness.environments import Environment
-    from tests.harness.real_runner import Driver, Result
+    from tests.harness.real.running import Driver, Result
 
 PATIENCE = 8.0
 """Seconds for which a supervisor is watched: more than the grace period."""
