@@ -113,8 +113,10 @@ HOSTS = {"process": supervise, "thread": supervise_in_thread, "loop": supervise_
 def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     """Be the process that an executor has for a supervisor, in a session of its own."""
     os.setsid()
+    # Of many signals the last may come when the supervisor has returned already, and would end its host.
+    former: Any = signal.SIG_DFL if case["count"] == 1 else take_no_notice
     for name in STOPPING:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(getattr(signal, name), former)
     signal.signal(signal.SIGUSR1, raise_limit)
     output = os.open(folder / "supervisor.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -124,6 +126,10 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     if hasattr(supervisor, "KILLED_TASK_CLEANUP_TIME"):
         supervisor.KILLED_TASK_CLEANUP_TIME = float(case["grace"])
     HOSTS[case["host"]](case, order)
+
+
+def take_no_notice(_signum: int, _frame: object) -> None:
+    """Handle a signal, unlike SIG_IGN, which a supervisor leaves in place."""
 
 
 def raise_limit(_signum: int, _frame: object) -> NoReturn:
