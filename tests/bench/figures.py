@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests.bench.kill import measure_kill
+from tests.bench.plain import measure_plain
 from tests.bench.running import measure_running
 from tests.bench.scale import measure_bystanders, measure_scale
 from tests.bench.tasks import measure_noticing, measure_start
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FIGURES: dict[str, Callable[[Setup], list[Series]]] = {
     "noticing": measure_noticing,
+    "plain": measure_plain,
     "kill": measure_kill,
     "scale": measure_scale,
     "bystanders": measure_bystanders,

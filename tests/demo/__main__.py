@@ -16,6 +16,7 @@ from patches.releases import find_release
 from tests.bench.timeline import draw_task
 from tests.demo.report import print_report
 from tests.demo.runs import plan_runs, run_all
+from tests.demo.told import plan_told, run_told
 from tests.harness.supervised import SupervisorFailedError
 from tests.harness.wheels import DIST, build_patched_wheel, install_both
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tests.demo.runs import Run
+    from tests.demo.told import Told, ToldRun
     from tests.harness.supervised import Outcome
 
 DEFAULT_VERSION = "3.1.8"
@@ -32,7 +34,7 @@ COLUMNS_IN_FILE = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; return 0 if the patched side left nothing and did not crash, 1 if it did, 2 if there was no demo."""
+    """Run the demo; return 0 if all is well with the patched side, 1 if it is not, 2 if there was no demo."""
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
     parser.add_argument(
         "version", nargs="?", default=DEFAULT_VERSION, metavar="VERSION", help="of Airflow or its SDK"
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.width = COLUMNS_IN_FILE
     began = time.monotonic()
     try:
-        outcomes = run_demo(version, console)
+        outcomes, told = run_demo(version, console)
     except (PatchError, SupervisorFailedError) as error:
         errors.print(error)
         return UNUSABLE
@@ -51,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print("Interrupted: every process that the demo had started was ended.")
         return INTERRUPTED
     console.print(f"Took {time.monotonic() - began:.0f} s.")
-    return PROBLEM if any(run.patched and not outcome.clean for run, outcome in outcomes.items()) else 0
+    unclean = any(run.patched and not outcome.clean for run, outcome in outcomes.items())
+    wrong = any(run.patched and not outcome.right for run, outcome in told.items())
+    return PROBLEM if unclean or wrong else 0
 
 
-def run_demo(version: str, console: Console) -> dict[Run, Outcome]:
+def run_demo(version: str, console: Console) -> tuple[dict[Run, Outcome], dict[ToldRun, Told]]:
     """Build, install, run and report."""
     release = find_release(version)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -62,6 +66,7 @@ def run_demo(version: str, console: Console) -> dict[Run, Outcome]:
         building = progress.add_task(f"Building the patched SDK {release.version}", total=1)
         installing = progress.add_task(f"Installing Airflow {release.airflow}, stock and patched", total=2)
         running = progress.add_task("Ending tasks and looking for what is left", total=None)
+        telling = progress.add_task("Telling plain tasks to stop", total=None)
         drawing = progress.add_task("Drawing the processes of one task", total=2)
         wheel = build_patched_wheel(release, DIST)
         progress.advance(building)
@@ -69,11 +74,14 @@ def run_demo(version: str, console: Console) -> dict[Run, Outcome]:
         runs = plan_runs(sides)
         progress.update(running, total=len(runs))
         outcomes = run_all(runs, lambda: progress.advance(running))
+        told_runs = plan_told(sides)
+        progress.update(telling, total=sum(map(len, told_runs.values())))
+        told = run_told(sides, told_runs, lambda: progress.advance(telling))
         picture = DIST / f"timeline-{release.airflow}.svg"
         named = {"stock": sides[False], "patched": sides[True]}
         draw_task(named, {}, picture, lambda: progress.advance(drawing))
-    print_report(console, release, wheel, picture, outcomes)
-    return outcomes
+    print_report(console, release, wheel, picture, outcomes, told)
+    return outcomes, told
 
 
 if __name__ == "__main__":

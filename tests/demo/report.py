@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from patches.releases import Release
     from tests.demo.runs import Run
+    from tests.demo.told import Told, ToldRun
     from tests.harness.supervised import Ending, Outcome
 
 TITLES: dict[Ending, str] = {
@@ -26,12 +27,18 @@ TITLES: dict[Ending, str] = {
     "sigterm": "the worker is shut down",
 }
 NOT_ENDED = (
-    "From Airflow 3.4 on a worker that is shut down lets its tasks finish, so there is nothing to show."
+    "From Airflow 3.4 on a worker that is shut down lets its tasks finish, patched unless [workers] stop_signal_policy is "
+    "stop, so there is nothing to show."
 )
 
 
-def print_report(
-    console: Console, release: Release, wheel: Path, picture: Path, outcomes: Mapping[Run, Outcome]
+def print_report(  # noqa: PLR0917  # what is reported, in the order of the report
+    console: Console,
+    release: Release,
+    wheel: Path,
+    picture: Path,
+    outcomes: Mapping[Run, Outcome],
+    told: Mapping[ToldRun, Told],
 ) -> None:
     """Print a table for each ending, what its words mean, and how it went."""
     for ending, title in TITLES.items():
@@ -41,6 +48,8 @@ def print_report(
             console.print(make_table(f"Airflow {release.airflow}: {title}", runs))
         else:
             console.print(NOT_ENDED)
+    console.print()
+    console.print(make_told_table(f"Airflow {release.airflow}: tasks that start nothing", told))
     for sentence in explain(outcomes):
         console.print(sentence, highlight=False)
     console.print()
@@ -54,6 +63,37 @@ def print_report(
 
 def make_table(title: str, outcomes: Mapping[Run, Outcome]) -> Table:
     """Return a row for each shape, with the stock and the patched outcome side by side."""
+    table = open_table(
+        title, "The task had started", "stock:\nleft", "\nsupervisor", "patched:\nleft", "\nsupervisor"
+    )
+    rows: dict[str, list[str]] = {}
+    for run, outcome in outcomes.items():
+        cells = rows.setdefault(run.shape.sentence, [])
+        cells += [describe_left(run, outcome), describe_supervisor(outcome)]
+    for sentence, cells in rows.items():
+        table.add_row(sentence, *cells)
+    return table
+
+
+def make_told_table(title: str, told: Mapping[ToldRun, Told]) -> Table:
+    """Return a row for each task and end, with both sides."""
+    columns = [
+        heading for side in ("stock:", "patched:") for heading in (f"{side}\nleft", "\nsupervisor", "\ntold")
+    ]
+    table = open_table(title, "The task", *columns)
+    rows: dict[str, list[str]] = {}
+    # Stock first, as in the columns.
+    for run, outcome in told.items():
+        colour = "green" if outcome.right else "red"
+        cells = (f"{outcome.left} of 1", outcome.supervisor, outcome.state or "")
+        rows.setdefault(run.sentence, []).extend(f"[{colour}]{cell}[/]" for cell in cells)
+    for sentence, row in rows.items():
+        table.add_row(sentence, *row)
+    return table
+
+
+def open_table(title: str, first: str, *headings: str) -> Table:
+    """Return a table without rows, whose first column may be wrapped."""
     table = Table(
         title=title,
         title_justify="left",
@@ -62,15 +102,9 @@ def make_table(title: str, outcomes: Mapping[Run, Outcome]) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    table.add_column("The task had started")
-    for heading in ("stock:\nleft", "\nsupervisor", "patched:\nleft", "\nsupervisor"):
+    table.add_column(first)
+    for heading in headings:
         table.add_column(heading, no_wrap=True)
-    rows: dict[str, list[str]] = {}
-    for run, outcome in outcomes.items():
-        cells = rows.setdefault(run.shape.sentence, [])
-        cells += [describe_left(run, outcome), describe_supervisor(outcome)]
-    for sentence, cells in rows.items():
-        table.add_row(sentence, *cells)
     return table
 
 
@@ -82,7 +116,7 @@ def describe_left(run: Run, outcome: Outcome) -> str:
 
 def describe_supervisor(outcome: Outcome) -> str:
     if outcome.hung:
-        return f"[red]hung[/] for {RETURN_TIMEOUT:.0f} s"
+        return f"[red]still ran[/] after {RETURN_TIMEOUT:.0f} s"
     if outcome.killed_by is not None:
         return f"[red]died of {signal.Signals(outcome.killed_by).name}[/]"
     if outcome.exception is not None:
@@ -97,6 +131,10 @@ def explain(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
     yield (
         "The supervisor is the worker's process that watches one task. It learns that the task was set to failed when "
         "the API answers its heartbeat with 409; when the worker is shut down it gets SIGTERM. Seconds count from then."
+    )
+    yield (
+        "A task that Airflow's own runner runs does not end on SIGTERM: stock calls on_kill and goes on, patched "
+        "interrupts it then. Told is what the API is told of it; one that somebody has set to failed has its state."
     )
     for crash in crashes:
         yield f"It crashed with [red]{crash}[/]."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RETURN_TIMEOUT = 20.0
 """Seconds from a task's end after which its supervisor counts as hung: what it waits for takes 8 at most."""
 # A supervised task uses the processor while it starts and then waits.
-RUNS_PER_PROCESSOR = 2
+RUNS_PER_PROCESSOR = 4
 STOP_INTERVAL = 0.1
 
 

@@ -31,7 +31,7 @@ EXECUTOR_CLASSES: dict[Executor, str] = {"local": "LocalExecutor", "celery": "Ce
 DAGS = "tests/e2e/dags"
 PACKAGES = ("apache-airflow-providers-celery",)
 
-SLOTS = 12
+SLOTS = 14
 """Tasks that run at a time: those of a run, and once more when they are cleared."""
 SETUP_TIMEOUT = 300.0
 """Seconds for a command that migrates the database or reads the DAGs."""

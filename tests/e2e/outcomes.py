@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from packaging.specifiers import SpecifierSet
@@ -23,6 +23,10 @@ SLOTS_TIMEOUT = 90.0
 """Seconds after which a slot counts as never free; what stock supervisors wait for takes 75 at most."""
 SLOTS_DUE = HEARTBEAT_INTERVAL + KILL_GRACE + 2.0
 """Seconds in which a slot has to be free: the next heartbeat, the grace period, and what the contract allows."""
+AT_ONCE = ("removes_its_work", "sleeps")
+"""Tasks that have nothing to wait for when they are told to end."""
+ENDS_DUE = HEARTBEAT_INTERVAL + 2.0
+"""Seconds in which those have to end: less than the grace period, in which the deaf ones are waited for."""
 SETTLE_TIMEOUT = 5.0
 """Seconds that a process which was already told to end may take to do it on a machine that is busy with an Airflow."""
 LEFT_NAMED = 8
@@ -47,6 +51,8 @@ class Outcome:
     """Until every slot was free; None if that was not awaited, or in vain."""
     states: dict[str, str | None]
     problems: list[str]
+    ends: dict[str, float] = field(default_factory=dict)
+    """Seconds until each task's own process had ended, where that was awaited."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +101,7 @@ def observe_end(
         seconds=seconds,
         states=now,
         problems=problems,
+        ends=run.ends,
     )
 
 
@@ -103,6 +110,16 @@ def judge_slots(seconds: float | None, due: float = SLOTS_DUE) -> Iterator[str]:
         yield f"a slot was not free after {SLOTS_TIMEOUT:.0f} s"
     elif seconds > due:
         yield f"the last slot was free after {seconds:.1f} s, more than {due:.0f}"
+
+
+def judge_ends(run: Run) -> Iterator[str]:
+    """Say which of the tasks that have nothing to wait for have not ended at once."""
+    for task in AT_ONCE:
+        seconds = run.ends.get(task)
+        if seconds is None:
+            yield f"{task} has not ended"
+        elif seconds > ENDS_DUE:
+            yield f"{task} ended late: after {seconds:.1f} s, more than {ENDS_DUE:.0f}"
 
 
 def name_left(left: dict[str, list[Process]]) -> Iterator[str]:

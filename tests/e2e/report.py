@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tests.e2e.deployment import Executor
     from tests.e2e.outcomes import Outcome, Scenario
 
+PLAIN = "sleeps"
+
 
 class Result(NamedTuple):
     """A scenario that was run, and what came of it."""
@@ -33,7 +35,7 @@ class Result(NamedTuple):
 def make_table(release: Release, results: Sequence[Result]) -> Table:
     """Return a row for each scenario and executor, with stock and patched side by side."""
     table = Table(
-        title=f"Airflow {release.airflow}: what is left of tasks, how long they keep their slots, and what is wrong",
+        title=f"Airflow {release.airflow}: what is left of tasks, how long these and a plain @task take, and what is wrong",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -42,14 +44,15 @@ def make_table(release: Release, results: Sequence[Result]) -> Table:
     )
     table.add_column("Scenario")
     table.add_column("executor")
-    for heading in ("stock:\nleft", "\nslots", "\nproblems", "patched:\nleft", "\nslots", "\nproblems"):
-        table.add_column(heading, no_wrap=True)
+    for side in ("stock:", "patched:"):
+        for heading in (f"{side}\nleft", "\nslots", "\n@task", "\nproblems"):
+            table.add_column(heading, no_wrap=True)
     rows: dict[tuple[str, str], dict[bool, list[str]]] = {}
     for result in results:
         row = rows.setdefault((result.scenario.title, result.executor), {})
         row[result.patched] = describe(result.outcome)
     for (title, executor), sides in rows.items():
-        table.add_row(title, executor, *sides.get(False, [""] * 3), *sides.get(True, [""] * 3))
+        table.add_row(title, executor, *sides.get(False, [""] * 4), *sides.get(True, [""] * 4))
     return table
 
 
@@ -61,6 +64,7 @@ def describe(outcome: Outcome) -> list[str]:
     return [
         left,
         slots,
+        f"{outcome.ends[PLAIN]:.1f} s" if PLAIN in outcome.ends else "",
         paint(str(len(outcome.problems)), good=not outcome.problems),
     ]
 

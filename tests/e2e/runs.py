@@ -21,8 +21,18 @@ if TYPE_CHECKING:
     from tests.e2e.deployment import Airflow
 
 DAG = "starts_processes"
-PROCESSES = {"bash": 3, "external_python": 2, "virtualenv": 2, "children": 4, "cleans_up": 1}
-"""What each task of the DAG starts, and announces."""
+PROCESSES = {
+    "bash": 3,
+    "external_python": 2,
+    "virtualenv": 2,
+    "children": 4,
+    "cleans_up": 1,
+    "removes_its_work": 1,
+    "sleeps": 0,
+}
+"""What each task of the DAG starts."""
+ANNOUNCEMENTS = sum(PROCESSES.values()) + 1
+"""Those of what is started, and of the task that starts nothing."""
 
 ANNOUNCE_TIMEOUT = 180.0
 """Seconds in which all tasks must have started all that they start; two busy cores take 30."""
@@ -58,6 +68,8 @@ class Run:
     members: dict[str, Member] = field(default_factory=dict)
     due_signals: dict[int, str] = field(default_factory=dict)
     """What the supervisor of `children` has to end by itself, and with which signal; the others end with the task's group."""
+    ends: dict[str, float] = field(default_factory=dict)
+    """Seconds for which each task's own process lived on while the slots were waited for."""
     _finished_before: int = 0
 
     def wait_for_processes(self, number: int) -> None:
@@ -122,11 +134,15 @@ class Run:
     def wait_for_slots(self, timeout: float) -> float | None:
         """Return after how many seconds all slots of the tasks were free, or their supervisors gone; None if never."""
         began = time.monotonic()
-        while not self.slots_free():
+        while True:
+            for task, member in self.members.items():
+                if task not in self.ends and has_ended(member.runner_pidfd):
+                    self.ends[task] = time.monotonic() - began
+            if self.slots_free():
+                return time.monotonic() - began
             if time.monotonic() - began > timeout:
                 return None
             time.sleep(POLL_INTERVAL)
-        return time.monotonic() - began
 
     def slots_free(self) -> bool:
         members = [member for member in self.members.values() if not has_ended(member.supervisor_pidfd)]
@@ -148,7 +164,7 @@ def start_run(airflow: Airflow) -> Iterator[Run]:
         run = Run(airflow, "", conf["cookie"], Path(conf["folder"]), announcements)
         try:
             run.id = airflow.client.trigger(DAG, conf)
-            run.wait_for_processes(sum(PROCESSES.values()))
+            run.wait_for_processes(ANNOUNCEMENTS)
             find_members(run)
             run.due_signals = find_due_signals(run)
             yield run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import signal
 import subprocess
 import termios
 import threading
@@ -64,6 +65,14 @@ class Terminal:
         return True
 
 
+def become_session_leader() -> None:
+    """Be a process at a terminal, standard input, as a login is."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # An ignored signal stays ignored through exec, and whoever runs the tests in the background has it ignored.
+    for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 @contextmanager
 def open_terminal(name: str, *, folder: Path, env: Mapping[str, str]) -> Iterator[Terminal]:
     """Run a shell in `folder` at a terminal of its own; its log, `name`, is beside it. What it runs is for the caller to end."""
@@ -90,7 +99,7 @@ def open_terminal(name: str, *, folder: Path, env: Mapping[str, str]) -> Iterato
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  # no other thread holds a lock yet
+            preexec_fn=become_session_leader,  # noqa: PLW1509  # no other thread holds a lock yet
         )
     finally:
         os.close(theirs)

@@ -5,6 +5,8 @@ from FOLDER/plan.json. The task starts the planned command, becomes the runner t
 `runner PID` in the planned FIFO. When the planned pipe reaches its end, the task ends as planned: its heartbeats are
 answered 409, or it exits. What came of it is written to FOLDER/result.json. Python 3.9 and the packages of the
 environment.
+
+The runner is a stand-in that knows nothing of Dags, but treats SIGTERM as the release's own does.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ import uuid
 from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NoReturn
 
 import structlog
+from packaging.version import Version
 
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.api.datamodels._generated import BundleInfo, DagRun, TaskInstance, TIRunContext
@@ -38,6 +42,14 @@ try:
     from airflow.sdk.execution_time.coordinator import _warm_shutdown_signals as catch_signals
 except ImportError:
     catch_signals = nullcontext
+
+try:
+    from airflow.sdk.execution_time import child_interruption
+except ImportError:  # stock
+    child_interruption = None
+
+CALLS_ON_KILL = Version(version("apache-airflow-task-sdk")) >= Version("1.0.4")
+"""Whether the stock runner has a handler for SIGTERM, which calls on_kill() and returns; else SIGTERM ends it."""
 
 STARTUP_MESSAGE_MAX_BYTES = 1 << 16
 EXITS = {"success": 0, "exit-1": 1}
@@ -173,13 +185,30 @@ def be_deaf(_plan: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def be_slow(_plan: dict[str, Any]) -> None:
-    def on_kill(_signum: int, _frame: object) -> NoReturn:
-        time.sleep(ON_KILL_TIME)
-        os.write(1, f"{ON_KILL_COMPLETED}\n".encode())
-        os._exit(1)
+class Task:
+    """The operator of a task; its on_kill may take its time."""
 
-    signal.signal(signal.SIGTERM, on_kill)
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.plan = plan
+
+    def on_kill(self) -> None:
+        if self.plan["runner"] == "slow":
+            time.sleep(ON_KILL_TIME)
+            os.write(1, f"{ON_KILL_COMPLETED}\n".encode())
+
+    def execute(self) -> NoReturn:
+        """Start the tree, announce it, and end as planned."""
+        if self.plan["argv"]:
+            start_tree(self.plan)
+        if self.plan["runner"] in RUNNERS:
+            RUNNERS[self.plan["runner"]](self.plan)
+        with Path(self.plan["ready"]).open("a") as ready:
+            ready.write(f"runner {os.getpid()}\n")
+        if self.plan["ending"] in EXITS:
+            os.read(self.plan["order"], 1)
+            sys.exit(EXITS[self.plan["ending"]])
+        while True:
+            signal.pause()
 
 
 def have_pool(method: str, plan: dict[str, Any]) -> None:
@@ -188,7 +217,6 @@ def have_pool(method: str, plan: dict[str, Any]) -> None:
 
 RUNNERS: dict[str, Callable[[dict[str, Any]], None]] = {
     "deaf": be_deaf,
-    "slow": be_slow,
     "pool-fork": partial(have_pool, "fork"),
     "pool-spawn": partial(have_pool, "spawn"),
     "pool-forkserver": partial(have_pool, "forkserver"),
@@ -196,18 +224,17 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def run_task(plan: dict[str, Any]) -> NoReturn:
-    """Be the task: start the tree, announce it, and end as planned."""
-    if plan["argv"]:
-        start_tree(plan)
-    if plan["runner"]:
-        RUNNERS[plan["runner"]](plan)
-    with Path(plan["ready"]).open("a") as ready:
-        ready.write(f"runner {os.getpid()}\n")
-    if plan["ending"] in EXITS:
-        os.read(plan["order"], 1)
-        sys.exit(EXITS[plan["ending"]])
-    while True:
-        signal.pause()
+    """Be the task, for which SIGTERM means what it does for one of the release's own runner."""
+    task = Task(plan)
+    if child_interruption is not None:
+        child_interruption.interrupt_on_sigterm(SimpleNamespace(task=task))
+        try:
+            child_interruption.run_interruptibly(task.execute)
+        except child_interruption.TaskInterrupted:
+            sys.exit(EXITS["exit-1"])
+    elif CALLS_ON_KILL:
+        signal.signal(signal.SIGTERM, lambda *_: task.on_kill())
+    task.execute()
 
 
 def make_recorder(events: list[dict[str, Any]]) -> Any:

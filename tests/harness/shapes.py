@@ -25,7 +25,7 @@ class Shape:
     command: tuple[str, ...]
     processes: int
     runner: str | None = None
-    """What the runner itself does, by its name in RUNNERS of scenario.py: it starts its processes, or is deaf."""
+    """What the runner itself does, by its name in RUNNERS of scenario.py: it starts its processes, is deaf, or slow."""
     silent: int = 0
     """Processes that stay as well, but announce nothing."""
     unsteady: bool = False

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.harness.shapes import Shape
 
 Ending = Literal["409", "sigterm", "runner-killed", "exit-1", "success"]
-# From 1.4 on a supervisor that gets SIGTERM lets its task finish: nothing ends, and nothing is to be seen.
+# From 1.4 on a supervisor that gets SIGTERM lets its task finish by default: nothing ends, and nothing is to be seen.
 ENDS_TASK_ON_SIGTERM = SpecifierSet("<1.4.0a0", prereleases=True)
 
 READY_TIMEOUT = 60.0

@@ -26,12 +26,12 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 
 def ignore_mark() -> None:
-    for name in ("has_limit", "has_variable"):
-        replace(child_tree, name, lambda _pid, _mark: False)
+    for name in ("read_limits", "read_variable"):
+        replace(child_tree, name, lambda _pid: ())
 
 
 def ignore_descent() -> None:
-    replace(child_tree, "add_descendants", lambda _processes, seeds: dict(seeds))
+    replace(child_tree, "list_descent", lambda _process: [])
 
 
 def forget() -> None:
@@ -55,7 +55,7 @@ def look_once() -> None:
 
 
 def never_kill() -> None:
-    replace(child_teardown, "kill", lambda *_arguments: [])
+    replace(child_teardown.Teardown, "kill", lambda _teardown: [])
 
 
 def take_siblings() -> None:

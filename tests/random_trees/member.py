@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import secrets
 import signal
 import sys
 import time
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 POLL_INTERVAL = 0.001
+MARK_BITS = 62
+MARK_FLAG = 1 << MARK_BITS
+RLIMIT_LOCKS = 10
+"""These as child_tree.py has them, which an emptied environment cannot import."""
 BROOD = 40
 BROOD_INTERVAL = 0.008
 """Seconds; together longer than the grace that deaf trees are given."""
@@ -99,6 +104,13 @@ def reset_mark() -> None:
     resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+def lead_inner_tree() -> None:
+    """Take a mark of one's own, as the runner of a supervisor that is in the tree does, and keep that around it."""
+    around, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+    resource.setrlimit(resource.RLIMIT_RTTIME, (MARK_FLAG | secrets.randbits(MARK_BITS), hard))
+    resource.prlimit(0, RLIMIT_LOCKS, (around, hard))
+
+
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -135,6 +147,7 @@ STEPS: dict[str, Callable[[], None]] = {
     "orphan": lose_parent,
     "deaf": go_deaf,
     "reset": reset_mark,
+    "nest": lead_inner_tree,
 }
 ENDS: dict[str, Callable[[], None]] = {
     "stay": stay,

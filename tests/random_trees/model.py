@@ -16,22 +16,41 @@ SLACK = 6.0
 """Seconds that a busy machine may add."""
 
 
+class Session:
+    """Is told from others by being another one."""
+
+
+class Mark:
+    """What a leader gives to all that it starts; likewise."""
+
+
+TASK = Mark()
+"""That of the tree's runner."""
+
+
 @dataclass
 class Member:
     """A process of a tree that is fully grown."""
 
     parent: Member | None
     """None for the runner, and for those whose parent is gone."""
-    marked: bool
-    in_session: bool
+    session: Session
+    mark: Mark | None
+    """None if it has lifted the limit."""
+    mark_around: Mark | None
     then: str
     leads_group: bool = False
     children: list[Member] = field(default_factory=list)
 
     @property
-    def is_runner(self) -> bool:
-        """Whether it leads the session."""
-        return self.in_session and self.leads_group and self.parent is None
+    def marked(self) -> bool:
+        """Whether it can be told by itself for the task's."""
+        return TASK in self.marks
+
+    @property
+    def marks(self) -> set[Mark]:
+        """Return what it carries: whoever has no mark of its own has left the tree around, too."""
+        return set(filter(None, [self.mark, self.mark_around])) if self.mark else set()
 
     def lose_children(self) -> None:
         """Leave them to init."""
@@ -61,10 +80,15 @@ def find_faults(example: Example, outcome: Outcome) -> list[str]:
 
 def tell_fates(example: Example) -> dict[int, Fate]:
     """Return the fate of each member, and of what it starts of its own accord; the runner is 0."""
-    runner = Member(None, marked=True, in_session=True, then="stay", leads_group=True)
+    runner = Member(None, Session(), TASK, None, then="stay", leads_group=True)
     members: dict[int, Member] = {}
     play(example.script, runner, members)
-    fates = {number: tell_fate(member, example) for number, member in members.items()}
+    known = find_known(members, runner_lives=True)
+    known_after = known if example.ending == "409" else find_known(members, runner_lives=False)
+    fates = {
+        number: tell_fate(member, example, members[0], known=number in known, surely=number in known_after)
+        for number, member in members.items()
+    }
     return {**fates, 0: "ends"}
 
 
@@ -73,48 +97,65 @@ def play(script: Script, member: Member, members: dict[int, Member]) -> None:
     members[script["id"]] = member
     for step in script["steps"]:
         if isinstance(step, dict):
-            child = Member(member, member.marked, member.in_session, step["fork"]["then"])
+            then = step["fork"]["then"]
+            child = Member(member, member.session, member.mark, member.mark_around, then)
             member.children.append(child)
             play(step["fork"], child, members)
         elif step == "setsid" and not member.leads_group:
-            member.in_session, member.leads_group = False, True
+            member.session, member.leads_group = Session(), True
         elif step == "setpgid":
             member.leads_group = True
         elif step == "orphan":
             member.lose_children()
             member.parent, member.leads_group = None, False
         elif step == "reset":
-            member.marked = False
+            member.mark = None
+        elif step == "nest":
+            member.mark, member.mark_around = Mark(), member.mark
     if member.then == "exit":
         member.lose_children()
 
 
-def tell_fate(member: Member, example: Example) -> Fate:
-    """Return the fate of a member other than the runner."""
+def find_known(members: dict[int, Member], *, runner_lives: bool) -> set[int]:
+    """Return the members that belong to the task by mark, session or descent, or are tied so to one that does."""
+    runner = members[0]
+    alive = {number: member for number, member in members.items() if member.then != "exit" and number}
+    if runner_lives:
+        alive[0] = runner
+    marks, sessions, known = {TASK}, {runner.session}, {0} & set(alive)
+    ids = {id(member): number for number, member in members.items()}
+    while found := {
+        number
+        for number, member in alive.items()
+        if number not in known
+        and (member.marks & marks or member.session in sessions or ids.get(id(member.parent)) in known)
+    }:
+        known |= found
+        marks |= {mark for number in known if (mark := alive[number].mark)}
+        sessions |= {alive[number].session for number in known}
+    return known
+
+
+def tell_fate(member: Member, example: Example, runner: Member, *, known: bool, surely: bool) -> Fate:
+    """Return the fate of a member other than the runner.
+
+    `known`: whether it belongs to the task while the runner lives; `surely`: also when the task is looked at.
+    """
     if example.ending == "success":
         return "ends" if member.then == "exit" else "lives"
     if example.early:
         # Of those that can be recognised by descent alone, some had lost their parents already, and others had not.
-        return "ends" if keeps_a_sign(member) else "either"
+        return "ends" if keeps_a_sign(member, runner) else "either"
     if member.then == "exit":
         return "ends"
-    if not is_known(member, runner_lives=True):
+    if not known:
         return "lives"  # it has opted out
-    if not is_known(member, runner_lives=example.ending == "409"):
+    if not surely:
         return "either"
     # An unmarked heir descends from nobody.
     return "either" if member.then == "heir" and not member.marked else "ends"
 
 
-def keeps_a_sign(member: Member) -> bool:
+def keeps_a_sign(member: Member, runner: Member) -> bool:
     """Tell whether a member, and all that it starts of its own accord, can be recognised whoever its parent is."""
-    return member.marked or (member.in_session and member.then not in {"heir", "breed"})
-
-
-def is_known(member: Member, *, runner_lives: bool) -> bool:
-    """Tell whether a member belongs to the task by mark, session or descent."""
-    if member.is_runner:
-        return runner_lives
-    if member.marked or member.in_session:
-        return True
-    return member.parent is not None and is_known(member.parent, runner_lives=runner_lives)
+    return member.marked or (member.session is runner.session and member.then not in {"heir", "breed"})

@@ -13,7 +13,7 @@ from tests.harness.environments import NoInterpreterError, create_environment
 from tests.harness.forking import start_fork_server
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
-from tests.harness.supervised import ENDS_TASK_ON_SIGTERM, KILL_GRACE, Ending
+from tests.harness.supervised import KILL_GRACE, Ending
 from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS
 
@@ -34,8 +34,6 @@ SHORT_GRACE = 1
 # Waits for the whole of the usual grace period, in the place of all those that SIGTERM does not end.
 PATIENT = BY_NAME["deaf"].name
 SOCKET_CLEANUP_TIMEOUT = 1
-# Nobody kills a runner that a forwarded signal has not ended: its supervisor waits on, as upstream's does.
-ENDLESS = ("deaf-runner", "sigterm")
 
 INTERPRETERS = [(release.version, None) for release in last_of_lines()] + FURTHER_PYTHONS
 
@@ -49,12 +47,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     release = find_release(version)
     environment = install(release, python, tmp_path_factory.mktemp("dist"))
     # Shapes innermost: the heavy ones are not run all at once.
-    runs = [
-        (BY_NAME[shape], ending)
-        for ending in list_endings(release)
-        for shape in BY_NAME
-        if (shape, ending) != ENDLESS
-    ]
+    runs = [(BY_NAME[shape], ending) for ending in get_args(Ending) for shape in BY_NAME]
     with ExitStack() as stack:
         servers = {
             grace: stack.enter_context(start_fork_server(environment, env=make_settings(grace)))
@@ -81,15 +74,10 @@ def install(release: Release, python: str | None, dist: Path) -> Environment:
         pytest.skip(f"not run: {error}")
 
 
-def list_endings(release: Release) -> list[Ending]:
-    """Return the ways that end a task of this release."""
-    ends_on_sigterm = ENDS_TASK_ON_SIGTERM.contains(release.version)
-    return [ending for ending in get_args(Ending) if ending != "sigterm" or ends_on_sigterm]
-
-
 def make_settings(grace: int) -> dict[str, str]:
     return {
         "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": str(grace),
+        "AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop",
         "AIRFLOW__WORKERS__SOCKET_CLEANUP_TIMEOUT": str(SOCKET_CLEANUP_TIMEOUT),
     }
 

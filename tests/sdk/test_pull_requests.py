@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tests.upstream.results import Result
 
 SOURCES = "task-sdk/src"
+OPTIONS = ("leftover_policy", "spared_leftovers", "stop_signal_policy")
 CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
 CHANGES = [change for change in load_changes() if change.goes_upstream]
 # The last one needs all others.
@@ -126,7 +127,7 @@ def test_commits_once(release: Release, checkout: Path) -> None:
 
 
 def test_configuration_reference(release: Release, checkout: Path) -> None:
-    """Before 1.4 the reference that the core brings says when the grace period counts; from there on it is right."""
+    """The reference that the core brings gets the options, and before 1.4 says when the grace period counts."""
     try:
         environment = install_release(release)
     except NoInterpreterError as error:
@@ -145,6 +146,8 @@ def test_configuration_reference(release: Release, checkout: Path) -> None:
         former = before["core"]["options"]["killed_task_cleanup_time"]["description"]
         assert option["description"].startswith(f"{former.rstrip()}\n\nTasks heed it only where")
         option["description"] = former
+    added = {name: after["workers"]["options"].pop(name) for name in OPTIONS}
+    assert all(option["description"] and option["version_added"] for option in added.values())
     assert after == before
 
 

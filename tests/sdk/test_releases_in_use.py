@@ -65,8 +65,22 @@ BY_CHANCE = {"TestGroup::test_heartbeat_conflict_takes_the_group_along"}
 STOCK_VARIABLES = {"TEARDOWN_TESTS_PATIENCE": "5"}
 # They need a private /proc, which root may have unless a sandbox forbids it. Forced counterparts run everywhere.
 NEED_NAMESPACES = {
-    *(f"TestProc::test_hidepid[{way}]" for way in ("conflict", "killed", "failed")),
+    *(
+        f"TestProc::test_hidepid[{daemon}-{way}]"
+        for daemon in ("be_polite", "be_deaf", "exec_shell")
+        for way in ("conflict", "killed", "failed")
+    ),
+    *(
+        f"TestHidden::test_{what}"
+        for what in (
+            *("entries_that_are_closed", "processes_that_are_not_listed", "text"),
+            *("entries_that_open", "found_and_ended", "strangers", "without_pidfd", "zombie"),
+        )
+    ),
+    *(f"TestHidden::test_no_descriptor_left[{error}]" for error in ("EMFILE", "ENFILE", "ENOMEM")),
     *(f"TestRecycledNumber::test_{who}" for who in ("leader", "leftover")),
+    "TestFind::test_proc_of_another_namespace",
+    "TestFind::test_session_recycled_between_two_looks",
     "TestLook::test_namesakes_are_told_apart",
 }
 

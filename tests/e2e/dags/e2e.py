@@ -1,7 +1,8 @@
 """What the scenarios run: tasks that start processes of every kind, and tasks that end in every way.
 
 Runs in the environment of a release, on Python 3.9 and newer. The run's `conf` has a `cookie`, the path of a FIFO, `ready`,
-on which every process that was started announces itself, and a `folder` for what on_kill has to say.
+on which every process that was started announces itself, and a `folder` for what on_kill has to say, with another FIFO,
+`word`, for the task that waits for it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ ON_KILL_TIME = 2.0
 """Seconds that the operator's on_kill takes."""
 FAR_FUTURE = dt.datetime(2100, 1, 1, tzinfo=dt.timezone.utc)
 LONG = 3600.0
+
+
+def announce(context: Mapping[str, Any]) -> None:
+    """Announce a task that starts no process."""
+    with Path(context["dag_run"].conf["ready"]).open("a") as ready:
+        ready.write(f"{os.getpid()}\n")
 
 
 def become_actor(python: str, *arguments: str) -> None:
@@ -72,6 +79,19 @@ class CleansUpSlowly(BaseOperator):
             record.write(f"{word}\n")
 
 
+class RemovesItsWork(BaseOperator):
+    """An operator whose on_kill removes the work, and whose execute() then returns as if the work were done."""
+
+    work: subprocess.Popen[bytes]
+
+    def execute(self, context: Any) -> None:
+        self.work = start_actor(context, "sleeper", start_new_session=True)
+        self.work.wait()
+
+    def on_kill(self) -> None:
+        self.work.terminate()
+
+
 class Defers(BaseOperator):
     def execute(self, context: Any) -> NoReturn:
         self.defer(trigger=DateTimeTrigger(moment=FAR_FUTURE), method_name="execute")
@@ -108,6 +128,16 @@ with DAG("starts_processes", schedule=None):
 
     CleansUpSlowly(task_id="cleans_up")
 
+    RemovesItsWork(task_id="removes_its_work")
+
+    @task
+    def sleeps(**context: Any) -> None:
+        """Do what most tasks do: start nothing, and know nothing of signals."""
+        announce(context)
+        time.sleep(LONG)
+
+    sleeps()
+
 
 with DAG("ends_itself", schedule=None):
 
@@ -129,6 +159,18 @@ with DAG("ends_itself", schedule=None):
     fails()
     is_rescheduled()
     Defers(task_id="defers")
+
+
+with DAG("waits", schedule=None):
+
+    @task
+    def waits(**context: Any) -> None:
+        """End well when the word is given."""
+        announce(context)
+        with (Path(context["dag_run"].conf["folder"]) / "word").open() as word:
+            word.readline()
+
+    waits()
 
 
 with DAG("many_tasks", schedule=None):

@@ -13,6 +13,7 @@ from tests.e2e.scenarios import (
     set_failed,
     shut_down,
     stolen,
+    warm,
 )
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *raises.SCENARIOS,
     *cleared.SCENARIOS,
     *shut_down.SCENARIOS,
+    *warm.SCENARIOS,
     *stolen.SCENARIOS,
     *another_user.SCENARIOS,
     *interrupted.SCENARIOS,

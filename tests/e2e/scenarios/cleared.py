@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.e2e.deployment import run_airflow
 from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, find_tracebacks, name_left
-from tests.e2e.runs import DAG, PROCESSES, start_run
+from tests.e2e.runs import ANNOUNCEMENTS, DAG, PROCESSES, start_run
 from tests.e2e.servers import ServerFailedError
 from tests.harness.processes import wait_for_exit
 from tests.harness.supervised import SETTLE_TIMEOUT
@@ -43,7 +43,7 @@ def clear(installation: Installation, executor: Executor) -> Outcome:
 def find_reason_not_started(run: Run) -> Iterator[str]:
     """Say why the second tries have not started all that they start; after a crash the scheduler does not let them."""
     try:
-        run.wait_for_processes(sum(PROCESSES.values()))
+        run.wait_for_processes(ANNOUNCEMENTS)
     except ServerFailedError as error:
         yield str(error).partition("\n")[0]
 

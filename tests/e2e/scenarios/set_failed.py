@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tests.e2e.deployment import run_airflow
-from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, judge_slots, observe_end
+from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, judge_ends, judge_slots, observe_end
 from tests.e2e.runs import DAG, PROCESSES, start_run
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def set_failed(installation: Installation, executor: Executor) -> Outcome:
             airflow.client.set_failed(DAG, run.id, task)
         seconds = run.wait_for_slots(SLOTS_TIMEOUT)
         outcome = observe_end(run, states=("failed",), seconds=seconds)
-        return replace(outcome, problems=[*judge_slots(seconds), *outcome.problems])
+        return replace(outcome, problems=[*judge_slots(seconds), *judge_ends(run), *outcome.problems])
 
 
 SCENARIOS = (

@@ -7,10 +7,10 @@ import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tests.e2e import policies
 from tests.e2e.deployment import run_airflow
-from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, judge_slots, observe_end
+from tests.e2e.outcomes import SLOTS_TIMEOUT, Outcome, Scenario, judge_ends, judge_slots, observe_end
 from tests.e2e.runs import DAG, PROCESSES, start_run
-from tests.harness.supervised import ENDS_TASK_ON_SIGTERM
 
 if TYPE_CHECKING:
     from tests.e2e.deployment import Executor, Installation
@@ -23,23 +23,26 @@ STOP_TIMEOUT = 60.0
 
 def signal_supervisors(installation: Installation, executor: Executor) -> Outcome:
     """Send SIGTERM to every supervisor."""
-    with run_airflow(installation, executor) as airflow, start_run(airflow) as run:
+    variables = policies.choose("stop", installation.release)
+    with run_airflow(installation, executor, variables=variables) as airflow, start_run(airflow) as run:
         for supervisor in run.supervisors():
             os.kill(supervisor, signal.SIGTERM)
         seconds = run.wait_for_slots(SLOTS_TIMEOUT)
         outcome = observe_end(run, states=("failed",), seconds=seconds)
-        return replace(outcome, problems=[*judge_slots(seconds), *outcome.problems])
+        return replace(outcome, problems=[*judge_slots(seconds), *judge_ends(run), *outcome.problems])
 
 
 def stop_group(installation: Installation, executor: Executor) -> Outcome:
     """Send SIGTERM to the scheduler and all in its process group, as an init such as dumb-init does."""
-    with run_airflow(installation, executor) as airflow, start_run(airflow) as run:
+    variables = policies.choose("stop", installation.release)
+    with run_airflow(installation, executor, variables=variables) as airflow, start_run(airflow) as run:
         os.killpg(airflow.worker.process.pid, signal.SIGTERM)
         seconds = run.wait_for_slots(SLOTS_TIMEOUT)
         stopped = airflow.worker.wait(STOP_TIMEOUT)
         # With the scheduler gone nobody takes notice of what has become of a task that could not say it.
         outcome = observe_end(run, states=("failed", "running"), seconds=seconds)
-        return replace(outcome, problems=[*judge_slots(seconds), *judge_stop(stopped), *outcome.problems])
+        problems = [*judge_slots(seconds), *judge_ends(run), *judge_stop(stopped), *outcome.problems]
+        return replace(outcome, problems=problems)
 
 
 def stop_warm(installation: Installation, executor: Executor) -> Outcome:
@@ -54,19 +57,20 @@ def stop_warm(installation: Installation, executor: Executor) -> Outcome:
         stopped = airflow.worker.wait(STOP_TIMEOUT)
         outcome = observe_end(run, states=("failed",), seconds=seconds)
         early = ["the warm stop ended tasks"] if ended_early else []
-        return replace(
-            outcome, problems=[*early, *judge_slots(seconds), *judge_stop(stopped), *outcome.problems]
-        )
+        problems = [*early, *judge_slots(seconds), *judge_ends(run), *judge_stop(stopped), *outcome.problems]
+        return replace(outcome, problems=problems)
 
 
 def stop_cold(installation: Installation, executor: Executor) -> Outcome:
     """Send SIGQUIT to the Celery worker, which waits for nobody."""
-    with run_airflow(installation, executor) as airflow, start_run(airflow) as run:
+    variables = policies.choose("stop", installation.release)
+    with run_airflow(installation, executor, variables=variables) as airflow, start_run(airflow) as run:
         airflow.worker.process.send_signal(signal.SIGQUIT)
         seconds = run.wait_for_slots(SLOTS_TIMEOUT)
         stopped = airflow.worker.wait(STOP_TIMEOUT)
         outcome = observe_end(run, states=("failed", "running"), seconds=seconds)
-        return replace(outcome, problems=[*judge_slots(seconds), *judge_stop(stopped), *outcome.problems])
+        problems = [*judge_slots(seconds), *judge_ends(run), *judge_stop(stopped), *outcome.problems]
+        return replace(outcome, problems=problems)
 
 
 def judge_stop(stopped: bool) -> list[str]:
@@ -79,14 +83,14 @@ SCENARIOS = (
         "the supervisors get SIGTERM",
         ("local", "celery"),
         signal_supervisors,
-        releases=ENDS_TASK_ON_SIGTERM,
+        shows_fault=True,
     ),
     Scenario(
         "scheduler-stopped",
         "the scheduler and its group get SIGTERM",
         ("local",),
         stop_group,
-        releases=ENDS_TASK_ON_SIGTERM,
+        shows_fault=True,
     ),
     Scenario("worker-stopped-warm", "the worker is stopped warm", ("celery",), stop_warm),
     Scenario("worker-stopped-cold", "the worker is stopped cold", ("celery",), stop_cold),

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -35,7 +36,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from task_sdk.execution_time.teardown.faults import write_sudo
+from task_sdk.execution_time.teardown.faults import (
+    PR_SET_DUMPABLE,
+    RefusedError,
+    become_nobody,
+    mount_proc,
+    write_sudo,
+)
 from task_sdk.execution_time.teardown.supervised_task import (
     PATIENCE,
     Relay,
@@ -60,6 +67,9 @@ OTHER_USER = next(user.pw_name for user in pwd.getpwall() if user.pw_uid != os.g
 STUBBORN = ["daemon", "child deaf to SIGTERM", "stopped child"]
 """What only the teardown ends."""
 
+
+REFUSED = 71
+"""The status of a check whose surroundings the kernel does not allow."""
 
 STARTING = 120
 """Seconds that a busy machine may take to import Airflow for the first time, and check it."""
@@ -113,6 +123,9 @@ def run(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleName
                 status = child_check.main(arguments)
             except SystemExit as end:
                 status = end.code
+            except RefusedError as refused:
+                err.write(str(refused))
+                status = REFUSED
             except BaseException:  # noqa: BLE001 - a forked copy of the test runner must not go on running tests
                 traceback.print_exc(file=err)
             finally:
@@ -122,6 +135,8 @@ def run(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleName
         _, status = os.waitpid(pid, 0)
         out.seek(0)
         err.seek(0)
+        if os.waitstatus_to_exitcode(status) == REFUSED:
+            pytest.skip(err.read())
         return SimpleNamespace(status=os.waitstatus_to_exitcode(status), out=out.read(), err=err.read())
 
 
@@ -351,18 +366,56 @@ class TestMeans:
     def test_proc_of_others(self) -> None:
         """Where /proc belongs to another PID namespace it says that the task is not found, and what that means."""
 
-        def read_another(pid: int) -> child_tree.Process | None:
-            return child_tree.Process(
-                pid, start=1, name="x", parent=2, session=pid, stopped=False, dead=False
-            )
-
         def confuse() -> None:
-            child_tree.look_at = read_another
+            os.readlink = lambda path, *args, **kwargs: "2" if path == "/proc/self" else original(path)
 
+        original = os.readlink
         findings = find_wrong(change=confuse)
         assert findings.means.mark == "none"
         assert set(STUBBORN) <= set(findings.proof.left)
         assert findings.proof.harmed == []
+
+
+class TestHidden:
+    """An unprivileged check whose /proc is mounted with hidepid; it is not dumpable, as workers are from SDK 1.2 on."""
+
+    def hide(self, options: bytes) -> None:
+        def be_forked_daemon(leash: child_check.Leash) -> None:
+            os.setsid()
+            if os.fork() == 0:
+                child_check.be_child(leash)
+
+        mount_proc(options)
+        become_nobody()
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+        # Nobody need be allowed to run this interpreter.
+        child_check.ROLES[child_check.DAEMON] = be_forked_daemon
+
+    def test_entries_that_are_closed(self) -> None:
+        """With hidepid=1 its processes are found by other means, which it says."""
+        findings = find(change=lambda: self.hide(b"hidepid=1"))
+        workers_hide = hasattr(supervisor, "_make_process_nondumpable")
+        assert findings.means.processes == ("hidden" if workers_hide else "/proc")
+        assert findings.means.mark == "limit"
+        assert findings.users.hidden
+        assert findings.proof.left == []
+
+    def test_text(self) -> None:
+        """It says so to people, too."""
+        result = run(change=lambda: self.hide(b"hidepid=1"))
+        assert result.status == 0, result.err
+        workers_hide = hasattr(supervisor, "_make_process_nondumpable")
+        assert ("for /proc hides them" in result.out) == workers_hide
+
+    def test_processes_that_are_not_listed(self) -> None:
+        """With hidepid=2 no supervisor that is not dumpable can start a task, and the check fails."""
+        if hasattr(supervisor, "_make_process_nondumpable"):
+            findings = find_wrong(change=lambda: self.hide(b"hidepid=2"))
+            assert [problem.partition(":")[0] for problem in findings.problems] == [
+                "the proof failed with NoSuchProcess"
+            ]
+        else:
+            assert find(change=lambda: self.hide(b"hidepid=2")).proof.left == []
 
 
 class TestUsers:

@@ -17,21 +17,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
+import signal
 import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
-from task_sdk.execution_time.teardown.supervised_task import PATIENCE, Relay, ending_all, hear_in_popen
+from task_sdk.execution_time.teardown.supervised_task import (
+    Relay,
+    ending_all,
+    fork,
+    hear_in_popen,
+    pause_for_ever,
+)
 
 from airflow.sdk.execution_time.child_spawn import spawn_leader
-from airflow.sdk.execution_time.child_tree import MARK_VARIABLE, ProcessTree
+from airflow.sdk.execution_time.child_tree import MARK_VARIABLE, ProcessTree, mark_process, read_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 # Starts a daemon, which tells its PID, and stays.
 PROGRAM = """
@@ -88,59 +97,101 @@ class TestSpawnLeader:
         assert len(daemons) == 1
         assert find_orphans(tree, leader) == daemons
 
-    def test_threads_spawn_in_turn(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of two at once, the second would inherit the mark of the first, and restore it when the first is through."""
-        before = resource.getrlimit(resource.RLIMIT_RTTIME)
-        ready = threading.Barrier(2, timeout=PATIENCE)
-        entered: list[bool] = []
+    def test_strangers_are_not_marked(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What another thread starts meanwhile does not belong to it, and nor does whoever spawns."""
+        popen = subprocess.Popen
+        strangers: list[int] = []
 
-        class MeetingPopen(subprocess.Popen[bytes]):
+        def start_stranger() -> None:
+            strangers.append(popen(["sleep", "600"]).pid)
+
+        class BesideOthersPopen(subprocess.Popen[bytes]):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
+                start_stranger()
                 super().__init__(*args, **kwargs)
-                entered.append(True)
-                if len(entered) == 1:
-                    ready.wait()
-                    other.join(0.2)  # It gets no further, of which there is no event.
-                    assert len(entered) == 1
+                start_stranger()
 
-        def spawn_other() -> None:
-            ready.wait()
-            spawn(ProcessTree(), relay)
-
-        monkeypatch.setattr(subprocess, "Popen", MeetingPopen)
-        other = threading.Thread(target=spawn_other)
-        other.start()
-        try:
-            spawn(ProcessTree(), relay)
-        finally:
-            other.join()
-        assert len(entered) == 2
-        assert resource.getrlimit(resource.RLIMIT_RTTIME) == before
-
-    def test_own_limit_is_restored(self, relay: Relay) -> None:
-        """Whoever spawns belongs to the tree no longer than it takes, also when there is no such program."""
         before = resource.getrlimit(resource.RLIMIT_RTTIME)
-        spawn(ProcessTree(), relay)
+        monkeypatch.setattr(subprocess, "Popen", BesideOthersPopen)
+        tree = ProcessTree()
+        leader = spawn(tree, relay)
+        daemon = relay.hear()
+        assert [read_limits(stranger) for stranger in strangers] == [(), ()]
         assert resource.getrlimit(resource.RLIMIT_RTTIME) == before
-        with pytest.raises(FileNotFoundError):
-            spawn_leader(["/missing"], tree=ProcessTree(), env={})
-        assert resource.getrlimit(resource.RLIMIT_RTTIME) == before
+        assert find_orphans(tree, leader) == [daemon]
 
-    @pytest.mark.parametrize("error", [PermissionError, ValueError])
+    def test_program_is_told_what_it_would_be(self, relay: Relay) -> None:
+        """It gets its arguments, environment, directory and signals as from Popen alone."""
+        program = (
+            "printf '%s\\n' \"$0 $* $GIVEN $PWD\"; env | cut -d= -f1 | sort | tr '\\n' ' '; kill -PIPE $$"
+        )
+        command = ["a shell", "-c", program, "its name", "one", "two"]
+        env = {"GIVEN": "given", "PATH": os.environ["PATH"]}
+        told = [
+            start(command, executable="/bin/sh", env=env, cwd="/", stdout=subprocess.PIPE)
+            for start in (subprocess.Popen, functools.partial(spawn_leader, tree=ProcessTree()))
+        ]
+        outputs = [process.communicate()[0] for process in told]
+        assert outputs[0] == outputs[1]
+        assert b"its name one two given /" in outputs[0]
+        assert [process.returncode for process in told] == [-signal.SIGPIPE] * 2
+
+    def test_errors(self, tmp_path: Path) -> None:
+        """A program that is not there, or may not be run, is told as by Popen."""
+        (tmp_path / "data").touch()
+        with pytest.raises(FileNotFoundError):
+            spawn_leader([str(tmp_path / "missing")], tree=ProcessTree(), env={})
+        with pytest.raises(PermissionError):
+            spawn_leader([str(tmp_path / "data")], tree=ProcessTree(), env={})
+
+    def test_inner_tree(self, relay: Relay) -> None:
+        """Where the supervisor is in a tree itself, that has the runtime in it, and nothing else changes."""
+
+        def spawn_in_tree() -> None:
+            os.setsid()
+            mark_process()
+            told.tell([spawn(ProcessTree(), relay).pid, relay.hear()])
+            pause_for_ever()
+
+        with contextlib.closing(Relay()) as told:
+            outer = fork(spawn_in_tree)
+            tree = ProcessTree()
+            tree.adopt(outer)
+            started = told.hear()
+            os.kill(outer, signal.SIGKILL)
+            os.waitpid(outer, 0)
+            assert sorted(process.pid for process in tree.find()) == sorted(started)
+
+    @pytest.mark.parametrize("allowed", [False, True])
+    def test_hard_limit(self, relay: Relay, *, allowed: bool) -> None:
+        """Where the hard limit is below the mark, a variable marks it; elsewhere the program gets to see none."""
+
+        def spawn_and_look() -> None:
+            if not allowed:
+                resource.setrlimit(resource.RLIMIT_RTTIME, (10**6, 10**6))
+            tree = ProcessTree()
+            leader = spawn(tree, relay)
+            daemon = relay.hear()
+            env = psutil.Process(daemon).environ()
+            told.tell(
+                [find_orphans(tree, leader) == [daemon], MARK_VARIABLE in env, MARK_VARIABLE in os.environ]
+            )
+
+        with contextlib.closing(Relay()) as told:
+            fork(spawn_and_look)
+            assert told.hear() == [True, not allowed, False]
+
+    @pytest.mark.parametrize("error", [PermissionError, AttributeError])
     def test_without_the_limit(
         self, relay: Relay, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
     ) -> None:
-        """Where a sandbox refuses the limit, or the hard one is below the mark, a variable marks it."""
-        look = resource.prlimit
+        """Where a sandbox refuses the limit, or there is none, a variable marks it."""
 
         def refuse(*_: Any) -> None:
             raise error
 
-        def refuse_to_set(*args: Any) -> Any:
-            return look(*args) if len(args) < 3 else refuse()
-
         monkeypatch.setattr(resource, "setrlimit", refuse)
-        monkeypatch.setattr(resource, "prlimit", refuse_to_set)
+        monkeypatch.setattr(resource, "prlimit", refuse)
         tree = ProcessTree()
         leader = spawn(tree, relay)
         daemon = relay.hear()

@@ -27,11 +27,21 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from task_sdk.execution_time.teardown.faults import fork_as, run_in_namespace, write_sudo
+from task_sdk.execution_time.teardown.faults import (
+    become_nobody,
+    fork_as,
+    lack,
+    misbehave,
+    mount_proc,
+    run_in_fork,
+    run_in_namespace,
+    write_sudo,
+)
 from task_sdk.execution_time.teardown.supervised_task import (
     PATIENCE,
     Relay,
@@ -48,14 +58,16 @@ from task_sdk.execution_time.teardown.supervised_task import (
 from airflow.sdk.execution_time import child_tree
 from airflow.sdk.execution_time.child_tree import (
     MARK_VARIABLE,
+    RLIMIT_LOCKS,
     Process,
     ProcessTree,
     compute_mark,
-    has_limit,
+    group_by_owner,
     is_alive,
     list_pids,
     look_at,
     mark_process,
+    read_limits,
     read_process,
     send_signals,
 )
@@ -122,17 +134,30 @@ def start_session() -> int:
     return subprocess.Popen(SLEEPER, start_new_session=True).pid
 
 
-def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
-    """Start a process in a session of its own whose parent is gone."""
-
-    def main() -> list[int]:
-        os.setsid()
-        prepare()
-        return [subprocess.Popen(SLEEPER, **kwargs).pid]
-
-    parent, [pid] = start_waiting(main)
+def start_orphan(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
+    """Start a process whose parent is gone."""
+    parent, [pid] = start_waiting(lambda: (prepare(), [subprocess.Popen(SLEEPER, **kwargs).pid])[1])
     end(parent)
     return pid
+
+
+def start_orphan_fork(prepare: Callable[[], Any], main: Callable[[], Any]) -> int:
+    """Fork a process that runs ``main``, and whose parent is gone by then."""
+
+    def wait_and_run() -> None:
+        orphaned.hear()
+        main()
+
+    with contextlib.closing(Relay()) as orphaned:
+        parent, [pid] = start_waiting(lambda: (prepare(), [fork(wait_and_run)])[1])
+        end(parent)
+        orphaned.tell("orphaned")
+        return pid
+
+
+def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
+    """Start a process in a session of its own whose parent is gone."""
+    return start_orphan(lambda: (os.setsid(), prepare()), **kwargs)
 
 
 def start_daemon_without_environment() -> int:
@@ -141,6 +166,28 @@ def start_daemon_without_environment() -> int:
 
 def start_daemon_without_mark() -> int:
     return start_daemon(lift_limit)
+
+
+def fork_child() -> int:
+    return fork_waiting(lambda: None)
+
+
+def fork_session() -> int:
+    return fork_waiting(os.setsid)
+
+
+def fork_daemon() -> int:
+    return start_orphan_fork(os.setsid, pause_for_ever)
+
+
+def fork_stray() -> int:
+    """Fork a process in the leader's session that has lost its parent and the mark."""
+    return start_orphan_fork(lift_limit, pause_for_ever)
+
+
+def fork_waiting(main: Callable[[], Any]) -> int:
+    """Fork a process that runs ``main``, and then waits for signals."""
+    return start_waiting(lambda: (main(), [])[1])[0]
 
 
 STARTS = [start_child, start_session, start_daemon, start_daemon_without_environment]
@@ -181,28 +228,50 @@ class TestFind:
         start_session()
         assert find(tree) == []
 
-    def test_older_process_is_not_found(self) -> None:
+    def test_never_ourselves(self) -> None:
+        """Neither this process, nor the first one, nor what descends from them, is found, whatever they carry."""
+
+        def carry_the_mark() -> None:
+            tree, _, [child] = lead(start_child)
+            start_session()
+            tree._oldest = 0
+            resource.prlimit(0, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
+            with pytest.MonkeyPatch.context() as patching:
+                marks = {1: (tree._mark,)}
+                patching.setattr(tree, "_read_marks", lambda pid: marks.get(pid, read_limits(pid)))
+                told.tell(find(tree) == [child])
+            pause_for_ever()
+
+        with contextlib.closing(Relay()) as told:
+            fork(carry_the_mark)
+            assert told.hear() is True
+
+    @pytest.mark.parametrize("proc", [True, False])
+    def test_older_process_is_not_found(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, proc: bool
+    ) -> None:
         """Whoever ran before the leader was not started by it, whatever its limits are."""
+        if not proc:
+            monkeypatch.setattr(child_tree, "PROC", str(tmp_path / "missing"))
         older = start_session()
         time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # start times are counted in ticks
         tree, leader, _ = lead()
         mark = compute_mark(read_process(leader))
         resource.prlimit(older, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
-        assert has_limit(older, mark)
+        assert mark in read_limits(older)
         assert find(tree) == []
 
     def test_recycled_leader(self) -> None:
         """The session of a process that has got the leader's number since is not the leader's."""
         tree, _, _ = lead(start_child)
         tree._leader = replace(tree._leader, start=tree._leader.start - 1)
-        tree._mark = 1
+        tree._marks = {1}
         assert find(tree) == []
 
     def test_recycled_session(self) -> None:
         """When leader and session are gone, whoever has their number from then on is a stranger."""
         tree, leader, _ = lead()
         end(leader)
-        assert find(tree) == []
 
         def open_session() -> list[int]:
             os.setsid()
@@ -213,6 +282,79 @@ class TestFind:
         tree._leader = replace(tree._leader, pid=stranger)
         assert os.getsid(child) == stranger
         assert find(tree) == []
+
+    def test_session_recycled_between_two_looks(self) -> None:
+        """A stranger that is started as daemon(3) does it gets the number, and was never seen to be a stranger."""
+
+        def main() -> dict[str, Any]:
+            tree, leader, [child] = lead(start_child)
+            assert find(tree) == [child]
+            end(leader)
+            end(child)  # the first process of a namespace adopts its orphans
+            with contextlib.closing(Relay()) as told:
+                stranger = fork_as(leader, lambda: told.tell(fork(pause_for_ever)))
+                daemon = told.hear()
+            os.waitpid(stranger, 0)
+            assert os.getsid(daemon) == leader
+            assert find(tree) == []
+            return {}
+
+        run_in_namespace(main)
+
+    def test_session_of_a_known_member(self) -> None:
+        """As long as somebody is in it who was in it before, a session has kept its number, and counts."""
+
+        def start_child_that_starts_another() -> int:
+            def main() -> None:
+                order.hear()
+                told.tell(start_orphan(lift_limit))
+                pause_for_ever()
+
+            return fork(main)
+
+        with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
+            tree, leader, [child] = lead(start_child_that_starts_another)
+            assert find(tree) == [child]
+            end(leader)
+            order.tell("start another")
+            another = told.hear()
+            assert find(tree) == sorted([child, another])
+
+    def test_sessions_of_members_count_whole(self) -> None:
+        """What has lost mark and parent is found by the session of a member, be that not the leader's (su, sudo)."""
+        script = "(prlimit --rttime=unlimited sleep 600 & echo $!); exec sleep 600"
+
+        def start_script() -> list[int]:
+            shell = subprocess.Popen(["bash", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+            return [shell.pid, int(shell.stdout.readline())]
+
+        tree, leader, [pids] = lead(start_script)
+        end(leader)
+        assert find(tree) == sorted(pids)
+
+    def test_session_that_is_not_its_own(self) -> None:
+        """A leader that could not open a session is in that of its supervisor, whose others are strangers."""
+        pid, [child] = start_waiting(lambda: (mark_process(), [start_child()])[1])
+        start_child()
+        tree = ProcessTree()
+        tree.adopt(pid)
+        assert find(tree) == [child]
+
+    def test_session_is_known_until_the_leader_is_collected(self) -> None:
+        """What has lost its mark is found by the session, if somebody looks when the leader has ended."""
+        tree, leader, started = lead(lambda: start_orphan(lift_limit))
+        os.kill(leader, signal.SIGKILL)
+        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+        tree.note_exit()
+        os.waitpid(leader, 0)
+        assert find(tree) == started
+
+    def test_running_leader_costs_no_look(self, mocker: MockerFixture) -> None:
+        """Whether it has ended is asked for without a look."""
+        tree, _, _ = lead()
+        look = mocker.spy(child_tree, "list_pids")
+        tree.note_exit()
+        assert not look.called
 
     def test_leader_that_is_gone_before(self) -> None:
         """A leader that could not be adopted has no tree."""
@@ -240,26 +382,184 @@ class TestFind:
         assert resource.prlimit(stranger, resource.RLIMIT_RTTIME) == before
         assert find(tree) == []
 
-    def test_proc_of_another_namespace(self, mocker: MockerFixture) -> None:
-        """Where /proc tells of somebody else under the leader's number, nobody is looked for."""
-        pid, _ = start_waiting(lambda: (os.setsid(), [start_child()])[1])
+    def test_proc_of_another_namespace(self) -> None:
+        """Where /proc tells of others under the numbers that are used here, nobody is looked for."""
 
-        def read_another(number: int) -> Process | None:
-            process = look_at(number)
-            return replace(process, parent=2) if process and number == pid else process
+        def main() -> dict[str, Any]:
+            tree, leader, _ = lead(start_child)
+            assert find(tree) == []
+            assert tree.look_failure
+            assert not tree.signal_leader(signal.SIGKILL)
+            end(leader)
+            return {}
 
-        mocker.patch.object(child_tree, "look_at", autospec=True, side_effect=read_another)
-        tree = ProcessTree()
-        tree.adopt(pid)
-        assert find(tree) == []
-        assert tree.look_failure
+        run_in_namespace(main, own_proc=False)
 
     def test_leader_that_did_not_mark_itself(self) -> None:
         """A leader that was spawned is marked by its parent."""
         pid, _ = start_waiting(os.setsid)
         tree = ProcessTree()
         tree.adopt(pid)
-        assert has_limit(pid, compute_mark(read_process(pid)))
+        assert read_limits(pid) == (compute_mark(read_process(pid)),)
+
+
+def supervise(*starts: Callable[[], Any]) -> list[Any]:
+    """Supervise a leader that starts what it is told to; return its PID and theirs."""
+    _, leader, started = lead(*starts)
+    return [leader, *started]
+
+
+def lift_outer_limit() -> None:
+    """Give up the limit that is the mark of the tree around one's own."""
+    resource.prlimit(0, RLIMIT_LOCKS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class TestNested:
+    """A task that supervises tasks, as dag.test() does with an executor, or Airflow's own tests."""
+
+    def test_inner_tree_belongs_to_the_outer_one(self) -> None:
+        """All of the inner tree is found when the outer leader, which was its supervisor, has died suddenly."""
+        tree, leader, [inner] = lead(lambda: supervise(*STARTS))
+        assert find(tree) == sorted(inner)
+        end(leader)
+        assert find(tree) == sorted(inner)
+
+    def test_without_a_look_before(self) -> None:
+        """It is so, too, if nobody had looked by then."""
+        tree, leader, [inner] = lead(lambda: supervise(*STARTS))
+        end(leader)
+        assert find(tree) == sorted(inner)
+
+    def test_third_generation(self) -> None:
+        """What an inner tree has around it in turn belongs to the outermost."""
+        tree, leader, [[middle, [inner, daemon]]] = lead(lambda: supervise(lambda: supervise(start_daemon)))
+        end(leader)
+        assert find(tree) == sorted([middle, inner, daemon])
+
+    def test_mark_of_a_member(self) -> None:
+        """A mark that a member carries is one of the tree's, also if nothing else tells of the outer one."""
+        tree, leader, [[inner, daemon]] = lead(lambda: supervise(lambda: start_daemon(lift_outer_limit)))
+        assert len(read_limits(daemon)) == 1
+        end(leader)
+        assert find(tree) == sorted([inner, daemon])
+
+    def test_outer_tree_does_not_belong_to_the_inner_one(self) -> None:
+        """A supervisor that is in a tree itself takes neither its own processes nor another task for a task's."""
+
+        def supervise_two() -> list[Any]:
+            start_session()
+            tree, _, started = lead(*STARTS)
+            other, _, others = lead(*STARTS)
+            return [find(tree), sorted(started), find(other), sorted(others)]
+
+        _, _, [[found, started, found_too, others]] = lead(supervise_two)
+        assert (found, found_too) == (started, others)
+
+    def test_child_that_was_started_too_early(self) -> None:
+        """What a leader has started before it was marked carries the supervisor's mark, which ties nobody to it."""
+
+        def supervise_spawned() -> list[Any]:
+            leader, [child] = start_waiting(lambda: (os.setsid(), [start_child()])[1])
+            tree = ProcessTree()
+            tree.adopt(leader)
+            start_session()
+            supervise(start_child)
+            return [
+                read_limits(child) == read_limits(os.getpid()),
+                find(tree) == [child],
+                find(tree) == [child],
+            ]
+
+        _, _, [outcome] = lead(supervise_spawned)
+        assert outcome == [True] * 3
+
+    def test_supervisor_that_has_left(self) -> None:
+        """A worker that a task has started with its mark lifted starts tasks that belong to nobody else."""
+
+        def start_worker() -> int:
+            def start_task() -> None:
+                told.tell(supervise(start_daemon))
+                pause_for_ever()
+
+            return start_orphan_fork(lambda: (os.setsid(), lift_limit()), start_task)
+
+        with contextlib.closing(Relay()) as told:
+            tree, leader, _ = lead(start_worker)
+            [inner, daemon] = told.hear()
+            assert find(tree) == []
+            end(leader)
+            assert find(tree) == []
+            assert read_limits(inner) == read_limits(daemon) == (compute_mark(read_process(inner)),)
+
+    def test_mark_around_is_that_of_the_supervisor(self) -> None:
+        """Whoever has left its tree by lifting the limit has left those around that, too."""
+
+        def become_leader() -> list[int]:
+            resource.prlimit(0, RLIMIT_LOCKS, (child_tree.MARK_FLAG + 1, resource.RLIM_INFINITY))
+            os.setsid()
+            mark_process()
+            return []
+
+        leader, _ = start_waiting(become_leader)
+        assert read_limits(leader) == (compute_mark(read_process(leader)),)
+
+    def test_with_a_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the limit cannot be set the variable has the marks of all trees."""
+
+        def refuse(*args: Any) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(resource, "prlimit", refuse)
+        monkeypatch.delenv(MARK_VARIABLE, raising=False)
+        tree, leader, [[middle, [inner, daemon]]] = lead(lambda: supervise(lambda: supervise(start_daemon)))
+        for runner in (middle, inner, leader):
+            with contextlib.closing(Tree()) as held:
+                held.add(runner)
+                os.kill(runner, signal.SIGKILL)
+                assert held.gone(runner)
+        os.waitpid(leader, 0)
+        assert find(tree) == [daemon]
+
+    @pytest.mark.parametrize("first", ["leader", "supervisor"])
+    def test_one_mark(self, first: str) -> None:
+        """A leader and its supervisor that come to different marks agree on one, whoever is first."""
+
+        def mark_when_told() -> None:
+            if first == "supervisor":
+                order.hear()
+            mark_process()
+            told.tell("marked")
+            pause_for_ever()
+
+        with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
+            leader = fork(mark_when_told)
+            invented = child_tree.invent_mark(leader)
+            if first == "leader":
+                assert told.hear() == "marked"
+                own = compute_mark(read_process(leader))
+                assert child_tree.give_mark(leader, invented) == own
+                assert read_limits(leader) == (own,)
+            else:
+                assert child_tree.give_mark(leader, invented) == invented
+                order.tell("mark yourself")
+                assert told.hear() == "marked"
+                assert read_limits(leader) == (invented,)
+
+    def test_mark_of_a_namesake(self) -> None:
+        """A mark that was inherited is not taken for one's own, though its leader had the same number once."""
+        leader, _ = start_waiting(os.setsid)
+        inherited, mark = child_tree.invent_mark(leader), child_tree.invent_mark(leader)
+        child_tree.give_mark(leader, inherited)
+        assert child_tree.give_mark(leader, mark, inherited=[inherited]) == mark
+        assert read_limits(leader) == (mark, inherited)
+
+    def test_marks_of_another_user(self, mocker: MockerFixture) -> None:
+        """Both marks are read in /proc where prlimit() is denied."""
+        _, _, [inner] = lead(lambda: supervise(start_daemon))
+        marks = [read_limits(pid) for pid in inner]
+        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
+        assert [read_limits(pid) for pid in inner] == marks
+        assert all(len(of_one) == 2 for of_one in marks)
 
 
 class TestLook:
@@ -305,6 +605,120 @@ class TestLook:
         run_in_namespace(main)
 
 
+class TestFailingLook:
+    """A look that cannot be taken, which is not one that has found nobody."""
+
+    @pytest.fixture
+    def errors(self, mocker: MockerFixture) -> list[int]:
+        """Return what looks fail with from now on, the next one with the last."""
+
+        def scan_or_fail(path: str) -> Any:
+            if errors:
+                raise OSError(error := errors.pop(), os.strerror(error))
+            return scan(path)
+
+        errors: list[int] = []
+        scan = os.scandir
+        self.scan = mocker.patch.object(os, "scandir", autospec=True, side_effect=scan_or_fail)
+        return errors
+
+    @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOMEM], ids=errno.errorcode.get)
+    def test_another_try(self, errors: list[int], error: int) -> None:
+        """What is wanting for a moment, for somebody else has it, is tried for again."""
+        tree, _, started = lead(start_child)
+        errors += [error] * 2
+        assert find(tree) == started
+        assert tree.look_failure is None
+
+    def test_no_end_of_it(self, errors: list[int]) -> None:
+        """It is not tried for ever, and tells why it has found nobody, until a look succeeds."""
+        tree, _, started = lead(start_child)
+        errors += [errno.EMFILE] * child_tree.LOOK_TRIES
+        assert find(tree) == []
+        assert self.scan.call_count == child_tree.LOOK_TRIES
+        assert tree.look_failure == os.strerror(errno.EMFILE)
+        assert find(tree) == started
+        assert tree.look_failure is None
+
+    def test_no_permission(self, errors: list[int]) -> None:
+        """What will not change is not tried again."""
+        tree, _, _ = lead(start_child)
+        errors.append(errno.EACCES)
+        assert find(tree) == []
+        assert self.scan.call_count == 1
+        assert tree.look_failure == os.strerror(errno.EACCES)
+
+    def test_what_was_stopped_is_returned(self, mocker: MockerFixture, errors: list[int]) -> None:
+        """Who has been stopped can be killed also if nobody can be looked for any more."""
+        tree, _, started = lead(*STARTS)
+        send = child_tree.send_signals
+
+        def fail_and_send(process: Process, signals: Any) -> bool:
+            errors[:] = [errno.EMFILE] * child_tree.LOOK_TRIES
+            return send(process, signals)
+
+        mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=fail_and_send)
+        assert sorted(process.pid for process in tree.stop(PATIENCE)) == sorted(started)
+
+
+class TestSpared:
+    """Programs that tasks share, and that none has started on purpose: gpg-agent, a build server, a pause process."""
+
+    NAME = "a-daemon-of-many"
+    """The kernel keeps 15 characters of it."""
+
+    @pytest.fixture
+    def start_spared(self, tmp_path: Path) -> Callable[..., int]:
+        """Return what starts a program of that name, in a session of its own, and returns the PID of its child."""
+        program = tmp_path / self.NAME
+        program.symlink_to("/bin/sh")
+
+        def start_spared() -> int:
+            command = [str(program), "-c", "sleep 600 & echo $!; wait"]
+            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+            return int(process.stdout.readline())
+
+        return start_spared
+
+    def test_left_out(self, start_spared: Callable[[], int]) -> None:
+        """A program of that name is left out with all that descends from it, and neither stopped; the rest is not."""
+        tree, leader, [child, other] = lead(start_spared, start_child)
+        spared = read_process(child).parent
+        assert {child, spared, other} <= set(find(tree))
+        tree.spared = frozenset({self.NAME})
+        assert find(tree) == [other]
+        tree.stop(PATIENCE, with_leader=True)
+        assert [pid for pid in (leader, child, spared, other) if read_process(pid).stopped] == [leader, other]
+
+    def test_descendant_that_is_left(self, start_spared: Callable[[], int]) -> None:
+        """What it has started is left out also when the program itself has ended since."""
+        tree, _, [child] = lead(start_spared)
+        tree.spared = frozenset({self.NAME})
+        assert find(tree) == []
+        with contextlib.closing(Tree()) as held:
+            parent = held.add(read_process(child).parent)
+            os.kill(parent, signal.SIGKILL)
+            assert held.gone(parent)
+        assert find(tree) == []
+
+    def test_beginning_of_a_name(self, start_spared: Callable[[], int]) -> None:
+        """A name that another one begins with is not that one's."""
+        tree, _, [child] = lead(start_spared)
+        tree.spared = frozenset({self.NAME[:8]})
+        assert {child, read_process(child).parent} <= set(find(tree))
+
+    def test_leader(self) -> None:
+        """The leader is ended, whatever its name is, and so is what it has started."""
+
+        def rename_and_start() -> int:
+            ctypes.CDLL(None).prctl(PR_SET_NAME, b"leader")
+            return start_child()
+
+        tree, leader, [child] = lead(rename_and_start)
+        tree.spared = frozenset({"leader"})
+        assert sorted(process.pid for process in tree.find(with_leader=True)) == sorted([leader, child])
+
+
 class TestStop:
     def test_all_are_stopped(self) -> None:
         """When it returns, none of them can start another process; the leader runs unless told otherwise."""
@@ -324,6 +738,40 @@ class TestStop:
         )
         assert stopped[-1].pid == leader
         assert stopped.index(read_process(started[0])) > stopped.index(read_process(started[1]))
+
+    def test_what_is_started_meanwhile_is_stopped(self, mocker: MockerFixture) -> None:
+        """What a member starts between the look and its SIGSTOP is looked for, and stopped, as well."""
+
+        def start_starter() -> int:
+            def main() -> None:
+                order.hear()
+                told.tell(start_daemon())
+                pause_for_ever()
+
+            return fork(main)
+
+        def start_another_and_send(process: Process, signals: Any) -> bool:
+            if not started_meanwhile:
+                order.tell("start another")
+                started_meanwhile.append(told.hear())
+            return send(process, signals)
+
+        started_meanwhile: list[int] = []
+        send = child_tree.send_signals
+        with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
+            tree, _, [child] = lead(start_starter)
+            mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=start_another_and_send)
+            stopped = tree.stop(PATIENCE)
+        assert sorted(process.pid for process in stopped) == sorted([child, *started_meanwhile])
+        assert all(read_process(process.pid).stopped for process in stopped)
+
+    def test_no_time_at_all(self) -> None:
+        """All are sent SIGSTOP once in any case."""
+        tree, _, started = lead(*STARTS)
+        assert sorted(process.pid for process in tree.stop(0)) == sorted(started)
+        deadline = time.monotonic() + PATIENCE
+        while not all(read_process(pid).stopped for pid in started):
+            assert time.monotonic() < deadline
 
     def limit_time(self, mocker: MockerFixture, find: Callable[..., list[Process]]) -> None:
         """Have a tree find what ``find`` does, and fail if it goes on asking."""
@@ -399,21 +847,171 @@ class TestFallbacks:
         end(leader)
         assert read_process(leader) is None
 
-    @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError, PermissionError])
-    def test_entries_that_vanish_or_are_hidden(self, error: type[OSError]) -> None:
-        """A process that ends between the listing and the look, or that hidepid hides, is left out."""
+    @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
+    def test_entries_that_vanish(self, error: type[OSError]) -> None:
+        """A process that ends between the listing and the look is left out."""
         tree, _, [hidden, seen] = lead(start_child, start_child)
+        with self.failing_to_open(f"/proc/{hidden}/", error):
+            assert find(tree) == [seen]
 
+    def test_entries_that_are_closed(self) -> None:
+        """A process of our own user is found by what the kernel tells without its entry (hidepid)."""
+        tree, _, [hidden, seen] = lead(start_child, start_child)
+        with self.failing_to_open(f"/proc/{hidden}/", PermissionError):
+            assert find(tree) == sorted([hidden, seen])
+
+    def test_closed_entry_of_another_user(self, mocker: MockerFixture) -> None:
+        """Somebody else's is left out, for it cannot even be told whether it is alive."""
+        tree, _, [hidden, seen] = lead(start_child, start_child)
+        look = resource.prlimit
+
+        def refuse(pid: int, *args: Any) -> Any:
+            if pid == hidden:
+                raise PermissionError
+            return look(pid, *args)
+
+        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=refuse)
+        with self.failing_to_open(f"/proc/{hidden}/", PermissionError):
+            assert find(tree) == [seen]
+
+    @contextlib.contextmanager
+    def failing_to_open(self, folder: str, error: type[OSError]) -> Iterator[None]:
         def refuse(path: str, *args: Any, **kwargs: Any) -> Any:
-            if str(path).startswith(f"/proc/{hidden}/"):
+            if str(path).startswith(folder):
                 raise error
             return original(path, *args, **kwargs)
 
         original = os.open
         with pytest.MonkeyPatch.context() as patching:
             patching.setattr(os, "open", refuse)
-            found = find(tree)
-        assert found == [seen]
+            yield
+
+
+class TestHidden:
+    """
+    An unprivileged supervisor that is not dumpable, as from SDK 1.2 on, with a /proc that is mounted with hidepid=1.
+
+    Its own tasks, which inherit that, are listed, but their entries are closed to it.
+    """
+
+    def run(self, main: Callable[[], Any]) -> None:
+        def be_unprivileged() -> dict[str, Any]:
+            mount_proc(b"hidepid=1")
+            become_nobody()
+            main()
+            return {}
+
+        run_in_fork(be_unprivileged)
+
+    def test_found_and_ended(self) -> None:
+        """All that carries the mark, or is in the session of one that does, is found, stopped and ended."""
+
+        def main() -> None:
+            forks = [fork_child, fork_session, fork_daemon, fork_stray]
+            tree, leader, started = lead(*forks)
+            starts = {read_process(pid).start for pid in [leader, *started]}
+            assert max(starts) < 0
+            assert len(starts) == 1 + len(started), "each is told from the others"
+            assert find(tree) == sorted(started)
+            end(leader)
+            assert find(tree) == sorted(started)
+            stopped = tree.stop(PATIENCE)
+            assert sorted(process.pid for process in stopped) == sorted(started)
+            with contextlib.closing(Tree()) as held:
+                for pid in started:
+                    held.add(pid)
+                tree.signal(stopped, signal.SIGKILL)
+                assert all(held.gone(pid) for pid in started)
+            assert find(tree) == []
+            assert tree.look_failure is None
+
+        self.run(main)
+
+    def test_entries_that_open(self) -> None:
+        """What executes another program becomes visible, and is found all the same; so is the leader signalled."""
+
+        def main() -> None:
+            def become_sleeper(order: Relay) -> None:
+                order.hear()
+                os.execv("/bin/sleep", ["sleep", "600"])  # noqa: S606
+
+            def start() -> int:
+                return fork(lambda: become_sleeper(orders[0]))
+
+            orders = [Relay(), Relay()]
+            with contextlib.closing(Relay()) as told:
+                leader = fork(
+                    lambda: (os.setsid(), mark_process(), told.tell(start()), become_sleeper(orders[1]))
+                )
+                tree = ProcessTree()
+                tree.adopt(leader)
+                child = told.hear()
+                hidden = tree.find(with_leader=True)
+                assert sorted(process.pid for process in hidden) == sorted([leader, child])
+                for order in orders:
+                    order.tell("execute")
+                deadline = time.monotonic() + PATIENCE
+                while any(read_process(pid).start < 0 for pid in (leader, child)):
+                    assert time.monotonic() < deadline
+                assert sorted(process.pid for process in tree.find(with_leader=True)) == sorted(
+                    [leader, child]
+                )
+                assert tree.signal_leader(signal.SIGTERM)
+                assert os.WTERMSIG(os.waitpid(leader, 0)[1]) == signal.SIGTERM
+                assert find(tree) == [child]
+
+        self.run(main)
+
+    def test_strangers(self) -> None:
+        """Another task is not touched, nor whoever has got the number of a process that has ended."""
+
+        def main() -> None:
+            tree, _, [child] = lead(fork_child)
+            _, other, others = lead(fork_child, fork_daemon)
+            assert find(tree) == [child]
+            process = read_process(child)
+            assert is_alive(process)
+            assert not is_alive(replace(process, start=process.start - 1))
+            assert send_signals(replace(process, start=process.start - 1), [signal.SIGKILL])
+            assert all(read_process(pid) for pid in (child, other, *others))
+            assert read_process(1) is None, "it is another user's"
+
+        self.run(main)
+
+    def test_zombie(self) -> None:
+        """One that has ended is dead, whether or not somebody collects it."""
+
+        def main() -> None:
+            pid = fork(lambda: None)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert child_tree.has_ended(pid)
+            assert read_process(pid) is None
+
+        self.run(main)
+
+    def test_without_pidfd(self) -> None:
+        """Where there is no pidfd it is taken for alive as long as its entry is closed."""
+
+        def main() -> None:
+            pid = fork_child()
+            lack("os.pidfd_open")
+            assert read_process(pid).start < 0
+
+        self.run(main)
+
+    @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOMEM], ids=errno.errorcode.get)
+    def test_no_descriptor_left(self, error: int) -> None:
+        """What cannot be told for want of a file descriptor is not taken for gone."""
+
+        def main() -> None:
+            tree, _, [child] = lead(fork_child)
+            process = read_process(child)
+            misbehave("os.pidfd_open", error)
+            assert is_alive(process)
+            assert find(tree) == []
+            assert tree.look_failure == os.strerror(error)
+
+        self.run(main)
 
 
 class TestReadProcess:
@@ -451,6 +1049,13 @@ class TestReadProcess:
         assert read_process(pid) is not None
 
 
+def list_pending(pid: int) -> int:
+    """Return the signals that wait for a process that blocks them, as proc_pid_status(5) has them."""
+    with open(f"/proc/{pid}/status") as status:
+        [pending] = [int(line.split()[1], 16) for line in status if line.startswith("ShdPnd:")]
+    return pending
+
+
 class TestSendSignal:
     @pytest.mark.parametrize("pidfd", ["works", errno.ENOSYS, errno.EMFILE, None])
     def test_process_gets_it(self, monkeypatch: pytest.MonkeyPatch, pidfd: Any) -> None:
@@ -473,12 +1078,26 @@ class TestSendSignal:
         assert send_signals(process, [signal.SIGTERM]), "it is gone, which nobody needs to hear of"
         assert not is_alive(process)
 
-    def test_recycled_number(self) -> None:
+    @pytest.mark.parametrize("pidfd", [True, False])
+    def test_recycled_number(self, monkeypatch: pytest.MonkeyPatch, *, pidfd: bool) -> None:
         """Whoever has got the number since is not signalled."""
-        pid, _ = start_waiting(lambda: None)
-        former = read_process(pid)
-        assert send_signals(replace(former, start=former.start - 1), [signal.SIGKILL])
-        assert is_alive(former)
+        pid, _ = start_waiting(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) and [])
+        present = read_process(pid)
+        if not pidfd:
+            monkeypatch.delattr(os, "pidfd_open")
+        assert send_signals(replace(present, start=present.start - 1), [signal.SIGTERM])
+        assert list_pending(pid) == 0
+        assert send_signals(present, [signal.SIGTERM])
+        assert list_pending(pid) == 1 << signal.SIGTERM - 1
+
+    def test_every_signal(self) -> None:
+        """A stopped process is told to end, and continued so that it can."""
+        tree, _, [pid] = lead(start_child)
+        tree.stop(PATIENCE)
+        with contextlib.closing(Tree()) as held:
+            held.add(pid)
+            tree.signal(tree.find(), signal.SIGTERM, signal.SIGCONT)
+            assert held.gone(pid)
 
     def test_descriptors_are_closed(self) -> None:
         """It leaves none behind."""
@@ -500,6 +1119,18 @@ class TestSudo:
     def patient(self, mocker: MockerFixture) -> None:
         """Let a sudo that answers take as long as it does on a busy machine."""
         mocker.patch.object(child_tree, "SUDO_TIMEOUT", PATIENCE)
+
+    @pytest.fixture
+    def owned_by(self, mocker: MockerFixture) -> Callable[..., list[Process]]:
+        """Return what gives the processes of a tree to users, one each, and returns them."""
+
+        def own(tree: ProcessTree, *uids: int) -> list[Process]:
+            processes = tree.find()
+            by_owner = {uid: [process] for uid, process in zip(uids, processes)}
+            mocker.patch.object(child_tree, "group_by_owner", autospec=True, return_value=by_owner)
+            return processes
+
+        return own
 
     def install_sudo(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
         write_sudo(folder, script)
@@ -530,11 +1161,13 @@ class TestSudo:
         while any(map(is_alive, processes)):
             assert time.monotonic() < deadline
 
-    def test_as_root_where_not_as_the_user(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_as_root_where_not_as_the_user(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
         """A sudo that permits to kill as root alone is no failure."""
         self.install_sudo(monkeypatch, tmp_path, '[ "$2" = kill ] || exit 1')
         tree, _, _ = lead(start_child)
-        tree.signal(tree.find(), signal.SIGTERM)
+        tree.signal(owned_by(tree, 4711), signal.SIGTERM)
         assert tree.sudo_failures == {}
 
     def test_process_that_ends_meanwhile(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -554,31 +1187,64 @@ class TestSudo:
         tree.signal(tree.find(), signal.SIGTERM)
         assert tree.sudo_failures == {os.geteuid(): "a password is required"}
 
-    def test_one_failure_is_enough(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_one_failure_is_enough(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
         """A sudo that may not is not asked again, which every time would be logged and take its time."""
         self.install_sudo(monkeypatch, tmp_path, f"echo call >>{tmp_path}/calls; exit 1")
         tree, _, _ = lead(start_child)
+        processes = owned_by(tree, 4711)
         for sig in (signal.SIGTERM, signal.SIGKILL):
-            tree.signal(tree.find(), sig)
+            tree.signal(processes, sig)
         assert (tmp_path / "calls").read_text() == "call\n" * 2, "as the user, and as root"
-        assert tree.sudo_failures == {os.geteuid(): "sudo ended with 1"}
+        assert tree.sudo_failures == {4711: "sudo ended with 1"}
 
     def test_failure_of_one_user_is_not_all_users(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mocker: MockerFixture
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
     ) -> None:
         """The sudoers may permit one user and not another."""
         self.install_sudo(
             monkeypatch, tmp_path, f'echo "$3 $4 $5" >>{tmp_path}/calls; [ "$3" = "#4712" ] || exit 1'
         )
         tree, _, _ = lead(start_child, start_child)
-        one, other = tree.find()
-        by_owner = {4711: [one], 4712: [other]}
-        mocker.patch.object(child_tree, "group_by_owner", autospec=True, return_value=by_owner)
+        processes = owned_by(tree, 4711, 4712)
         for sig in (signal.SIGTERM, signal.SIGKILL):
-            tree.signal([one, other], sig)
+            tree.signal(processes, sig)
         calls = (tmp_path / "calls").read_text().splitlines()
         assert [call for call in calls if call.startswith("#4712")] == ["#4712 kill -15", "#4712 kill -9"]
         assert list(tree.sudo_failures) == [4711]
+
+    def test_all_users_at_once(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
+        """What sudo takes for one user it takes for any number of them."""
+        calls = tmp_path / "calls"
+        wait = f"until [ $(wc -l <{calls}) = 3 ]; do :; done"
+        self.install_sudo(monkeypatch, tmp_path, f"echo $3 >>{calls}; {wait}")
+        tree, _, _ = lead(start_child, start_child, start_child)
+        tree.signal(owned_by(tree, 4711, 4712, 4713), signal.SIGTERM)
+        assert sorted(calls.read_text().split()) == ["#4711", "#4712", "#4713"]
+        assert tree.sudo_failures == {}
+
+    def test_root_is_not_asked_twice(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
+    ) -> None:
+        """A process of root is signalled as root in the first place."""
+        self.install_sudo(monkeypatch, tmp_path, f"echo call >>{tmp_path}/calls; exit 1")
+        tree, _, _ = lead(start_child)
+        tree.signal(owned_by(tree, 0), signal.SIGTERM)
+        assert (tmp_path / "calls").read_text() == "call\n"
+        assert list(tree.sudo_failures) == [0]
+
+    def test_deadline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is not waited for any longer than the caller has time."""
+        tree, _, _ = lead(start_child)
+        with self.hanging_sudo(tmp_path, '"$5"'):
+            monkeypatch.setattr(child_tree, "SUDO_TIMEOUT", PATIENCE)
+            began = time.monotonic()
+            tree.signal(tree.find(), signal.SIGTERM, signal.SIGCONT, deadline=began + 0.1)
+            assert time.monotonic() - began < PATIENCE
+        assert tree.sudo_failures == {os.geteuid(): child_tree.SUDO_TIMED_OUT}
 
     def test_sudo_that_hangs(self, tmp_path: Path) -> None:
         """It is not waited for, nor asked again but for the SIGKILL, for it may have been slow just once."""
@@ -605,6 +1271,34 @@ class TestSudo:
         tree, _, _ = lead(start_child)
         tree.signal(tree.find(), signal.SIGTERM)
         assert tree.sudo_failures == {os.geteuid(): "there is no sudo"}
+
+
+class TestGroupByOwner:
+    def test_effective_user(self, mocker: MockerFixture) -> None:
+        """It is the effective user whom sudo is asked to signal as, for a set-user-ID program has another real one."""
+        process = read_process(start_child())
+        ids = SimpleNamespace(real=1, effective=2, saved=3)
+        mocker.patch.object(psutil.Process, "uids", autospec=True, return_value=ids)
+        assert group_by_owner([process]) == {2: [process]}
+
+    def test_dead_process(self) -> None:
+        """Whoever has ended belongs to nobody."""
+        pid, _ = start_waiting(lambda: None)
+        process = read_process(pid)
+        end(pid)
+        assert group_by_owner([process]) == {}
+
+    def test_no_descriptor_left(self) -> None:
+        """Where the owner cannot be told for want of a file descriptor, nobody is asked, and nothing raised."""
+        process = read_process(start_child())
+        with contextlib.closing(Relay()) as told:
+
+            def use_up_descriptors() -> None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+                told.tell([*group_by_owner([process])])
+
+            fork(use_up_descriptors)
+            assert told.hear() == []
 
 
 class TestMark:

@@ -50,7 +50,13 @@ import structlog
 
 from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
 from airflow.sdk.execution_time import child_tree, supervisor
-from airflow.sdk.execution_time.child_policy import find_grace, is_grace_set
+from airflow.sdk.execution_time.child_policy import (
+    find_grace,
+    find_leftover_policy,
+    find_spared_names,
+    find_stop_policy,
+    is_grace_set,
+)
 from airflow.sdk.execution_time.child_session import lead_session
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
@@ -81,9 +87,11 @@ CALLS = (
     (ActivitySubprocess, "_on_child_started", "adopt"),
     (WatchedSubprocess, "_service_subprocess", "_exit_watch"),
     (WatchedSubprocess, "_check_subprocess_exit", "settle_exit_code"),
+    (WatchedSubprocess, "_check_subprocess_exit", "note_exit"),
     (WatchedSubprocess, "_check_subprocess_exit", "end_leftovers"),
     (WatchedSubprocess, "kill", "prepare_kill"),
     (WatchedSubprocess, "kill", "signal_tree"),
+    (ActivitySubprocess, "_monitor_subprocess", "heed_stop_signals"),
 )
 """Which methods of the supervisor use what, in every patched release."""
 
@@ -103,7 +111,7 @@ class Means:
     mark: str
     """What marks a task's processes: "limit" (RLIMIT_RTTIME) or "variable"; "none" if the task was not found."""
     processes: str
-    """Where processes are looked for: "/proc" or "psutil"."""
+    """Where processes are looked for: "/proc" or "psutil"; "hidden" if /proc hides even our own (hidepid)."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,18 @@ class Grace:
 
     seconds: float
     configured: bool
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the deployment has chosen in ``[workers]``, or the defaults."""
+
+    stop_signals: str
+    """What a signal to a supervisor means: "stop" its task, or let it "finish"."""
+    leftovers: str
+    """When leftovers are ended: "always", "killed", "report" or "never"."""
+    spared: list[str]
+    """Names of programs that are not ended."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +350,8 @@ def prove() -> tuple[Means, Proof]:
 
     :raises CheckFailedError: if it could not be started.
     """
+    # As whoever supervises tasks does first, from SDK 1.2 on; its tasks inherit that.
+    getattr(supervisor, "_make_process_nondumpable", lambda: None)()
     with hold_processes() as (leashes, task):
         means = find_means(task)
         began = time.monotonic()
@@ -353,15 +375,23 @@ def find_means(task: ActivitySubprocess) -> Means:
         session=os.getsid(task.pid) == os.getpgid(task.pid) == task.pid,
         exit="polling" if task._exit_watch._polls else "pidfd",
         mark=name_mark(task._tree),
-        processes="/proc" if os.path.exists(f"{child_tree.PROC}/self/stat") else "psutil",
+        processes=find_source(task.pid),
     )
+
+
+def find_source(pid: int) -> str:
+    """Return where a process of our own is looked for."""
+    if not os.path.exists(f"{child_tree.PROC}/self/stat"):
+        return "psutil"
+    process = child_tree.look_at(pid)
+    return "hidden" if process and process.start < 0 else "/proc"
 
 
 def name_mark(tree: child_tree.ProcessTree) -> str:
     """Return what marks the processes of a tree."""
     if tree._leader is None:
         return "none"
-    return "limit" if tree._has_mark is child_tree.has_limit else "variable"
+    return "limit" if tree._read_marks is child_tree.read_limits else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:
@@ -450,6 +480,16 @@ def find_version() -> str | None:
         return None
 
 
+def find_choices() -> Choices:
+    """Return what the deployment has chosen."""
+    conf = supervisor.conf
+    return Choices(
+        find_stop_policy(conf, ActivitySubprocess._stop_policy).value,
+        find_leftover_policy(conf).value,
+        sorted(find_spared_names(conf)),
+    )
+
+
 @dataclass(frozen=True)
 class Findings:
     """All that the check has found out."""
@@ -462,6 +502,8 @@ class Findings:
     """None if the proof could not be carried out; likewise the proof."""
     users: Users
     grace: Grace
+    choices: Choices | None
+    """None if the SDK is not patched."""
     proof: Proof | None
     problems: list[str]
     """All that makes the check fail, in a clause each."""
@@ -480,7 +522,8 @@ def examine(run_as_user: str | None) -> Findings:
         problems.append(f"the proof failed with {type(error).__name__}: {error}")
     users = find_users(run_as_user)
     problems += find_problems(means, users, proof)
-    return Findings(find_version(), missing, means, users, find_grace_in_force(), proof, problems)
+    choices = None if missing else find_choices()
+    return Findings(find_version(), missing, means, users, find_grace_in_force(), choices, proof, problems)
 
 
 def find_problems(means: Means | None, users: Users, proof: Proof | None) -> Iterator[str]:
@@ -507,6 +550,8 @@ def describe(findings: Findings) -> Iterator[str]:
     yield f"  other users:   {'hidden' if users.hidden else 'visible'}"
     yield f"  run_as_user:   {describe_sudo(users)}"
     yield f"  grace period:  {grace.seconds:g} s, {'as configured' if grace.configured else 'the default'}"
+    if findings.choices:
+        yield from describe_choices(findings.choices)
     if findings.proof:
         number = len(ROLES) + 1
         yield (
@@ -525,12 +570,39 @@ MARKS = {
 }
 
 
+SOURCES = {
+    "/proc": "found in /proc",
+    "psutil": "found in psutil",
+    "hidden": "found by their marks and sessions, for /proc hides them (hidepid)",
+}
+
+
 def describe_means(means: Means) -> Iterator[str]:
     """Yield what a task has been given, and what it is watched with."""
     yield f"  session:       {'its own, signalled as a group' if means.session else 'none of its own'}"
     yield f"  exit:          {EXITS[means.exit]}"
     yield f"  mark:          {MARKS[means.mark]}"
-    yield f"  processes:     found in {means.processes}"
+    yield f"  processes:     {SOURCES[means.processes]}"
+
+
+STOPS = {
+    "stop": "stop the task",
+    "finish": "let the task finish",
+}
+
+LEFTOVERS = {
+    "always": "ended unless the task succeeds",
+    "killed": "ended when the task is killed",
+    "report": "named in the task's log, and not ended",
+    "never": "not ended",
+}
+
+
+def describe_choices(choices: Choices) -> Iterator[str]:
+    """Yield what the deployment has chosen."""
+    yield f"  stop signals:  {STOPS[choices.stop_signals]}"
+    spared = f", but for {', '.join(choices.spared)}" if choices.spared else ""
+    yield f"  leftovers:     {LEFTOVERS[choices.leftovers]}{spared}"
 
 
 def describe_sudo(users: Users) -> str:

@@ -18,22 +18,27 @@
 Start another program as the leader of a process tree, marked before its first instruction.
 
 A forked child marks itself, which a program of another language does not. From outside the mark can come too late
-for a daemon that it starts at once. So the process that starts it carries the mark meanwhile, for a limit is inherited
-(getrlimit(2)). What another thread starts within that millisecond carries it, too. A ``preexec_fn`` would have Popen
-fork, run what others have registered for that, and wait until it is done.
+for a daemon that it starts at once, and a process that carried the mark itself meanwhile would give it to whatever
+another of its threads starts. So the child takes the mark between fork and exec (subprocess, ``preexec_fn``), which is
+for one system call or two. That has Popen fork as the supervisor does for every other task, with all that others have
+registered for a fork, and with the same care for threads.
 
 Nothing here imports Airflow.
 """
 
 from __future__ import annotations
 
-import contextlib
-import secrets
+import os
 import subprocess
-import threading
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk.execution_time.child_tree import MARK_FLAG, MARK_VARIABLE, carry_mark
+from airflow.sdk.execution_time.child_tree import (
+    MARK_VARIABLE,
+    extend_variable,
+    give_mark,
+    invent_mark,
+    read_limits,
+)
 
 try:
     import resource
@@ -41,14 +46,13 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from airflow.sdk.execution_time.child_tree import ProcessTree
 
 __all__ = ["spawn_leader"]
 
-_spawning = threading.Lock()
-"""Of two threads one would restore the other's mark, and this process belong to its tree ever after."""
+UNKNOWN_PID = 0
 
 
 def spawn_leader(
@@ -57,24 +61,29 @@ def spawn_leader(
     """
     Start the leader of ``tree``, in a session of its own.
 
-    :param kwargs: what else ``subprocess.Popen`` takes, whose errors are raised.
+    :param kwargs: what else ``subprocess.Popen`` takes but a ``preexec_fn``; its errors are raised.
     """
     # Its PID, of which other marks are computed, is not known yet.
-    mark = MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1)
-    with carrying(mark) as carried:
-        marked = env if carried else {**env, MARK_VARIABLE: str(mark)}
-        process = subprocess.Popen(command, env=marked, start_new_session=True, **kwargs)
+    mark = invent_mark(UNKNOWN_PID)
+    if not can_carry(mark):
+        env = {**env, MARK_VARIABLE: extend_variable(env, mark)}
+    inherited = read_limits(os.getpid())
+    process = subprocess.Popen(
+        command,
+        env=env,
+        start_new_session=True,
+        preexec_fn=lambda: give_mark(os.getpid(), mark, inherited),  # noqa: PLW1509 - see above
+        **kwargs,
+    )
     tree.adopt(process.pid, mark)
     return process
 
 
-@contextlib.contextmanager
-def carrying(mark: int) -> Iterator[bool]:
-    """Carry a mark for a while, and with it all that is started; yields False where the limit cannot be set."""
-    with _spawning:
-        former = carry_mark(mark)
-        try:
-            yield former is not None
-        finally:
-            if former is not None:
-                resource.setrlimit(resource.RLIMIT_RTTIME, former)
+def can_carry(mark: int) -> bool:
+    """Whether a child can have the mark as its limit, for which it has to inherit what allows that."""
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+        resource.setrlimit(resource.RLIMIT_RTTIME, (soft, hard))
+    except (AttributeError, OSError):  # no such limit (macOS), or a sandbox that refuses the call
+        return False
+    return hard == resource.RLIM_INFINITY or hard >= mark

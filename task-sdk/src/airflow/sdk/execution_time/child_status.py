@@ -79,16 +79,14 @@ def has_reported(process: Any) -> bool:
     return find_reported_state(process) is not None
 
 
-def deny_silent_success(process: Any, exit_code: int | None) -> int | None:
+def deny_silent_success(process: Any, exit_code: int) -> int:
     """
     Replace the 0 of a task process that was told to stop, and has told no state: it has not succeeded.
 
-    :param process: a ``WatchedSubprocess``. Only task processes report a terminal state.
+    :param process: an ``ActivitySubprocess`` that has ended.
     """
-    if exit_code != 0 or not hasattr(process, "_terminal_state"):
-        return exit_code
     silent = process._exit_watch.exit_expected and process._terminal_state is None
-    return UNKNOWN if silent else exit_code
+    return UNKNOWN if exit_code == 0 and silent else exit_code
 
 
 def is_unreaped_child(pid: int) -> bool:

@@ -153,7 +153,7 @@ def catch_stop_signals() -> Iterator[None]:
         caught = _CaughtSignals()
         restoring.callback(caught.close)
         former_descriptor = signal.set_wakeup_fd(caught.writer.fileno(), warn_on_full_buffer=False)
-        restoring.callback(signal.set_wakeup_fd, former_descriptor)
+        restoring.callback(restore_wakeup_descriptor, former_descriptor)
         handler = caught.handle
         for signum in STOP_SIGNALS:
             former = signal.getsignal(signum)
@@ -175,6 +175,14 @@ def forget_caught() -> None:
     """Have nobody look for signals that are not caught any more."""
     global _caught  # noqa: PLW0603 - see catch_stop_signals
     _caught = None
+
+
+def restore_wakeup_descriptor(descriptor: int) -> None:
+    """Set what ``signal.set_wakeup_fd()`` has returned; -1 if it was closed meanwhile, as an inherited one may be."""
+    try:
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+    except (OSError, ValueError):
+        signal.set_wakeup_fd(-1)
 
 
 def restore_handler(signum: int, handler: Any) -> None:

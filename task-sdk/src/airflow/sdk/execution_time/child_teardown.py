@@ -48,7 +48,6 @@ from airflow.sdk.execution_time.child_policy import (
 from airflow.sdk.execution_time.child_requests import STATE_REPORTS, handle_request
 from airflow.sdk.execution_time.child_session import signal_task
 from airflow.sdk.execution_time.child_status import (
-    deny_silent_success,
     find_reported_state,
     has_reported,
     is_unreaped_child,
@@ -168,8 +167,7 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     """
     End what a task has left behind, if it did not end well; to be called with the exit code just collected.
 
-    Returns the exit code, within a second after the grace period has ended at the latest. A 0 of a runner that was told
-    to stop, and has told no state, becomes 1.
+    Returns the exit code, within a second after the grace period has ended at the latest.
 
     :param process: a ``WatchedSubprocess``. One that leads no session of its own has nothing ended.
     :param exit_code: None if the runner's status is not known, in which case nothing is ended.
@@ -184,8 +182,7 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
         except Exception:
             # The state is still to be told: without it the task counts as running until the heartbeat timeout.
             log.exception("What a task has left running could not be ended", pid=process.pid)
-    settled: int | None = deny_silent_success(process, exit_code)
-    return settled
+    return exit_code
 
 
 def ended_well(process: Any, exit_code: int) -> bool:
@@ -262,14 +259,16 @@ class Teardown:
             if not members:
                 return
             fresh = [member for member in members if member not in asked]
-            self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT)
+            self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)
             asked.update(fresh)
             self._wait_for(members, LOOK_INTERVAL)
 
     def kill(self) -> list[Process]:
         """Kill leftovers until nothing is left; return those that are there all the same when the time is up."""
         self._deadline = max(self._deadline, time.monotonic()) + KILL_TIME
-        while members := self._tree.kill_all(max(0, self._deadline - KILL_WAIT - time.monotonic())):
+        while members := self._tree.kill_all(
+            max(0, self._deadline - KILL_WAIT - time.monotonic()), deadline=self._deadline
+        ):
             self._wait_for(members, KILL_WAIT)
             if time.monotonic() >= self._deadline:
                 members = self._kill_fresh(members)

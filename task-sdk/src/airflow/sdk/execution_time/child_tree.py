@@ -17,15 +17,25 @@
 """
 Find and signal every process that a session leader has started, whatever became of it since.
 
-A process belongs to the tree if it is in the leader's session, or descends from one that belongs, or carries
-the leader's *mark*: a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time scheduling
-alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)), which an
-environment variable does not. It is computed from the leader's PID and start time, so that parent and child
-agree on it without talking, unless the leader is another program (child_spawn). Nothing is done or kept while the
+A process belongs to the tree if it carries the leader's *mark*, or descends from a process that belongs, or is in
+a session with one. The mark is a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time
+scheduling alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)),
+which an environment variable does not. It is computed from the leader's PID and start time, so that parent and
+child agree on it without talking; where they cannot, whoever sets it first decides. Nothing is done or kept while the
 tree runs.
 
-A process leaves its tree by detaching (setsid, and a parent that exits) with the limit lifted, for which
-``prlimit --rttime=unlimited`` serves.
+Where ``/proc`` hides a process of our own user (hidepid=1), the kernel still tells its session, its marks and whether
+it is alive, but not its parent: what has lost its mark there, and left the sessions of all others, is not found.
+
+Trees nest: a task may supervise tasks itself. The leader of an inner tree gets a mark of its own, and keeps that of
+the tree around it in ``RLIMIT_LOCKS``, a limit that nobody heeds, and that is inherited alike. Whoever belongs to a
+tree brings into it what carries the same mark, so that all inner trees belong to the outer one, also those whose
+supervisor has gone. Of three generations the first finds the third by somebody of the second who is alive, or was
+seen in an earlier look.
+
+A process leaves its tree, and all around it, by detaching (setsid, and a parent that exits) with the limit lifted,
+for which ``prlimit --rttime=unlimited`` serves. A worker that a task starts, or starts again, has to be started so:
+otherwise it, and every task that it runs from then on, ends with that task.
 
 Nothing here imports Airflow.
 """
@@ -33,12 +43,18 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import os
+import re
+import secrets
+import select
 import shutil
 import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -51,14 +67,26 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 __all__ = ["Process", "ProcessTree"]
+
+Tie = tuple[str, int]
+"""What several processes have in common, by its kind: ("parent", 4711), ("session", 4711), ("mark", 4711)."""
 
 PROC = "/proc"
 
 MARK_FLAG = 1 << 62
 """In every mark, which is thereby some 10^5 years as a number of microseconds."""
+
+PID_BITS = (1 << 22) - 1
+"""The part of a mark that is the leader's PID, which has 22 bits at most (proc_sys_kernel(5))."""
+
+RLIMIT_LOCKS = 10
+"""Has had no effect since Linux 2.4 (getrlimit(2)), and no name in Python."""
+
+SOFT_LIMIT = re.compile(r"^Max (realtime timeout|file locks) +(\d+)", re.MULTILINE)
+"""A line of /proc/PID/limits that may be a mark; another one says "unlimited"."""
 
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
@@ -70,7 +98,19 @@ STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 STAT_MAX_BYTES = 4096
 
+NAME_MAX_BYTES = 15
+"""What the kernel keeps of the name of a program (prctl(2), PR_SET_NAME)."""
+
+HIDDEN_NAME = "?"
+
 LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is another PID namespace's"
+
+TRANSIENT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What a look fails with for want of something that other threads or processes may give back any moment."""
+
+LOOK_TRIES = 5
+LOOK_RETRY_INTERVAL = 0.002
+"""Seconds between the tries."""
 
 STOP_POLL_INTERVAL = 0.001
 """Seconds between looks at processes that were sent SIGSTOP, and have not come to it."""
@@ -78,7 +118,7 @@ STOP_POLL_INTERVAL = 0.001
 SUDO_TIMEOUT = 1.0
 """Seconds; ``sudo -n`` asks nobody, but may look for its rules in the network."""
 
-SUDO_TIMED_OUT = f"sudo did not answer within {SUDO_TIMEOUT:g} s"
+SUDO_TIMED_OUT = "sudo did not answer in time"
 
 
 @dataclass(frozen=True)
@@ -87,7 +127,13 @@ class Process:
 
     pid: int
     start: float
-    """Clock ticks since boot (proc_pid_stat(5)), elsewhere what psutil calls the creation time."""
+    """
+    Clock ticks since boot (proc_pid_stat(5)), elsewhere what psutil calls the creation time.
+
+    Where /proc hides it, less than 0: the number of its inode there, negated, which the next process of its PID does
+    not get. It may lose it to a want of memory, and does so when its entry opens, as by an exec: it counts as another
+    process then, and is found again.
+    """
     name: str = field(compare=False)
     parent: int = field(compare=False)
     session: int = field(compare=False)
@@ -105,15 +151,19 @@ class ProcessTree:
 
     def __init__(self) -> None:
         self._leader: Process | None = None
-        self._mark = 0
-        self._has_mark = has_limit
+        self._oldest = 0.0
+        self._mark: int | None = None
+        self._read_marks = read_limits
+        self._marks: set[int] = set()
+        self._foreign_marks: set[int] = set()
         self._remembered: dict[int, float] = {}
         self._settled: dict[int, int] = {}
-        self._session_over = False
+        self._foreign_sessions: set[int] = set()
+        self._known_as_spared: dict[int, float] = {}
+        self.spared: frozenset[str] = frozenset()
+        """Names of programs that are left out, with all that descends from them; the leader never is."""
         self.sudo_failures: dict[int, str] = {}
         """Why processes of other users could not be signalled, by their uids."""
-        self.spared: frozenset[str] = frozenset()
-        """Names of programs that are never ended, nor what they have started."""
         self.ends = True
         """Whether the deployment has what a task leaves behind ended."""
         self.ended: dict[Process, str] = {}
@@ -131,49 +181,76 @@ class ProcessTree:
         if not is_unreaped_child(pid):
             return
         try:
-            leader = look_at(pid)
+            # A /proc of another PID namespace knows somebody else by that number.
+            leader = look_at(pid) if is_own_proc() else None
+            oldest = leader.start if leader and leader.start >= 0 else read_own_start()
         except OSError as error:
             self.look_failure = error.strerror
             return
-        # A /proc that belongs to another PID namespace knows somebody else by that number.
-        if leader is None or leader.parent != os.getpid():
+        if leader is None:
             self.look_failure = LEADER_NOT_SEEN
             return
         # It may be dead, and have left something behind; nobody has its number before it is collected.
         self._leader = leader
-        self._mark = mark or self._mark or compute_mark(leader)
-        # A hard limit below the mark raises ValueError.
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
-            _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
-            resource.prlimit(pid, resource.RLIMIT_RTTIME, (self._mark, hard))
-        self._has_mark = has_limit if has_limit(pid, self._mark) else has_variable
+        self._oldest = oldest
+        # It may not have opened its own yet, or not be allowed to.
+        self._foreign_sessions = {0, os.getsid(0)}
+        # Nor have marked itself.
+        self._foreign_marks = {*read_limits(os.getpid()), *parse_variable(os.environ)}
+        mark = mark or self._mark or (invent_mark(pid) if leader.start < 0 else compute_mark(leader))
+        # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
+        self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
+        # A child may have been forked while the leader had the one of two.
+        self._marks |= {mark, self._mark}
+        self._read_marks = read_limits if self._mark in read_limits(pid) else read_variable
 
     def remember(self) -> None:
         """Note who belongs now: a descendant without a mark is lost once its ancestors are dead."""
         self.find()
 
+    def note_exit(self) -> None:
+        """
+        Look, if the leader has ended: its session is proof only until it is collected, which is when to call this.
+
+        It costs one system call while the leader runs.
+        """
+        if self._leader is not None and has_exited(self._leader.pid):
+            self.find()
+
     def find(self, *, with_leader: bool = False) -> list[Process]:
-        """Return the processes of the tree. One pass; entries may vanish meanwhile."""
+        """
+        Return the processes of the tree; none if they cannot be looked for, when ``look_failure`` says why.
+
+        One pass; entries may vanish meanwhile.
+        """
         if self._leader is None:
             return []
         self.look_failure = None
         try:
-            processes = self._read_candidates(self._leader)
+            members = self._look(self._leader)
         except OSError as error:
             self.look_failure = error.strerror
             return []
-        members = add_descendants(processes, self._find_seeds(processes, self._leader))
-        for nobodys in (0, 1, os.getpid()):
-            members.pop(nobodys, None)
         self._remembered.update((pid, process.start) for pid, process in members.items())
+        left_out = set(self._find_spared(members, self._leader)) if self.spared else set()
         if not with_leader:
-            members.pop(self._leader.pid, None)
-        return list(members.values())
+            left_out.add(self._leader.pid)
+        return [process for pid, process in members.items() if pid not in left_out]
 
-    def _read_candidates(self, leader: Process) -> dict[int, Process]:
+    def _look(self, leader: Process) -> dict[int, Process]:
+        """Return the members by PID; raises OSError if that fails repeatedly, or has no prospect."""
+        for _ in range(LOOK_TRIES - 1):
+            try:
+                return self._find_members(self._read_candidates(), leader)
+            except OSError as error:
+                if error.errno not in TRANSIENT_ERRORS:
+                    raise
+            time.sleep(LOOK_RETRY_INTERVAL)
+        return self._find_members(self._read_candidates(), leader)
+
+    def _read_candidates(self) -> dict[int, Process]:
         """
-        Return the processes alive that are not older than the leader.
+        Return the processes alive that are not older than the leader, as far as that can be told.
 
         The others are read once, which is what makes a look cheap on a machine with many processes.
         """
@@ -181,28 +258,54 @@ class ProcessTree:
         for pid, identity in list_pids():
             if identity is not None and self._settled.get(pid) == identity:
                 settled[pid] = identity
-            elif process := look_at(pid, since=leader.start):
-                if not process.dead and process.start >= leader.start:
+            elif process := look_at(pid, since=self._oldest):
+                if not process.dead:
                     candidates[pid] = process
                 elif identity is not None:
                     settled[pid] = identity
         self._settled = settled
         return candidates
 
-    def _find_seeds(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
-        now = processes.get(leader.pid)
-        # A session has its leader's number, which is free again when leader and session are gone: whoever has it from
-        # then on is a stranger.
-        if not any(process.session == leader.pid for process in processes.values()):
-            self._session_over |= not is_unreaped_child(leader.pid)
-        recycled = self._session_over or (now is not None and now != leader)
+    def _find_members(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
+        """Return those that belong, by PID: the ones that can be told by themselves, and what is tied to these."""
+        for nobodys in (0, 1, os.getpid()):
+            processes.pop(nobodys, None)
 
-        def belongs(process: Process) -> bool:
+        marks = {pid: self._read_marks(pid) for pid in processes}
+
+        def is_known(process: Process) -> bool:
             if process == leader or self._remembered.get(process.pid) == process.start:
                 return True
-            return (process.session == leader.pid and not recycled) or self._has_mark(process.pid, self._mark)
+            return not self._marks.isdisjoint(marks[process.pid])
 
-        return {process.pid: process for process in processes.values() if belongs(process)}
+        def list_ties(member: Process) -> list[Tie]:
+            ties = list_descent(member)
+            if member.session not in self._foreign_sessions:
+                ties.append(("session", member.session))
+            # That of a tree within this one, be it known by nothing else than this member.
+            ties += [("mark", mark) for mark in marks[member.pid][:1] if mark not in self._foreign_marks]
+            return ties
+
+        seeds = {process.pid: process for process in processes.values() if is_known(process)}
+        session = [("session", leader.pid)] if is_uncollected(leader) else []
+        members = add_tied(processes, seeds, list_ties, session, marks)
+        self._marks |= {mark for pid in members for mark in marks[pid][:1]} - self._foreign_marks
+        return members
+
+    def _find_spared(self, members: dict[int, Process], leader: Process) -> dict[int, Process]:
+        """Return the members to be left alone, by PID. What was seen below one of them stays so when that is gone."""
+        names = set(map(shorten_name, self.spared))
+        chosen = {
+            process.pid: process
+            for process in members.values()
+            if process != leader
+            and (
+                shorten_name(process.name) in names or self._known_as_spared.get(process.pid) == process.start
+            )
+        }
+        spared = add_tied(members, chosen, list_descent)
+        self._known_as_spared.update((pid, process.start) for pid, process in spared.items())
+        return spared
 
     def stop(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
         """
@@ -224,21 +327,25 @@ class ProcessTree:
             # child appears. So the last look is one that began when all had been seen stopped.
             overdue = bool(sent) and time.monotonic() > deadline
             if overdue or (all_stopped and not fresh):
-                return sorted(members, key=lambda member: (member.start, member.pid), reverse=True)
+                return sort_to_kill(members)
             all_stopped = not fresh and all(member.stopped for member in members)
             sent.update(fresh)
             self._stopped.extend(fresh)
-            self.signal(fresh, signal.SIGSTOP)
+            self._send(fresh, signal.SIGSTOP, deadline=deadline)
             if not fresh and not all_stopped:
                 # Let those run that are to stop.
                 time.sleep(STOP_POLL_INTERVAL)
-        return []
+        # A look that failed has found nobody, which does not continue those that the looks before have stopped.
+        return sort_to_kill(sent) if self.look_failure else []
 
-    def kill_all(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
+    def kill_all(
+        self, time_limit: float, *, with_leader: bool = False, deadline: float = math.inf
+    ) -> list[Process]:
         """
         Stop the processes of the tree and kill them, as one step: nothing stays stopped, whatever cuts this short.
 
         :param time_limit: seconds to wait for those that do not come to stop.
+        :param deadline: when sudo is not waited for any longer, by time.monotonic().
         :returns: whom it has killed, in that order.
         """
         members: list[Process] = []
@@ -246,7 +353,7 @@ class ProcessTree:
             members = self.stop(time_limit, with_leader=with_leader)
         finally:
             # If an exception has come in between, all that were stopped.
-            self.signal(members or self._stopped, signal.SIGKILL)
+            self.signal(members or self._stopped, signal.SIGKILL, deadline=deadline)
         return members
 
     def signal_group(self, sig: int) -> bool:
@@ -264,26 +371,36 @@ class ProcessTree:
         """Send ``sig`` to the leader alone; False if there is none."""
         if self._leader is None:
             return False
-        self._send([self._leader], sig)
+        self._send([recognise(self._leader)], sig)
         return True
 
-    def signal(self, processes: Iterable[Process], *signals: int) -> None:
-        """Send the signals to each process that still is the same, and note whom they end."""
+    def signal(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
+        """
+        Send the signals to each process that still is the same, and note whom they end.
+
+        :param deadline: when sudo is not waited for any longer, by time.monotonic().
+        """
         processes = list(processes)
         for sig in ENDING_SIGNALS.intersection(signals):
             self.ended.update((process, sig.name) for process in processes if process != self._leader)
-        self._send(processes, *signals)
+        self._send(processes, *signals, deadline=deadline)
 
-    def _send(self, processes: Iterable[Process], *signals: int) -> None:
+    def _send(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
         """Send the signals to each process that still is the same; to those of another user through sudo."""
         denied = [process for process in processes if not send_signals(process, signals)]
-        for uid, owned in group_by_owner(denied).items():
-            for sig in signals:
-                failure = self.sudo_failures.get(uid)
-                # It reports to the administrator who asks in vain. One that was slow may have been so just once, and
-                # is asked again when it matters most.
-                if failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL):
-                    self._note_sudo(uid, send_by_sudo(uid, owned, sig))
+        if not denied:
+            return
+        by_owner = group_by_owner(denied)
+        for sig in signals:
+            asked = {uid: owned for uid, owned in by_owner.items() if self._is_sudo_worth_asking(uid, sig)}
+            for uid, failure in send_by_sudo(asked, sig, deadline).items():
+                self._note_sudo(uid, failure)
+
+    def _is_sudo_worth_asking(self, uid: int, sig: int) -> bool:
+        # It reports to the administrator who asks in vain. One that was slow may have been so just once, and is asked
+        # again when it matters most.
+        failure = self.sudo_failures.get(uid)
+        return failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL)
 
     def _note_sudo(self, uid: int, failure: str | None) -> None:
         if failure is None:
@@ -300,19 +417,89 @@ def find_group(pid: int) -> int | None:
         return None
 
 
-def add_descendants(processes: dict[int, Process], seeds: dict[int, Process]) -> dict[int, Process]:
-    """Return the seeds and all that descends from them, by PID."""
-    children: dict[int, list[Process]] = {}
+def sort_to_kill(members: Iterable[Process]) -> list[Process]:
+    """Return members with children before their parents; see :meth:`ProcessTree.stop`."""
+    # Where the start is hidden, what was forked goes after what it has executed, and by the number.
+    return sorted(members, key=lambda member: (max(member.start, 0), member.pid), reverse=True)
+
+
+def is_own_proc() -> bool:
+    """Whether /proc, if there is one, knows processes by the numbers that they have for us (pid_namespaces(7))."""
+    try:
+        return os.readlink(f"{PROC}/self") == str(os.getpid())
+    except FileNotFoundError:
+        return True
+
+
+def is_uncollected(leader: Process) -> bool:
+    """
+    Whether the leader, a child of ours, still has its number, and with it the session of that number.
+
+    Nobody else gets it before the leader is collected, or while a member is in the session. From then on the number
+    proves nothing, whether or not a look has found the session empty. Another child of ours may have got it.
+    """
+    return is_unreaped_child(leader.pid) and look_at(leader.pid) in (leader, None)
+
+
+def recognise(leader: Process) -> Process:
+    """Return our child as it is to be told now, for an exec may open its entry in /proc, or close it."""
+    with contextlib.suppress(OSError):
+        now = look_at(leader.pid)
+        if now and min(now.start, leader.start) < 0 and is_unreaped_child(leader.pid):
+            return now
+    return leader
+
+
+def has_exited(child: int) -> bool:
+    """Whether a child of ours has ended, and is still to be collected."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except (AttributeError, OSError):  # somebody else has collected it, or this cannot be asked
+        return False
+
+
+def add_tied(
+    processes: dict[int, Process],
+    seeds: dict[int, Process],
+    list_ties: Callable[[Process], list[Tie]],
+    further: Iterable[Tie] = (),
+    marks: Mapping[int, Sequence[int]] = MappingProxyType({}),
+) -> dict[int, Process]:
+    """
+    Return the seeds and all that is tied to them, or to what is tied to them, by PID.
+
+    :param list_ties: returns what ties others to a process.
+    :param further: what else ties others to the seeds.
+    :param marks: what marks the processes carry, by PID.
+    """
+    tied: dict[Tie, list[Process]] = {}
     for process in processes.values():
-        children.setdefault(process.parent, []).append(process)
+        if process.pid in seeds:
+            continue
+        tied.setdefault(("parent", process.parent), []).append(process)
+        tied.setdefault(("session", process.session), []).append(process)
+        for mark in marks.get(process.pid, ()):
+            tied.setdefault(("mark", mark), []).append(process)
     found = dict(seeds)
-    unvisited = list(seeds)
-    while unvisited:
-        for child in children.get(unvisited.pop(), []):
-            if child.pid not in found:
-                found[child.pid] = child
-                unvisited.append(child.pid)
+    # Most seeds share a session and a mark.
+    unvisited = {*further, *(tie for seed in seeds.values() for tie in list_ties(seed))}
+    while unvisited and tied:
+        # Each is followed once.
+        for process in tied.pop(unvisited.pop(), ()):
+            if process.pid not in found:
+                found[process.pid] = process
+                unvisited.update(list_ties(process))
     return found
+
+
+def list_descent(process: Process) -> list[Tie]:
+    """Return what ties its children to a process."""
+    return [("parent", process.pid)]
+
+
+def shorten_name(name: str) -> str:
+    """Return as much of a program's name as the kernel keeps."""
+    return os.fsencode(name)[:NAME_MAX_BYTES].decode(errors="replace")
 
 
 def mark_process() -> None:
@@ -323,45 +510,96 @@ def mark_process() -> None:
     if own is None:
         return
     mark = compute_mark(own)
-    if carry_mark(mark) is None:
-        os.environ[MARK_VARIABLE] = str(mark)
+    # It may carry that of its supervisor, which is in a tree itself.
+    if give_mark(own.pid, mark, inherited=read_limits(os.getppid())) is None:
+        os.environ[MARK_VARIABLE] = extend_variable(os.environ, mark)
 
 
-def carry_mark(mark: int) -> tuple[int, int] | None:
-    """Have the calling process carry a mark as its limit; return the limits before, None where that cannot be set."""
+def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | None:
+    """
+    Have a leader carry a mark as its limit, and the mark of the tree around it, if there is one, beside it.
+
+    A leader and its supervisor both do this, and may not come to the same mark (ProcessTree.adopt). To exchange a limit
+    is one step, so that the second finds what the first has given, and leaves it.
+
+    :param inherited: the marks that its supervisor carries.
+    :returns: the mark that it carries from now on; None where the limit cannot be set.
+    """
     try:
-        soft, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
-        resource.setrlimit(resource.RLIMIT_RTTIME, (mark, hard))
+        _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
+        former, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME, (mark, hard))
+        if former == mark:
+            return mark
+        if is_mark(former) and former & PID_BITS == pid and former not in inherited:
+            resource.prlimit(pid, resource.RLIMIT_RTTIME, (former, hard))
+            return former
+        _, hard = resource.prlimit(pid, RLIMIT_LOCKS)
+        # What is beside it belongs to the tree that its supervisor was started in, and may have left.
+        resource.prlimit(pid, RLIMIT_LOCKS, (former if is_mark(former) else hard, hard))
     except (AttributeError, OSError, ValueError):
         # No such limit (macOS), or a hard one below the mark, or a sandbox that refuses the call.
         return None
-    return soft, hard
+    return mark
+
+
+def extend_variable(env: Mapping[str, str], mark: int) -> str:
+    """Return what the variable is in a tree of that mark, within those that an environment has in it."""
+    return ",".join(filter(None, [env.get(MARK_VARIABLE), str(mark)]))
 
 
 def compute_mark(leader: Process) -> int:
     """Return a number of microseconds that no other leader since boot has."""
-    # A PID has 22 bits at most (proc_sys_kernel(5)); the ticks of a year take 32.
-    return MARK_FLAG | (int(leader.start) << 22 | leader.pid) & MARK_FLAG - 1
+    # The ticks of a year take 32 bits.
+    return MARK_FLAG | (int(leader.start) << PID_BITS.bit_length() | leader.pid) & MARK_FLAG - 1
 
 
-def has_limit(pid: int, mark: int) -> bool:
-    """Whether the process carries the mark as its limit; False if it is gone, or hidden from us."""
-    with contextlib.suppress(AttributeError, OSError):
-        return resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] == mark
+def invent_mark(pid: int) -> int:
+    """Return such a number for a leader whose start is not known."""
+    return MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1) & ~PID_BITS | pid
+
+
+def is_mark(limit: int) -> bool:
+    """Whether a limit is a mark. One that is not set is negative."""
+    return limit >= MARK_FLAG
+
+
+def read_limits(pid: int) -> tuple[int, ...]:
+    """
+    Return the marks that a process carries as its limits, its own first, then that of the tree around its own.
+
+    None if it is gone, or hidden from us, or has none of its own: whoever lifts that limit has left both.
+    """
     try:
-        # Everybody may read a limit here, another user's process among them.
-        with open(f"{PROC}/{pid}/limits") as limits:
-            return f" {mark} " in limits.read()
+        own, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME)
+        around, _ = resource.prlimit(pid, RLIMIT_LOCKS) if is_mark(own) else (0, 0)
+    except (AttributeError, OSError):
+        own, around = read_limits_of_others(pid)
+    if not is_mark(own):
+        return ()
+    return (own, around) if is_mark(around) else (own,)
+
+
+def read_limits_of_others(pid: int) -> tuple[int, int]:
+    """Return both limits of another user's process, which everybody may read in /proc; 0 for one that is not set."""
+    try:
+        with open(f"{PROC}/{pid}/limits") as lines:
+            limits = dict(SOFT_LIMIT.findall(lines.read()))
     except OSError:
-        return False
+        limits = {}
+    return int(limits.get("realtime timeout", 0)), int(limits.get("file locks", 0))
 
 
-def has_variable(pid: int, mark: int) -> bool:
-    """Whether the process carries the mark in its environment; False if it is gone, or not ours to read."""
+def read_variable(pid: int) -> tuple[int, ...]:
+    """Return the marks in the environment of a process, its own first; none if it is gone, or not ours to read."""
     try:
-        return bool(psutil.Process(pid).environ().get(MARK_VARIABLE) == str(mark))
+        return parse_variable(psutil.Process(pid).environ())
     except (psutil.Error, OSError):
-        return False
+        return ()
+
+
+def parse_variable(env: Mapping[str, str]) -> tuple[int, ...]:
+    """Return the marks that an environment has, the innermost tree's first."""
+    return tuple(int(mark) for mark in reversed(env.get(MARK_VARIABLE, "").split(",")) if mark.isdigit())
 
 
 def list_pids() -> list[tuple[int, int | None]]:
@@ -387,6 +625,12 @@ def read_process(pid: int) -> Process | None:
     return None if process is None or process.dead else process
 
 
+def read_own_start() -> float:
+    """Return when this process started, which every child of it is younger than; 0 if that cannot be told."""
+    own = read_process(os.getpid())
+    return own.start if own else 0
+
+
 def look_at(pid: int, *, since: float = 0) -> Process | None:
     """
     Return the process, be it a zombie; None if there is none, or if it is hidden from us.
@@ -398,9 +642,11 @@ def look_at(pid: int, *, since: float = 0) -> Process | None:
     try:
         stat = _read_file(f"{PROC}/{pid}/stat")
     except (FileNotFoundError, NotADirectoryError):
-        return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid)
-    except (ProcessLookupError, PermissionError):  # gone between open and read, or hidden
+        return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid, since)
+    except ProcessLookupError:  # gone between open and read
         return None
+    except PermissionError:
+        return _ask_kernel(pid)
     # The name may hold anything, parentheses and spaces among it.
     name, _, rest = stat.partition(b"(")[2].rpartition(b")")
     state, parent, _, session, *others = rest.split(None, 21)
@@ -428,10 +674,59 @@ def _read_file(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _ask_psutil(pid: int) -> Process | None:
+def _ask_kernel(pid: int) -> Process | None:
+    """
+    Return a process of our own user whose entry in /proc is closed to us; None if it is another user's.
+
+    So are, where /proc is mounted with hidepid=1, those that are not dumpable (prctl(2)), as a supervisor of SDK 1.2 or
+    later makes itself, and what it forks. Its user is all that the kernel asks for in the calls below.
+    """
+    try:
+        resource.prlimit(pid, resource.RLIMIT_RTTIME)
+        return Process(
+            pid,
+            start=-os.stat(f"{PROC}/{pid}").st_ino,
+            name=HIDDEN_NAME,
+            parent=0,
+            session=os.getsid(pid),
+            # Nobody can tell, and so nobody need wait for it.
+            stopped=True,
+            dead=has_ended(pid),
+        )
+    except AttributeError:  # no such call, or no such limit
+        return None
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRORS:
+            raise
+        return None
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is a zombie, or gone; False where that cannot be told without /proc."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except AttributeError:
+        return False
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRORS:
+            raise
+        return (
+            error.errno == errno.ESRCH
+        )  # otherwise older than Linux 5.3, or a sandbox that does not know the call
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(pidfd)
+
+
+def _ask_psutil(pid: int, since: float) -> Process | None:
     try:
         process = psutil.Process(pid)
         with process.oneshot():
+            if process.create_time() < since:
+                return OLDER
             status = process.status()
             return Process(
                 pid,
@@ -479,36 +774,66 @@ def send_signals(process: Process, signals: Iterable[int]) -> bool:
     return True
 
 
-def send_by_sudo(uid: int, processes: Sequence[Process], sig: int) -> str | None:
+def send_by_sudo(
+    by_owner: Mapping[int, Sequence[Process]], sig: int, deadline: float = math.inf
+) -> dict[int, str | None]:
     """
-    Signal processes of another user, as that user or as root, whichever the sudoers permit.
+    Signal processes of other users, as that user or as root, whichever the sudoers permit; all users at once.
 
-    :returns: why that failed, None if it did not.
+    :param by_owner: the processes by the uids of their owners.
+    :param deadline: when it is not waited for any longer, by time.monotonic().
+    :returns: by uid, why that failed, None if it did not.
     """
     sudo = shutil.which("sudo")
     if sudo is None:
-        return "there is no sudo"
-    kill = ["kill", f"-{int(sig)}", *(str(process.pid) for process in processes)]
-    failure = run_sudo([sudo, "-n", "-u", f"#{uid}", *kill])
-    if failure and failure != SUDO_TIMED_OUT:
-        failure = run_sudo([sudo, "-n", *kill])
+        return dict.fromkeys(by_owner, "there is no sudo")
+    kills = {
+        uid: ["kill", f"-{int(sig)}", *(str(process.pid) for process in owned)]
+        for uid, owned in by_owner.items()
+    }
+    failures = run_all({uid: [sudo, "-n", "-u", f"#{uid}", *kill] for uid, kill in kills.items()}, deadline)
+    refused = [uid for uid, failure in failures.items() if uid and failure not in (None, SUDO_TIMED_OUT)]
+    failures.update(run_all({uid: [sudo, "-n", *kills[uid]] for uid in refused}, deadline))
     # kill fails also when one of them has ended meanwhile, and has signalled the others then.
-    return failure if failure and all(map(is_alive, processes)) else None
+    return {
+        uid: failure if failure and all(map(is_alive, by_owner[uid])) else None
+        for uid, failure in failures.items()
+    }
 
 
 def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
     """Return those that still run, by the user that they run as."""
     groups: dict[int, list[Process]] = {}
     for process in filter(is_alive, processes):
-        with contextlib.suppress(psutil.Error):
+        # psutil raises as it is what the kernel says for want of a file descriptor.
+        with contextlib.suppress(psutil.Error, OSError):
             groups.setdefault(psutil.Process(process.pid).uids().effective, []).append(process)
     return groups
 
 
 def run_sudo(command: list[str]) -> str | None:
     """Run sudo; return why that failed, None if it did not."""
+    return run_all({0: command})[0]
+
+
+def run_all(commands: Mapping[int, list[str]], deadline: float = math.inf) -> dict[int, str | None]:
+    """
+    Run one sudo for each user, at the same time; return why they failed, None where one did not.
+
+    :param deadline: by time.monotonic(); they have SUDO_TIMEOUT at most.
+    """
+    deadline = min(deadline, time.monotonic() + SUDO_TIMEOUT)
+    running = {uid: start_sudo(command) for uid, command in commands.items()}
+    return {
+        uid: started if isinstance(started, str) else wait_for_sudo(started, deadline)
+        for uid, started in running.items()
+    }
+
+
+def start_sudo(command: list[str]) -> subprocess.Popen[str] | str:
+    """Start sudo; return why that failed, if it did."""
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -518,8 +843,12 @@ def run_sudo(command: list[str]) -> str | None:
         )
     except OSError as error:
         return str(error)
+
+
+def wait_for_sudo(process: subprocess.Popen[str], deadline: float) -> str | None:
+    """Wait until sudo has ended; return why it failed, None if it did not."""
     try:
-        _, complaint = process.communicate(timeout=SUDO_TIMEOUT)
+        _, complaint = process.communicate(timeout=max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         # subprocess.run() would wait for it without a limit, if it may not kill it: sudo becomes root altogether.
         with contextlib.suppress(PermissionError):

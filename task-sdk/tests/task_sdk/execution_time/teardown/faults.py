@@ -132,12 +132,12 @@ def supervise_in_namespace(main: Callable[[], dict[str, Any]]) -> Outcome:
     return Outcome(**run_in_namespace(main))
 
 
-def run_in_namespace(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_in_namespace(main: Callable[[], dict[str, Any]], *, own_proc: bool = True) -> dict[str, Any]:
     """Run ``main`` as the first process of a PID namespace (pid_namespaces(7)), and return what it does."""
     told = Relay()
 
     def be_first() -> None:
-        report(told, lambda: (mount_proc(), main())[1])
+        report(told, lambda: (own_proc and mount_proc(), main())[1])
 
     def enter() -> dict[str, Any]:
         unshare(CLONE_NEWPID)
@@ -145,6 +145,13 @@ def run_in_namespace(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         pause_for_ever()
 
     with contextlib.closing(told), forked(lambda: report(told, enter)):
+        return hear_report(told)
+
+
+def run_in_fork(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run ``main`` in a process of its own, and return what it does."""
+    told = Relay()
+    with contextlib.closing(told), forked(lambda: report(told, main)):
         return hear_report(told)
 
 
@@ -297,12 +304,23 @@ def become_nobody() -> None:
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def fork_as(pid: int) -> int:
-    """Start a process that has a number of our choice, and leads a session, in a namespace of ours (proc_sys_kernel(5))."""
+def fork_as(pid: int, then: Callable[[], Any] = pause_for_ever) -> int:
+    """
+    Start a process that has a number of our choice, and leads a session, in a namespace of ours (proc_sys_kernel(5)).
+
+    :param then: what it does before it ends. SIGTERM ends it, whatever this process does at one.
+    """
+
+    def be_stranger() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setsid()
+        leads.tell(os.getpid())
+        then()
+
     leads = Relay()
     with open("/proc/sys/kernel/ns_last_pid", "w") as last:
         last.write(str(pid - 1))
-    stranger = fork(lambda: (os.setsid(), leads.tell(os.getpid()), pause_for_ever()))
+    stranger = fork(be_stranger)
     with contextlib.closing(leads):
         assert leads.hear() == stranger == pid
     return stranger

@@ -304,6 +304,64 @@ class TestLeftovers:
         assert sorted(list_left()) == sorted(neighbours)
 
 
+class TestPatience:
+    """A grace that nobody needs."""
+
+    def test_stopped_daemon_is_asked_to_end(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """One that is stopped is continued when it is told to end, so that it does not take the whole grace."""
+        set_grace(monkeypatch, NEVER)
+        process = start_task(lambda: (detach(lambda: be_stopped(relay)), wait_to_end(relay)))
+        hear_ready(relay)
+        end_task("failed", process, Api())
+        assert list_left() == []
+
+
+@pytest.mark.usefixtures("short_grace")
+class TestNested:
+    """A task that supervises tasks itself, as dag.test() does with an executor."""
+
+    @pytest.mark.parametrize("way", ["conflict", "killed", "failed"])
+    def test_nothing_is_left(self, relay: Relay, way: str, list_left: Callable[[], list[int]]) -> None:
+        """The inner task's own process and its daemon end with the outer one, in whose tree they are."""
+
+        def start_inner_task() -> None:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            start_task(lambda: (detach(lambda: be_deaf(relay)), relay.tell(os.getpid()), pause_for_ever()))
+            wait_to_end(relay)
+
+        api = Api()
+        process = start_task(start_inner_task, api)
+        hear_ready(relay, processes=2)
+        end_task(way, process, api)
+        assert list_left() == []
+
+    @pytest.mark.parametrize("way", ["conflict", "killed", "failed"])
+    def test_inner_task_is_ended_alone(
+        self, relay: Relay, way: str, list_left: Callable[[], list[int]]
+    ) -> None:
+        """What the outer task has started beside the inner one stays when that ends."""
+
+        def run_inner_task() -> None:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            with contextlib.closing(Relay()) as inner:
+                detach(lambda: be_polite(inner))
+                sibling = inner.hear()
+                api = Api()
+                process = start_task(lambda: (detach(lambda: be_deaf(inner)), wait_to_end(inner)), api)
+                daemon = [process.pid, *hear_ready(inner)]
+                end_task(way, process, api)
+            relay.tell([sibling, daemon])
+            pause_for_ever()
+
+        with ending(start_task(run_inner_task)):
+            sibling, daemon = relay.hear()
+            left = list_left()
+            assert sibling in left
+            assert not set(daemon) & set(left)
+
+
 class TestUnchanged:
     def test_opt_out(self, relay: Relay, tree: Tree) -> None:
         """A daemon that has lifted its limit lives on when the task is killed."""

@@ -1,0 +1,407 @@
+"""The tasks that running.py ends: a Dag of every supported Airflow.
+
+What happens in a task is told as a line of JSON, written to the FIFO that TOLD names. `ready` says that the task is where it
+is to be ended; FREED names a FIFO that never has a line before the task may finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timedelta, timezone
+from itertools import count
+from pathlib import Path
+from threading import Thread, main_thread
+from typing import Any
+
+from airflow.providers.standard.operators.bash import BashOperator
+from airflow.providers.standard.triggers.temporal import DateTimeTrigger
+from airflow.sdk import DAG, BaseOperator, BaseSensorOperator, Variable, task
+
+try:
+    from airflow.sdk.exceptions import TaskDeferred
+except ImportError:  # before SDK 1.2
+    from airflow.exceptions import TaskDeferred
+
+LONG = 600
+"""Seconds that nobody waits for."""
+TICK = 0.02
+ON_KILL_TIME = 2.0
+BUSY_TIME = 0.1
+WORKERS = 2
+WARM_UP = 3
+"""Requests or pokes after which a task is in its loop for certain."""
+# Waits for ever under a name of its own, and says when it has that name: `sh` opens a FIFO that nobody writes to.
+DAEMON = ["setsid", "--fork", "sh", "-c", 'echo; exec > /dev/null; read -r line < "$FREED"']
+
+
+def tell(event: str, **details: Any) -> None:
+    line = json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic(), **details})
+    descriptor = os.open(os.environ["TOLD"], os.O_WRONLY)
+    os.write(descriptor, line.encode() + b"\n")
+    os.close(descriptor)
+
+
+def tell_callback(name: str) -> Any:
+    def callback(context: Any) -> None:
+        tell(name)
+
+    return callback
+
+
+def ask(key: str) -> None:
+    """Ask for a Variable, and tell if the answer is another one's."""
+    value = Variable.get(key)
+    if value != f"value of {key}":
+        tell("wrong", key=key, value=value)
+
+
+def ask_for_ever() -> None:
+    for number in count():
+        ask(f"v{number}")
+        if number == WARM_UP:
+            tell("ready")
+
+
+def wait_until_freed() -> None:
+    with Path(os.environ["FREED"]).open() as fifo:
+        fifo.readline()
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def read_cpu_clock() -> float:
+    """Return the CPU seconds of the main thread."""
+    return time.clock_gettime(time.pthread_getcpuclockid(main_thread().ident))
+
+
+def tell_when_busy(began: float) -> None:
+    """Tell when the main thread has run for longer than it takes to get into the call that it is to be in."""
+    while read_cpu_clock() < began + BUSY_TIME:
+        time.sleep(TICK)
+    tell("ready")
+
+
+def be_worker(started: int) -> None:
+    os.write(started, b".")
+    spin()
+
+
+class ToldOperator(BaseOperator):
+    """Tells when on_kill() is called."""
+
+    def on_kill(self) -> None:
+        tell("on_kill")
+
+    def execute(self, context: Any) -> Any:
+        tell("ready")
+        time.sleep(LONG)
+
+
+class FlagOperator(ToldOperator):
+    """Ends its work in on_kill(), and returns then as if it were done."""
+
+    killed = False
+
+    def on_kill(self) -> None:
+        super().on_kill()
+        self.killed = True
+
+    def execute(self, context: Any) -> Any:
+        tell("ready")
+        while not self.killed:
+            time.sleep(TICK)
+        return "done"
+
+
+class DefersWhenKilledOperator(FlagOperator):
+    def execute(self, context: Any) -> Any:
+        super().execute(context)
+        defer()
+
+
+class SlowOnKillOperator(ToldOperator):
+    def on_kill(self) -> None:
+        super().on_kill()
+        deadline = time.monotonic() + ON_KILL_TIME
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(left)
+        tell("on_kill_done")
+
+
+class RaisingOnKillOperator(ToldOperator):
+    def on_kill(self) -> None:
+        super().on_kill()
+        raise RuntimeError("the remote job is not there")
+
+
+class AsksOnKillOperator(ToldOperator):
+    def on_kill(self) -> None:
+        super().on_kill()
+        ask("on_kill")
+        tell("answered")
+
+
+class AsksAlwaysOperator(AsksOnKillOperator):
+    def execute(self, context: Any) -> Any:
+        ask_for_ever()
+
+
+class LogsOnKillOperator(ToldOperator):
+    def on_kill(self) -> None:
+        super().on_kill()
+        self.log.info("on_kill speaks")
+
+    def execute(self, context: Any) -> Any:
+        for number in count():
+            self.log.info("line %s", number)
+            if number == WARM_UP:
+                tell("ready")
+
+
+class PostOperator(ToldOperator):
+    """Has succeeded when it is told to end."""
+
+    def execute(self, context: Any) -> Any:
+        return "done"
+
+    def post_execute(self, context: Any, result: Any = None) -> None:
+        wait_for_signal()
+        tell("finished")
+
+
+class PreOperator(ToldOperator):
+    """Is told to end before it has begun."""
+
+    def pre_execute(self, context: Any) -> None:
+        wait_for_signal()
+
+    def execute(self, context: Any) -> Any:
+        return "done"
+
+
+class BashAfterRunnerOperator(BashOperator):
+    def on_kill(self) -> None:
+        tell("on_kill")
+        super().on_kill()
+
+
+class PokeSensor(BaseSensorOperator):
+    def on_kill(self) -> None:
+        tell("on_kill")
+
+    def poke(self, context: Any) -> bool:
+        self.pokes = getattr(self, "pokes", 0) + 1
+        if self.pokes == WARM_UP:
+            tell("ready")
+        return False
+
+
+def defer() -> None:
+    raise TaskDeferred(
+        trigger=DateTimeTrigger(moment=datetime(2100, 1, 1, tzinfo=timezone.utc)), method_name="execute"
+    )
+
+
+def start_daemon() -> None:
+    devnull = subprocess.DEVNULL
+    daemon = subprocess.Popen(DAEMON, stdin=devnull, stdout=subprocess.PIPE, stderr=devnull)
+    assert daemon.stdout
+    daemon.stdout.readline()
+    daemon.wait()
+    tell("daemon")
+
+
+def crash() -> None:
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # Airflow handles it while it parses a Dag
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def wait_for_signal() -> None:
+    """Return when this process has got a signal, whatever is done about it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    former = signal.set_wakeup_fd(writer)
+    tell("ready")
+    os.read(reader, 1)
+    signal.set_wakeup_fd(former)
+
+
+TELL_CALLBACKS = {
+    name: tell_callback(name) for name in ("on_failure_callback", "on_retry_callback", "on_success_callback")
+}
+
+with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
+    ToldOperator(task_id="told")
+    FlagOperator(task_id="flag")
+    DefersWhenKilledOperator(task_id="defers_when_killed")
+    SlowOnKillOperator(task_id="slow_on_kill")
+    RaisingOnKillOperator(task_id="raises_in_on_kill")
+    AsksOnKillOperator(task_id="asks_in_on_kill")
+    AsksAlwaysOperator(task_id="asks_always")
+    LogsOnKillOperator(task_id="logs")
+    PostOperator(task_id="post_execute")
+    PreOperator(task_id="pre_execute")
+    ToldOperator(task_id="has_timeout", execution_timeout=timedelta(seconds=LONG))
+    PokeSensor(task_id="sensor", poke_interval=TICK, mode="poke", timeout=LONG)
+    BashAfterRunnerOperator(
+        task_id="bash",
+        bash_command=f"""sleep {LONG} | sleep {LONG} & echo '{{"event": "ready"}}' > "$TOLD"; wait""",
+    )
+
+    @task
+    def sleeps() -> None:
+        tell("ready")
+        time.sleep(LONG)
+
+    @task
+    def has_finally() -> None:
+        try:
+            tell("ready")
+            time.sleep(LONG)
+        finally:
+            ask("finally")
+            tell("finally")
+
+    @task
+    def asks() -> None:
+        try:
+            ask_for_ever()
+        finally:
+            for number in range(WARM_UP):
+                ask(f"finally {number}")
+            tell("finally")
+
+    @task
+    def blocked() -> None:
+        Thread(target=tell_when_busy, args=(read_cpu_clock(),), daemon=True).start()
+        hashlib.pbkdf2_hmac("sha256", b"x", b"y", 80_000_000)
+
+    @task
+    def swallows_all() -> str:
+        try:
+            tell("ready")
+            time.sleep(LONG)
+        except BaseException:  # noqa: BLE001  # what some tasks do
+            tell("swallowed")
+        return "done"
+
+    @task
+    def swallows_errors() -> None:
+        tell("ready")
+        while True:
+            try:
+                time.sleep(LONG)
+            except Exception:  # noqa: BLE001  # what many tasks do
+                tell("swallowed")
+
+    @task
+    def deaf() -> None:
+        while True:
+            try:
+                tell("ready")
+                time.sleep(LONG)
+            except BaseException:  # noqa: BLE001  # what a few tasks do
+                tell("swallowed")
+
+    @task
+    def pool() -> None:
+        reader, writer = os.pipe()
+        with ProcessPoolExecutor(WORKERS) as executor:
+            workers = [executor.submit(be_worker, writer) for _ in range(WORKERS)]
+            for _ in workers:
+                os.read(reader, 1)
+            tell("ready")
+            workers[0].result()
+
+    @task
+    def forks() -> None:
+        if os.fork() == 0:
+            try:
+                tell("ready")
+                time.sleep(LONG)
+            except BaseException:  # noqa: BLE001  # whatever is raised here is wrong
+                tell("interrupted_child")
+            os._exit(0)
+        time.sleep(LONG)
+
+    @task
+    def finishes() -> str:
+        tell("ready")
+        wait_until_freed()
+        return "done"
+
+    @task
+    def returns() -> str:
+        tell("ready")
+        return "done"
+
+    @task
+    def fails() -> None:
+        start_daemon()
+        raise RuntimeError("it fails by itself")
+
+    @task
+    def sleeps_with_daemon() -> None:
+        start_daemon()
+        tell("ready")
+        time.sleep(LONG)
+
+    @task
+    def asks_in_vain() -> None:
+        start_daemon()
+        try:
+            Variable.get("away")
+        except Exception as error:
+            tell("refused", error=type(error).__name__)
+            raise
+
+    @task
+    def crashes_after_success() -> str:
+        start_daemon()
+        atexit.register(crash)
+        return "done"
+
+    def exit_at_once(_context: Any) -> None:
+        os._exit(1)
+
+    @task(on_success_callback=exit_at_once)
+    def exits_after_success() -> str:
+        start_daemon()
+        return "done"
+
+    @task
+    def defers() -> None:
+        defer()
+
+    @task(execution_timeout=timedelta(seconds=0.3))
+    def times_out() -> None:
+        time.sleep(LONG)
+
+    for each in (
+        *(sleeps, has_finally, asks, blocked, swallows_all, swallows_errors, deaf, pool, forks),
+        *(finishes, returns, fails, sleeps_with_daemon, asks_in_vain),
+        *(crashes_after_success, exits_after_success, defers, times_out),
+    ):
+        each()
+
+    @task
+    async def sleeps_async() -> None:
+        try:
+            tell("ready")
+            await asyncio.sleep(LONG)
+        finally:
+            tell("finally")
+
+    # Before SDK 1.2 a coroutine function is called, and nobody awaits what it returns.
+    sleeps_async()

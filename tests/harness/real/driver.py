@@ -1,0 +1,69 @@
+"""Run real tasks, end them, and tell what came of it: `python -m tests.harness.real.driver SOCKET FOLDER`.
+
+Run by the interpreter of an environment that has a complete Airflow, with the repository on PYTHONPATH; running.py is the other
+side, and dags/ has the tasks. A request is a packet of JSON with a descriptor, which gets the answer. For each request the
+driver, which has imported Airflow, forks a scene. Python 3.9.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.harness.real.scene import run_scene
+from tests.harness.real.supervising import DAG, fork
+
+REQUEST_MAX_BYTES = 1 << 16
+DAGS = Path(__file__).parent / "dags"
+PRELOADED = (
+    "airflow.models.dagbag",
+    "airflow.sdk.execution_time.task_runner",
+    "airflow.serialization.serialized_objects",
+)
+
+
+def serve(connection: socket.socket, folder: Path) -> None:
+    connection.send(b"{}")  # everything has been imported
+    for number in itertools.count():
+        packet, descriptors, _, _ = socket.recv_fds(connection, REQUEST_MAX_BYTES, 1)
+        if not packet:
+            return
+        case = json.loads(packet)
+        fork(partial(be_scene, connection, case, folder / str(number), *descriptors))
+        os.close(descriptors[0])
+
+
+def be_scene(connection: socket.socket, case: dict[str, Any], folder: Path, answer: int) -> None:
+    connection.close()
+    run_scene(case, folder, answer)
+
+
+def main() -> None:
+    connection, folder = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody collects the scenes
+    preload()
+    serve(connection, folder)
+    try:
+        os.wait()
+    except ChildProcessError:
+        return  # the last scene has ended
+
+
+def preload() -> None:
+    """Import what a task runner imports on its way."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    runpy.run_path(str(DAGS / DAG))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Run tasks by Airflow's own task runner in the environment of a release, end them, and see what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from patches.errors import PatchError
+from patches.releases import ROOT
+from tests.harness.environments import clean_env
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from tests.harness.environments import Environment
+
+DAGS = Path(__file__).parent / "dags"
+PATIENCE = 60.0
+"""Seconds from the order to end after which a supervisor hangs; far more than any grace that is set here."""
+SCENE_TIMEOUT = 180.0
+"""Seconds from the request to the answer: the driver gives up earlier by itself."""
+IMPORT_TIMEOUT = 120.0
+GRACE = 20
+"""Seconds of [core] killed_task_cleanup_time, of which a task with nothing to wait for needs less than half."""
+
+SETTINGS = {
+    "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(
+        [
+            {
+                "name": "real",
+                "classpath": "airflow.dag_processing.bundles.local.LocalDagBundle",
+                "kwargs": {"path": str(DAGS)},
+            }
+        ]
+    ),
+    "AIRFLOW__WORKERS__EXECUTION_API_RETRIES": "2",
+    "AIRFLOW__WORKERS__EXECUTION_API_RETRY_WAIT_MIN": "0.05",
+    "AIRFLOW__WORKERS__EXECUTION_API_RETRY_WAIT_MAX": "0.1",
+}
+
+
+class DriverFailedError(PatchError):
+    """Nothing can be said about the case."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task of dags/told.py, and how it is ended when it is ready."""
+
+    task: str
+    end: str = "SIGTERM"
+    """A signal, the status of the answer to a heartbeat, or nothing: the task ends by itself."""
+    at: str = "ready"
+    """The event that shows that it is time."""
+    to: str = "supervisor"
+    """Who gets the signal: the supervisor (or the loop that has forked it), or the runner."""
+    count: int = 1
+    gap: float = 0
+    """Seconds between signals."""
+    delay: float = 0
+    """Seconds from ready to the end, for ends at moments that nobody has chosen."""
+    retries: bool = False
+    grace: int = GRACE
+    host: str = "process"
+    """What runs the supervisor: a process, a thread, or a process forked by an asyncio loop that passes SIGTERM on."""
+    free: bool = False
+    """Free a task that waits for it, once its end was asked for."""
+    notice: bool = False
+    """Do so when the supervisor has noticed the signal."""
+    patience: float = PATIENCE
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a case."""
+
+    seconds: float | None
+    """From the refused heartbeat or the signal to the supervisor's return; None if it has not returned."""
+    seconds_to_death: float
+    hung: bool
+    killed_by: int | None
+    """The signal that the supervisor died of."""
+    exit_code: int | None
+    exception: str | None
+    final_state: str | None
+    states: list[str]
+    """Told to the API and accepted, in order."""
+    refused: list[str]
+    events: list[dict[str, Any]]
+    """What the task, the supervisor and the API have told of themselves."""
+    left: list[tuple[int, str]]
+    """PID and name of those alive when the supervisor returned or died, the runner included."""
+    log: list[dict[str, Any]]
+    """The task's log."""
+    output: str
+    """What the supervisor has printed."""
+
+    def count(self, event: str) -> int:
+        return sum(each["event"] == event for each in self.events)
+
+
+class Driver:
+    """A running driver; any number of threads may run cases at a time."""
+
+    def __init__(self, connection: socket.socket, log: Path) -> None:
+        self._connection = connection
+        self._log = log
+        self._lock = Lock()
+
+    def run(self, case: Case) -> Result:
+        """Run a case; nothing of it outlives the call."""
+        reader, writer = os.pipe()
+        with open(reader, "rb") as answer:  # noqa: PTH123  # a descriptor has no path
+            try:
+                with self._lock:
+                    socket.send_fds(self._connection, [json.dumps(asdict(case)).encode()], [writer])
+            finally:
+                os.close(writer)
+            deadline = time.monotonic() + SCENE_TIMEOUT
+            text = b""
+            while select.select([answer], [], [], max(0, deadline - time.monotonic()))[0]:
+                part = answer.read1()
+                text += part
+                if not part:
+                    break
+        result = json.loads(text) if text else {"failed": "no answer"}
+        if "failed" in result:
+            raise DriverFailedError(f"{case}: {result['failed']}\n{self._log.read_text()}")
+        return Result(**result)
+
+
+@contextmanager
+def start_driver(environment: Environment) -> Iterator[Driver]:
+    """Start a driver with what an environment has; nothing of it outlives the context."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with tempfile.TemporaryDirectory(prefix="real-runner-") as name, ours:
+        folder = Path(name)
+        log = folder / "driver.log"
+        with theirs, log.open("wb") as output:
+            process = subprocess.Popen(
+                [environment.python, "-m", "tests.harness.real.driver", str(theirs.fileno()), folder],
+                env={
+                    **clean_env(folder, python=environment.python),
+                    **SETTINGS,
+                    "PYTHONPATH": str(ROOT),
+                },
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        try:
+            ours.settimeout(IMPORT_TIMEOUT)
+            if not ours.recv(1 << 10):
+                raise DriverFailedError(f"the driver has ended:\n{log.read_text()}")
+            yield Driver(ours, log)
+        finally:
+            ours.close()
+            process.wait()
