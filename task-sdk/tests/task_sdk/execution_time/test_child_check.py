@@ -52,7 +52,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     list_living,
 )
 
-from airflow.sdk.execution_time import child_check, child_teardown, child_tree, supervisor
+from airflow.sdk.execution_time import child_check, child_stop, child_teardown, child_tree, supervisor
 from airflow.sdk.execution_time.child_tree import ProcessTree
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
@@ -273,7 +273,7 @@ class TestProof:
         ("method", "missing"),
         [
             ("kill", ["prepare_kill", "signal_tree"]),
-            ("start", ["lead_session", "mark_process"]),
+            ("start", ["begin_runner", "mark_process"]),
         ],
     )
     def test_unpatched_supervisor(self, method: str, missing: list[str]) -> None:
@@ -357,7 +357,7 @@ class TestMeans:
         """A task that gets no session of its own is a fault, even where all of it is ended."""
 
         def remove() -> None:
-            supervisor.lead_session = lambda: False
+            child_stop.lead_session = lambda: False
 
         findings = find_wrong(change=remove)
         assert not findings.means.session

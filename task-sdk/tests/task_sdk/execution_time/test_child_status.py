@@ -96,17 +96,12 @@ class TestDenySilentSuccess:
         stopped._terminal_state = state
         assert deny_silent_success(stopped, 0) == 0
 
-    @pytest.mark.parametrize("code", [None, 1, -9])
-    def test_other_codes(self, stopped: Any, code: int | None) -> None:
+    @pytest.mark.parametrize("code", [1, -9])
+    def test_other_codes(self, stopped: Any, code: int) -> None:
         """What is no success anyhow stays as it is."""
-        assert deny_silent_success(stopped, code) is code
+        assert deny_silent_success(stopped, code) == code
 
     def test_task_that_nobody_stopped(self, stopped: Any) -> None:
         """A runner that exits with 0 by itself has succeeded."""
         stopped._exit_watch.exit_expected = False
-        assert deny_silent_success(stopped, 0) == 0
-
-    def test_other_types(self, stopped: Any) -> None:
-        """A type that reports no terminal state keeps its exit code."""
-        del stopped._terminal_state
         assert deny_silent_success(stopped, 0) == 0

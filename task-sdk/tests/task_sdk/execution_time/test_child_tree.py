@@ -46,11 +46,13 @@ from task_sdk.execution_time.teardown.supervised_task import (
     PATIENCE,
     Relay,
     Tree,
+    ended_by,
     ending_all,
     fork,
     hear_in_popen,
     lift_limit,
     pause_for_ever,
+    waiting,
 )
 
 from airflow.sdk.execution_time import child_tree
@@ -1310,3 +1312,31 @@ class TestMark:
         }
         assert len(marks) == 9
         assert all(1 << 62 <= mark < 1 << 63 for mark in marks)
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("look", [2, 3])
+    def test_nothing_stays_stopped(self, monkeypatch: pytest.MonkeyPatch, look: int) -> None:
+        """An exception between SIGSTOP and SIGKILL does not keep those from being killed that were stopped."""
+
+        def lead() -> None:
+            os.setsid()
+            relay.tell(fork(pause_for_ever))
+
+        def interrupt(**kwargs: Any) -> list[Process]:
+            looks.append(kwargs)
+            if len(looks) == look:
+                raise KeyboardInterrupt
+            return find(**kwargs)
+
+        looks: list[Any] = []
+        with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as held, waiting(lead) as pid:
+            child = held.add(relay.hear())
+            tree = ProcessTree()
+            tree.adopt(pid)
+            find = tree.find
+            monkeypatch.setattr(tree, "find", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                tree.kill_all(PATIENCE, with_leader=True)
+            assert held.gone(child)
+            assert ended_by(pid) == signal.SIGKILL

@@ -141,7 +141,7 @@ class Api:
 
     def __init__(self, *, should_retry: bool = False) -> None:
         self.task_instances = self.variables = self
-        self.terminate = False
+        self.terminate = self.terminated = False
         self.told: list[str] = []
         self._context = TIRunContext.model_construct(should_retry=should_retry, max_tries=0, start_date=None)
 
@@ -150,6 +150,7 @@ class Api:
 
     def heartbeat(self, *args: Any, **kwargs: Any) -> None:
         if self.terminate:
+            self.terminated = True
             raise conflict()
 
     def finish(self, *args: Any, state: Any, **kwargs: Any) -> None:
@@ -162,7 +163,7 @@ class Api:
         self.tell("up_for_retry")
 
     def tell(self, state: Any) -> None:
-        if self.terminate:
+        if self.terminated:
             raise conflict()
         self.told.append(str(getattr(state, "value", state)))
 

@@ -72,6 +72,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 )
 
 from airflow.sdk.execution_time import child_teardown, child_tree, supervisor
+from airflow.sdk.execution_time.child_stop import catch_stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -302,7 +303,9 @@ class TestDescriptors:
                 while True:
                     os.dup(relay.reader)
 
-        outcome = end_supervised(relay, way, after=use_up)
+        # As supervise() does, before there is a task.
+        catching = catch_stop_signals()
+        outcome = end_supervised(relay, way, before=catching.__enter__, after=use_up)
         assert outcome.left == []
         assert not outcome.find("error", "could not")
 

@@ -215,6 +215,38 @@ class TestLeftovers:
         assert [relay.hear(), relay.hear()] == ["on_kill", True]
         assert list_left() == []
 
+    def test_successor_is_asked_to_end(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """What a leftover starts when it is told to end is told so, too, while another one is deaf."""
+        set_grace(monkeypatch, NEVER)
+        asked = Relay()
+
+        def be_deaf_until_asked() -> None:
+            be_deaf(relay)
+            assert asked.hear() == "asked"
+            os._exit(0)
+
+        def hand_over(*_: Any) -> None:
+            signal.signal(signal.SIGTERM, lambda *_: (asked.tell("asked"), os._exit(0)))
+            detach(lambda: None)
+            os._exit(0)
+
+        def be_phoenix() -> None:
+            signal.signal(signal.SIGTERM, hand_over)
+            relay.tell(os.getpid())
+
+        def target() -> None:
+            detach(be_deaf_until_asked)
+            detach(be_phoenix)
+            wait_to_end(relay)
+
+        process = start_task(target)
+        hear_ready(relay, 2)
+        end_task("killed", process, Api())
+        asked.close()
+        assert list_left() == []
+
     def test_last_words_arrive(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a leftover writes when it is told to end is in the task's log."""
         set_grace(monkeypatch, PATIENCE)

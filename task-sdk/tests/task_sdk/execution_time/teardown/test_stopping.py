@@ -65,11 +65,11 @@ def stop_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     set_stop_policy(monkeypatch, "stop")
 
 
-def tell_end(relay: Relay, process: ActivitySubprocess, *more: Any) -> None:
+def tell_end(relay: Relay, process: ActivitySubprocess) -> None:
     """Wait for a task, and tell how it has ended."""
     code = process.wait()
     state = process.final_state
-    relay.tell(["ended", code, str(getattr(state, "value", state)), *more])
+    relay.tell(["ended", code, str(getattr(state, "value", state))])
 
 
 class TestStopping:
@@ -160,10 +160,12 @@ class TestStopping:
             log = Log()
             process = start_task(target, SteppingApi(stop_supervisor), logger=log.logger)
             assert runner.hear() == "ready"
-            tell_end(relay, process, log.find("memory"), len(log.find("told to stop")))
+            tell_end(relay, process)
+            relay.tell([len(log.find("told to stop")), log.find("memory")])
 
         with forked(supervise):
-            assert relay.hear() == ["ended", -signal.SIGKILL, "failed", [], 1]
+            assert relay.hear() == ["ended", -signal.SIGKILL, "failed"]
+            assert relay.hear() == [1, []]
 
     @pytest.mark.parametrize(("should_retry", "state"), [(False, "failed"), (True, "up_for_retry")])
     def test_silent_exit_is_a_failure(
@@ -215,8 +217,8 @@ class TestStopping:
             assert relay.hear() == -signal.SIGTERM
 
 
-class TestUnchanged:
-    def test_ignored_signal(self, relay: Relay, runner: Relay) -> None:
+class TestIgnoredSignal:
+    def test_stays_ignored(self, relay: Relay, runner: Relay) -> None:
         """A signal that the supervisor ignores it goes on to ignore: Celery's pool does so with Ctrl-C."""
 
         def interrupt() -> None:
