@@ -125,7 +125,7 @@ def run_scenario(
     """Return what came of a scenario, be it that it broke off, which shall not cost the others."""
     try:
         return scenario.run(installation, executor)
-    except (ServerFailedError, ApiError) as error:
+    except (ServerFailedError, ApiError, TimeoutError) as error:
         console.print(error, soft_wrap=True, markup=False, highlight=False)
         reason = str(error).partition("\n")[0]
         return Outcome(started=0, left=[], seconds=None, states={}, problems=[f"broken off: {reason}"])

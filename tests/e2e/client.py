@@ -9,8 +9,8 @@ import urllib.request
 from http import HTTPStatus
 from typing import Any
 
-REQUEST_TIMEOUT = 30.0
-"""Seconds; the first request to a part of the API has it imported."""
+REQUEST_TIMEOUT = 90.0
+"""Seconds; the first request to a part of the API has it imported, which takes long on a busy machine."""
 
 PAGE_SIZE = 100
 """What the API gives at most."""

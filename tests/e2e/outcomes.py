@@ -78,12 +78,8 @@ def observe_end(
     *,
     states: tuple[str | None, ...],
     seconds: float | None,
-    signals: Sequence[str] | None = None,
 ) -> Outcome:
-    """Describe a run whose tasks have all been ended, and which should be in one of the `states`.
-
-    `signals` are all that the log of `children` has to name; by default, those that are due.
-    """
+    """Describe a run whose tasks have all been ended, and which should be in one of the `states`."""
     wait_for_exit(run.list_left(), SETTLE_TIMEOUT)
     left = run.find_left()
     run.wait_for_states(*states)
@@ -92,7 +88,7 @@ def observe_end(
         *name_left(left),
         *(f"{task} is {state}" for task, state in now.items() if state not in states),
         *judge_on_kill(run),
-        *(judge_children(run) if signals is None else judge_task_log(run, signals)),
+        *judge_children(run),
         *find_tracebacks(run.airflow),
     ]
     return Outcome(

@@ -92,11 +92,12 @@ def test_failed_scenario_is_told() -> None:
     assert list(find_failures([Result(SET_FAILED, "local", patched=False, outcome=well)]))
 
 
-def test_scenario_that_breaks_off_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [ServerFailedError, TimeoutError])
+def test_scenario_that_breaks_off_is_told(tmp_path: Path, error: type[Exception]) -> None:
     """It is a problem of its own side, and what comes after it is run."""
 
     def break_off(_installation: Installation, _executor: Executor) -> NoReturn:
-        raise ServerFailedError("scheduler ended\nwith a long log")
+        raise error("scheduler ended\nwith a long log")
 
     environment = Environment(find_release(VERSION), tmp_path, tmp_path)
     installation = Installation(environment, patched=True, database=tmp_path, logs=tmp_path)

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 # The run_as_user of every task that has none of its own.
 RUN_AS_USER = {"AIRFLOW__CORE__DEFAULT_IMPERSONATION": OTHER}
-# Of the group it is sudo alone that may be signalled. It passes SIGTERM on to the task, which, being no operator, carries
-# on; so it, and with it all its children, are there when the grace period ends.
-SIGNALS_OF_CHILDREN = ("SIGKILL",) * (1 + PROCESSES["children"])
 PLACE_FOLDERS = ("tests", "tests/harness", DAGS)
 
 
@@ -43,7 +40,7 @@ def set_failed_permitted(installation: Installation, executor: Executor) -> Outc
     """Set every task of a run to failed where the worker may run everything as the tasks' user."""
     with enter_place(installation) as copy, start_run_as_other(copy, executor, "ALL") as run:
         seconds = set_failed(run)
-        outcome = observe_end(run, states=("failed",), seconds=seconds, signals=SIGNALS_OF_CHILDREN)
+        outcome = observe_end(run, states=("failed",), seconds=seconds)
         problems = [*judge_slots(seconds), *outcome.problems]
         left = find_others(run.airflow)
         if left:

@@ -59,6 +59,7 @@ def interrupt(installation: Installation, executor: Executor) -> Outcome:
                 seconds=seconds,
                 states=read_states(folder),
                 problems=[*problems, *name_left(run.find_left())],
+                ends=run.ends,
             )
 
 
