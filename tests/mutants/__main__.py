@@ -98,7 +98,9 @@ def run_all(
             for future in as_completed(futures):
                 mutant = futures[future]
                 outcomes[mutant] = future.result()
-                console.print(describe(mutant, outcomes[mutant]), markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    describe(mutant, outcomes[mutant]), markup=False, highlight=False, soft_wrap=True
+                )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
