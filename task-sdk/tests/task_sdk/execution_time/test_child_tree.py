@@ -798,6 +798,29 @@ class TestStop:
         assert len(tree.stop(0.1)) == 1
 
 
+class TestKillAll:
+    def test_stopped_before_the_first_is_killed(self, mocker: MockerFixture) -> None:
+        """None is killed before all have come to stop, and so can start no other that nobody is left to tell of."""
+        tree, _, started = lead(*STARTS)
+        send = child_tree.send_signals
+        stopped: list[bool] = []
+
+        def look_and_send(process: Process, signals: Any) -> bool:
+            if signal.SIGKILL in signals and not stopped:
+                stopped.extend(read_process(pid).stopped for pid in started)
+            return send(process, signals)
+
+        mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=look_and_send)
+        with contextlib.closing(Tree()) as held:
+            for pid in started:
+                held.add(pid)
+            killed = tree.kill_all(PATIENCE)
+            assert all(held.gone(pid) for pid in started)
+        assert sorted(process.pid for process in killed) == sorted(started)
+        assert stopped == [True] * len(started)
+        assert set(tree.ended.values()) == {"SIGKILL"}
+
+
 class TestFallbacks:
     def test_limit_is_capped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A hard limit below the mark, as a container or a service may have, leaves the variable."""
