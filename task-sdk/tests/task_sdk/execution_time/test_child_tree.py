@@ -221,6 +221,14 @@ class TestFind:
         end(leader)
         assert find(tree) == started
 
+    def test_namesake_of_a_member(self) -> None:
+        """Whoever has got the number of a member that has gone is a stranger."""
+        tree, _, _ = lead(start_child)
+        stranger = start_session()
+        known = len(find(tree))
+        tree._remembered[stranger] = read_process(stranger).start - 1
+        assert len(find(tree)) == known == 1
+
     def test_strangers_are_not_found(self) -> None:
         """Another leader's tree, a session of ours, and we ourselves are not in it."""
         tree, _, _ = lead()
@@ -796,6 +804,24 @@ class TestStop:
         process = read_process(pid)
         self.limit_time(mocker, lambda *_, **__: [replace(process, start=time.monotonic())])
         assert len(tree.stop(0.1)) == 1
+
+
+class TestSignalGroup:
+    def test_members_of_the_group(self, mocker: MockerFixture) -> None:
+        """The leader and what has stayed in its group get the signal; what has left it does not, nor does a stranger."""
+        tree, leader, [child, _, _] = lead(start_child, start_session, start_daemon)
+        start_session()
+        send = mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
+        assert tree.signal_group(signal.SIGTERM)
+        assert sorted(call.args[0].pid for call in send.mock_calls) == sorted([leader, child])
+        assert {tuple(call.args[1]) for call in send.mock_calls} == {(signal.SIGTERM,)}
+        assert tree.ended == {}, "it is the task's own end"
+
+    def test_nobody(self) -> None:
+        """Where nobody is in the group any more, the caller is told."""
+        tree, leader, _ = lead(start_session)
+        end(leader)
+        assert not tree.signal_group(signal.SIGTERM)
 
 
 class TestKillAll:
