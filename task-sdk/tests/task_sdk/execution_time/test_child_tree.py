@@ -236,6 +236,15 @@ class TestFind:
         start_session()
         assert find(tree) == []
 
+    def test_dead_member(self) -> None:
+        """What has ended is not found, though its parent does not collect it."""
+        tree, _, [child, other] = lead(start_child, start_child)
+        with contextlib.closing(Tree()) as held:
+            held.add(child)
+            os.kill(child, signal.SIGKILL)
+            assert held.gone(child)
+        assert find(tree) == [other]
+
     def test_never_ourselves(self) -> None:
         """Neither this process, nor the first one, nor what descends from them, is found, whatever they carry."""
 
@@ -747,6 +756,16 @@ class TestStop:
         assert stopped[-1].pid == leader
         assert stopped.index(read_process(started[0])) > stopped.index(read_process(started[1]))
 
+    def test_last_look_begins_when_all_have_stopped(self, mocker: MockerFixture) -> None:
+        """A look may have passed the place where what somebody is forking appears: another one follows the stop."""
+        process = read_process(os.getpid())
+        looks = [[replace(process, stopped=stopped)] for stopped in (False, False, True, True)]
+        look = mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=looks)
+        send = mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
+        assert ProcessTree().stop(PATIENCE) == looks[-1]
+        assert look.call_count == len(looks)
+        send.assert_called_once_with(process, (signal.SIGSTOP,))
+
     def test_what_is_started_meanwhile_is_stopped(self, mocker: MockerFixture) -> None:
         """What a member starts between the look and its SIGSTOP is looked for, and stopped, as well."""
 
@@ -1138,6 +1157,16 @@ class TestSendSignal:
         assert list_pending(pid) == 0
         assert send_signals(present, [signal.SIGTERM])
         assert list_pending(pid) == 1 << signal.SIGTERM - 1
+
+    @pytest.mark.parametrize("pidfd", [True, False])
+    def test_denied(self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, *, pidfd: bool) -> None:
+        """A signal that is not allowed is told to the caller, who may have somebody else send it."""
+        if not pidfd:
+            monkeypatch.delattr(os, "pidfd_open")
+        mocker.patch.object(
+            *((signal, "pidfd_send_signal") if pidfd else (os, "kill")), side_effect=PermissionError
+        )
+        assert not send_signals(read_process(os.getpid()), [signal.SIGCONT])
 
     def test_every_signal(self) -> None:
         """A stopped process is told to end, and continued so that it can."""
