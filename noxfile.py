@@ -59,6 +59,13 @@ def random(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant bugs in our sources one after the other, and say which survive the tests that go upstream."""
+    install_groups(session, "tool", "tests")
+    session.run("python", "-m", "tests.mutants", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def upstream(session: nox.Session) -> None:
     """Run upstream's own tests on the stock and the patched SDK of versions, or of the last of every line."""
     install_groups(session, "tool", "tests")

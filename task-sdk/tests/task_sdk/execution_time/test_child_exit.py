@@ -36,6 +36,8 @@ from airflow.sdk.execution_time.child_exit import ExitWatch, release_sockets
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_mock import MockerFixture
+
 
 class Child:
     """A child that exits when told to, and holds one end of ``socket`` open until then."""
@@ -122,6 +124,29 @@ class TestExitWatch:
         started = time.monotonic()
         watch.select(selector, timeout=PATIENCE, exit_code=None)
         assert time.monotonic() - started >= child_exit.IMMINENT_EXIT_POLL_INTERVAL / 2
+
+    def test_wait_after_the_event_is_short(
+        self, child: Child, selector: selectors.BaseSelector, mocker: MockerFixture
+    ) -> None:
+        """Nobody tells when a tracer has collected the child: it is looked for every second at least."""
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        child.finish()
+        watch.select(selector, timeout=PATIENCE, exit_code=None)
+        select = mocker.patch.object(selector, "select", autospec=True, return_value=[])
+        watch.select(selector, timeout=PATIENCE, exit_code=None)
+        [call] = select.mock_calls
+        assert 0 < call.kwargs["timeout"] <= child_exit.EXIT_POLL_INTERVAL
+
+    def test_one_is_followed_at_a_time(self, child: Child, selector: selectors.BaseSelector) -> None:
+        """Whoever follows another gives up the one before, and its file descriptor."""
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        for _ in range(2):
+            assert watch.follow(selector, child.pid)
+            assert len(selector.get_map()) == 1
+        watch.unfollow(selector)
+        assert not selector.get_map()
 
     def test_socket_events_pass(self, child: Child, selector: selectors.BaseSelector) -> None:
         """The events of sockets come through, with what the selector keeps for them."""

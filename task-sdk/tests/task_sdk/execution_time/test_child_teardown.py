@@ -45,6 +45,7 @@ from airflow.sdk.execution_time.child_stop import StopRequest, catch_stop_signal
 from airflow.sdk.execution_time.child_teardown import (
     HEARTBEAT_INTERVAL,
     MAX_GRACE_UNASKED,
+    NAMED_IN_LOG,
     RETRY_TOLD_GRACE,
     end_leftovers,
     end_unless_started,
@@ -208,6 +209,41 @@ class TestSurvivors:
         process._tree.signal.assert_called_with([late], signal.SIGKILL)
         [call] = process.process_log.calls
         assert [named["pid"] for named in call.kwargs["processes"]] == [STUBBORN.pid, late.pid]
+
+    def test_time(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """A second after the grace nobody is waited for any longer."""
+        end_leftovers(process, -9, conf)
+        assert GRACE < clock.passed <= GRACE + 1
+
+    def test_looks_for_what_others_start(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """While one does not die, all are looked for, and killed, time and again."""
+        killed_at: list[float] = []
+
+        def kill_all(*_: Any, **__: Any) -> list[Process]:
+            killed_at.append(clock.passed)
+            return [STUBBORN]
+
+        process._tree.kill_all.side_effect = kill_all
+        end_leftovers(process, -9, conf)
+        assert len(killed_at) >= 3
+        assert max(later - earlier for earlier, later in zip(killed_at, killed_at[1:])) < 0.5
+
+    def test_log_line_has_an_end(self, conf: Conf, process: Any) -> None:
+        """A hundred processes are named, of those that have ended and of those that have not, and all are counted."""
+        crowd = [replace(STUBBORN, pid=STUBBORN.pid + number) for number in range(250)]
+        process._tree.kill_all.return_value = process._tree.find.return_value = crowd[:120]
+        process._tree.ended = dict.fromkeys(crowd, "SIGKILL")
+        end_leftovers(process, -9, conf)
+        counts = [(call.kwargs["count"], len(call.kwargs["processes"])) for call in process.process_log.calls]
+        assert counts == [(130, NAMED_IN_LOG), (120, NAMED_IN_LOG)]
+
+    def test_nobody_is_said_to_have_ended_who_has_not(self, conf: Conf, process: Any) -> None:
+        """A survivor was asked to end, and killed, like those that have ended, and is named among survivors alone."""
+        gone = replace(STUBBORN, pid=STUBBORN.pid + 1)
+        process._tree.ended = {STUBBORN: "SIGKILL", gone: "SIGTERM"}
+        end_leftovers(process, -9, conf)
+        named = [[named["pid"] for named in call.kwargs["processes"]] for call in process.process_log.calls]
+        assert named == [[gone.pid], [STUBBORN.pid]]
 
     def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
         """What goes wrong with a request of the task does not end the teardown."""
@@ -469,6 +505,19 @@ class TestPolicies:
 
 
 class TestKill:
+    def test_processes_have_time_to_stop(self, process: Any) -> None:
+        """A SIGKILL waits for those that have not come to stop, but no longer than nobody notices."""
+        signal_tree(process, signal.SIGKILL)
+        [call] = process._tree.kill_all.mock_calls
+        assert 0.1 <= call.args[0] <= 0.5
+        assert call.kwargs == {"with_leader": True}
+
+    def test_tree_of_a_signal(self, process: Any) -> None:
+        """Who belongs is noted before any other signal is passed on: the runner may end of it at once."""
+        process._tree.signal_leader.side_effect = lambda _: process._tree.remember.called
+        assert signal_tree(process, signal.SIGTERM)
+        process._tree.remember.assert_called_once_with()
+
     def test_settled_exit_code_stands(self, process: Any) -> None:
         """A runner that is gone is not signalled, which would let kill() take it for one that failed."""
         process._tree.signal_leader.return_value = False

@@ -221,12 +221,29 @@ class TestFind:
         end(leader)
         assert find(tree) == started
 
+    def test_namesake_of_a_member(self) -> None:
+        """Whoever has got the number of a member that has gone is a stranger."""
+        tree, _, _ = lead(start_child)
+        stranger = start_session()
+        known = len(find(tree))
+        tree._remembered[stranger] = read_process(stranger).start - 1
+        assert len(find(tree)) == known == 1
+
     def test_strangers_are_not_found(self) -> None:
         """Another leader's tree, a session of ours, and we ourselves are not in it."""
         tree, _, _ = lead()
         lead(*STARTS)
         start_session()
         assert find(tree) == []
+
+    def test_dead_member(self) -> None:
+        """What has ended is not found, though its parent does not collect it."""
+        tree, _, [child, other] = lead(start_child, start_child)
+        with contextlib.closing(Tree()) as held:
+            held.add(child)
+            os.kill(child, signal.SIGKILL)
+            assert held.gone(child)
+        assert find(tree) == [other]
 
     def test_never_ourselves(self) -> None:
         """Neither this process, nor the first one, nor what descends from them, is found, whatever they carry."""
@@ -739,6 +756,16 @@ class TestStop:
         assert stopped[-1].pid == leader
         assert stopped.index(read_process(started[0])) > stopped.index(read_process(started[1]))
 
+    def test_last_look_begins_when_all_have_stopped(self, mocker: MockerFixture) -> None:
+        """A look may have passed the place where what somebody is forking appears: another one follows the stop."""
+        process = read_process(os.getpid())
+        looks = [[replace(process, stopped=stopped)] for stopped in (False, False, True, True)]
+        look = mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=looks)
+        send = mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
+        assert ProcessTree().stop(PATIENCE) == looks[-1]
+        assert look.call_count == len(looks)
+        send.assert_called_once_with(process, (signal.SIGSTOP,))
+
     def test_what_is_started_meanwhile_is_stopped(self, mocker: MockerFixture) -> None:
         """What a member starts between the look and its SIGSTOP is looked for, and stopped, as well."""
 
@@ -796,6 +823,47 @@ class TestStop:
         process = read_process(pid)
         self.limit_time(mocker, lambda *_, **__: [replace(process, start=time.monotonic())])
         assert len(tree.stop(0.1)) == 1
+
+
+class TestSignalGroup:
+    def test_members_of_the_group(self, mocker: MockerFixture) -> None:
+        """The leader and what has stayed in its group get the signal; what has left it does not, nor does a stranger."""
+        tree, leader, [child, _, _] = lead(start_child, start_session, start_daemon)
+        start_session()
+        send = mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
+        assert tree.signal_group(signal.SIGTERM)
+        assert sorted(call.args[0].pid for call in send.mock_calls) == sorted([leader, child])
+        assert {tuple(call.args[1]) for call in send.mock_calls} == {(signal.SIGTERM,)}
+        assert tree.ended == {}, "it is the task's own end"
+
+    def test_nobody(self) -> None:
+        """Where nobody is in the group any more, the caller is told."""
+        tree, leader, _ = lead(start_session)
+        end(leader)
+        assert not tree.signal_group(signal.SIGTERM)
+
+
+class TestKillAll:
+    def test_stopped_before_the_first_is_killed(self, mocker: MockerFixture) -> None:
+        """None is killed before all have come to stop, and so can start no other that nobody is left to tell of."""
+        tree, _, started = lead(*STARTS)
+        send = child_tree.send_signals
+        stopped: list[bool] = []
+
+        def look_and_send(process: Process, signals: Any) -> bool:
+            if signal.SIGKILL in signals and not stopped:
+                stopped.extend(read_process(pid).stopped for pid in started)
+            return send(process, signals)
+
+        mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=look_and_send)
+        with contextlib.closing(Tree()) as held:
+            for pid in started:
+                held.add(pid)
+            killed = tree.kill_all(PATIENCE)
+            assert all(held.gone(pid) for pid in started)
+        assert sorted(process.pid for process in killed) == sorted(started)
+        assert stopped == [True] * len(started)
+        assert set(tree.ended.values()) == {"SIGKILL"}
 
 
 class TestFallbacks:
@@ -1089,6 +1157,16 @@ class TestSendSignal:
         assert list_pending(pid) == 0
         assert send_signals(present, [signal.SIGTERM])
         assert list_pending(pid) == 1 << signal.SIGTERM - 1
+
+    @pytest.mark.parametrize("pidfd", [True, False])
+    def test_denied(self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, *, pidfd: bool) -> None:
+        """A signal that is not allowed is told to the caller, who may have somebody else send it."""
+        if not pidfd:
+            monkeypatch.delattr(os, "pidfd_open")
+        mocker.patch.object(
+            *((signal, "pidfd_send_signal") if pidfd else (os, "kill")), side_effect=PermissionError
+        )
+        assert not send_signals(read_process(os.getpid()), [signal.SIGCONT])
 
     def test_every_signal(self) -> None:
         """A stopped process is told to end, and continued so that it can."""
