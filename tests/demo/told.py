@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 8.0
 """Seconds for which a supervisor is watched: more than the grace period."""
-# Of tests/harness/real_dags/told.py.
+# Of tests/harness/real/dags/told.py.
 SENTENCES = {
     ("sleeps", "409"): "a plain @task that sleeps: somebody sets it to failed",
     ("sleeps", "SIGTERM"): "a plain @task that sleeps: the worker is shut down",

@@ -521,15 +521,14 @@ class TestProcesses:
             run_interruptibly(stop)
 
         def execute() -> None:
-            try:
+            # The second signal may come before the inner task is through with the first.
+            with contextlib.suppress(TaskInterrupted):
                 run_inner()
-            except TaskInterrupted:
-                runner.note("inner interrupted")
             # Whatever it does then.
             select.select([], [], [], PATIENCE)
             runner.note("unreachable")
 
-        assert runner.run(execute) == ["inner on_kill", "inner interrupted", "on_kill"]
+        assert runner.run(execute) == ["inner on_kill", "on_kill"]
 
     def test_nested_task_that_has_ended(self, runner: Runner) -> None:
         """Once it has, SIGTERM is for the task that has run it."""
