@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from tests.mutants.running import Outcome
 
 
+SAID_LENGTH = 100
+
+
 def describe(mutant: Mutant, outcome: Outcome) -> str:
     """Return one line about a mutant that was tried."""
-    return f"{mutant.name}: {tell(outcome)}"
+    said = f" ({outcome.said[:SAID_LENGTH]})" if outcome.said else ""
+    return f"{mutant.name}: {tell(outcome)}{said}"
 
 
 def tell(outcome: Outcome) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from tests.mutants.mutant import Mutant
+    from tests.upstream.results import Result
 
 TIME_LIMIT = 400
 """Seconds for the tests of one mutant; those that hang are found."""
@@ -38,6 +39,8 @@ class Outcome:
 
     found_by: str | None
     """The test that has failed, or what else has happened; None if it has survived."""
+    said: str = ""
+    """The first line of what that test says."""
 
     @property
     def found(self) -> bool:
@@ -55,7 +58,7 @@ def find_broken(environment: Environment, mutants: Iterable[Mutant]) -> list[str
             raise PatchError(
                 f"The tests do not run without a mutant (status {status}):\n{quote_end(folder / 'log')}"
             )
-        return list_broken(folder)
+        return list(list_broken(folder))
 
 
 def run_mutant(mutant: Mutant, environment: Environment, broken: Sequence[str]) -> Outcome:
@@ -72,8 +75,9 @@ def run_mutant(mutant: Mutant, environment: Environment, broken: Sequence[str]) 
         if status not in FINISHED:
             # A fixture or an import has failed where pytest cannot blame a test.
             return Outcome(f"pytest exited {status}: {quote_end(folder / 'log').splitlines()[-1]}")
-        found = list_broken(folder)
-        return Outcome(found[0] if found else None)
+        for test, result in list_broken(folder).items():
+            return Outcome(test, result.message)
+        return Outcome(None)
 
 
 def plant(mutant: Mutant, environment: Environment, folder: Path) -> Environment:
@@ -112,7 +116,7 @@ def run_tests(environment: Environment, folder: Path, options: Iterable[str], li
         kill_inside(folder)
 
 
-def list_broken(folder: Path) -> list[str]:
-    """Return the tests that have failed, by ids that pytest takes."""
+def list_broken(folder: Path) -> dict[str, Result]:
+    """Return what the tests that have failed say, by ids that pytest takes."""
     results = read_report(folder / "report.xml")
-    return [str(TESTS / name) for name, result in results.items() if result.outcome in BROKEN]
+    return {str(TESTS / name): result for name, result in results.items() if result.outcome in BROKEN}

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from patches.releases import find_release
 from patches.rules import load_changes, select_names
 from tests.mutants.mutant import PACKAGE, Mutant, StaleMutantError
 from tests.mutants.table import MUTANTS
+
+
+@functools.cache
+def list_files(version: str) -> tuple[set[str], set[str]]:
+    """Return our sources and test modules that are for a release."""
+    release = find_release(version)
+    changes = load_changes()
+    files = {name for change in changes for name in select_names(change.files, release)}
+    return files, {name for change in changes for name in select_names(change.tests, release)}
+
 
 each = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 
@@ -22,9 +34,7 @@ def test_it_applies(mutant: Mutant) -> None:
 @each
 def test_it_is_tested(mutant: Mutant) -> None:
     """The release on which it is planted has the file, and the test modules that are to find it."""
-    release = find_release(mutant.version)
-    files = {name for change in load_changes() for name in select_names(change.files, release)}
-    tests = {name for change in load_changes() for name in select_names(change.tests, release)}
+    files, tests = list_files(mutant.version)
     assert f"{PACKAGE}/{mutant.file}" in files
     assert mutant.modules
     assert {f"task_sdk/execution_time/{module}" for module in mutant.modules} <= tests

@@ -496,6 +496,14 @@ class TestProcesses:
         assert runner.notes == []
         ready.close()
 
+    def test_forked_child_needs_no_handler(self, runner: Runner) -> None:
+        """SIGTERM ends it by itself: while it is in C code, or waits for a lock, no handler runs."""
+        runner.prepare()
+        told = Relay()
+        with forked(lambda: told.tell(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)):
+            assert told.hear() is True
+        told.close()
+
     def test_forked_child_with_a_handler(self, runner: Runner) -> None:
         """One that has a handler of its own keeps it."""
         runner.prepare()

@@ -1351,6 +1351,16 @@ class TestSudo:
         assert tree.sudo_failures == {os.geteuid(): "there is no sudo"}
 
 
+class TestSudoTime:
+    def test_limit(self, mocker: MockerFixture) -> None:
+        """A sudo that hangs costs a second, where nobody has less time."""
+        popen = mocker.patch.object(subprocess, "Popen", autospec=True)
+        popen.return_value.configure_mock(returncode=0, **{"communicate.return_value": ("", "")})
+        assert child_tree.run_sudo(["sudo"]) is None
+        [call] = popen.return_value.communicate.mock_calls
+        assert 0 < call.kwargs["timeout"] <= 1
+
+
 class TestGroupByOwner:
     def test_effective_user(self, mocker: MockerFixture) -> None:
         """It is the effective user whom sudo is asked to signal as, for a set-user-ID program has another real one."""
