@@ -39,8 +39,8 @@ def forget() -> None:
 
 
 def leave_stopped() -> None:
-    def signal_but_continue(tree: Any, processes: Iterable[Any], *signals: int) -> None:
-        send(tree, processes, *(sig for sig in signals if sig != signal.SIGCONT))
+    def signal_but_continue(tree: Any, processes: Iterable[Any], *signals: int, **options: float) -> None:
+        send(tree, processes, *(sig for sig in signals if sig != signal.SIGCONT), **options)
 
     replace(child_tree.ProcessTree, "signal", signal_but_continue)
 
