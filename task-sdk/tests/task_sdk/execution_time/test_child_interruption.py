@@ -23,6 +23,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -393,12 +394,14 @@ class Interrupting:
 class TestLogging:
     """A log call holds the lock of the log's file, which is not reentrant."""
 
-    def log(self, runner: Runner, execute: Callable[[Any], Any]) -> Any:
+    def log(
+        self, runner: Runner, execute: Callable[[Any], Any], kind: type[Interrupting] = Interrupting
+    ) -> Any:
         """Have a process of its own, which may hang, log into such a file, and tell what came of it."""
         relay = Relay()
 
         def main() -> None:
-            file = Interrupting()
+            file = kind()
             logger = structlog.BytesLogger(file)
             runner.on_kill = lambda: logger.msg(b"from on_kill")
             runner.run(lambda: execute(logger))
@@ -427,6 +430,19 @@ class TestLogging:
             log_twice()
 
         assert self.log(runner, execute) == ["first", "from on_kill", "on_kill"]
+
+    def test_profiler(self, runner: Runner) -> None:
+        """Where a profiler takes the place of what waits for the log call's end, ``on_kill`` runs at the task's end."""
+
+        class Profiled(Interrupting):
+            def flush(self) -> None:
+                sys.setprofile(None)
+
+        def execute(logger: Any) -> None:
+            logger.msg(b"from execute")
+            runner.note("went on")
+
+        assert self.log(runner, execute, Profiled) == ["from execute", "from on_kill", "went on", "on_kill"]
 
 
 class TestEventLoop:
