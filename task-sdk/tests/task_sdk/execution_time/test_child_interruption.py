@@ -468,6 +468,19 @@ class TestEventLoop:
             "other cleaned up",
         ]
 
+    def test_loop_of_its_own(self, runner: Runner) -> None:
+        """A loop that nobody cleans up after is not left with coroutines that have not been cleaned up."""
+
+        async def main() -> None:
+            asyncio.get_running_loop().call_later(0.01, stop)
+            try:
+                await asyncio.sleep(PATIENCE)
+            finally:
+                runner.note("cleaned up")
+
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            assert runner.run(lambda: loop.run_until_complete(main())) == ["on_kill", "cleaned up"]
+
     def test_step_of_a_coroutine(self, runner: Runner) -> None:
         """A coroutine that is at work is interrupted there, and the others cancelled, though nobody waits for it."""
 
@@ -511,6 +524,14 @@ class TestProcesses:
         run_interruptibly(execute)
         assert runner.notes == []
         ready.close()
+
+    def test_forked_child_in_c_code(self, runner: Runner) -> None:
+        """It does so also while it runs no Python code, for which a handler would have to wait."""
+        runner.prepare()
+        told = Relay()
+        with forked(lambda: told.tell(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)):
+            assert told.hear() is True
+        told.close()
 
     def test_forked_child_with_a_handler(self, runner: Runner) -> None:
         """One that has a handler of its own keeps it."""
