@@ -193,7 +193,8 @@ class TestExitWatch:
         due = time.monotonic() + 0.1
         watch.wake_at(due)
         assert watch.select(selector, timeout=NEVER, exit_code=None) == []
-        assert due <= time.monotonic() < due + PATIENCE
+        assert time.monotonic() >= due
+        assert not child.exited()
         watch.wake_at(None)
         timer = threading.Timer(0.1, child.finish)
         timer.start()
