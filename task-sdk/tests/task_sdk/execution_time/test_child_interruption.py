@@ -475,8 +475,9 @@ class TestEventLoop:
             asyncio.get_running_loop().call_later(0.01, stop)
             try:
                 await asyncio.sleep(PATIENCE)
-            finally:
+            except asyncio.CancelledError:
                 runner.note("cleaned up")
+                raise
 
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             assert runner.run(lambda: loop.run_until_complete(main())) == ["on_kill", "cleaned up"]
