@@ -469,10 +469,12 @@ class TestEventLoop:
         ]
 
     def test_loop_of_its_own(self, runner: Runner) -> None:
-        """A loop that nobody cleans up after is not left with coroutines that have not been cleaned up."""
+        """A loop that nobody cleans up after, and that waits for events, has its coroutines clean up."""
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
 
         async def main() -> None:
-            asyncio.get_running_loop().call_later(0.01, stop)
+            # Runs when this coroutine waits.
+            asyncio.get_running_loop().call_soon(timer.start)
             try:
                 await asyncio.sleep(PATIENCE)
             except asyncio.CancelledError:
@@ -481,6 +483,7 @@ class TestEventLoop:
 
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             assert runner.run(lambda: loop.run_until_complete(main())) == ["on_kill", "cleaned up"]
+        timer.join()
 
     def test_step_of_a_coroutine(self, runner: Runner) -> None:
         """A coroutine that is at work is interrupted there, and the others cancelled, though nobody waits for it."""

@@ -61,6 +61,8 @@ from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.sdk.execution_time import child_teardown, comms
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
 pytestmark = pytest.mark.usefixtures("faulty_surroundings")
@@ -137,15 +139,16 @@ class TestExceptions:
         second: BaseException | None = None,
         place: tuple[Any, str] = (child_teardown, "serve_sockets"),
         log: Log | None = None,
+        runner: Callable[[], Any] = be_deaf_runner,
     ) -> Outcome:
         """
-        Supervise a deaf task with a deaf daemon; the code is that of the runner, what was raised is in the log.
+        Supervise a task, deaf unless said otherwise, with a deaf daemon; the code is that of the runner, what was raised is in the log.
 
         :param second: what is raised once while the task is being ended, at a place.
         """
 
         def target() -> None:
-            be_deaf_runner()
+            runner()
             detach(lambda: be_deaf(relay))
             os.write(1, b"line\n")
             wait_to_end(relay)
@@ -197,7 +200,9 @@ class TestExceptions:
             SteppingApi(self.raise_in_handler),
             second=LookupError("hard limit"),
             place=(child_teardown.Teardown, "terminate"),
+            runner=lambda: None,
         )
+        assert outcome.code == -signal.SIGTERM
         assert outcome.left == []
         assert outcome.find("raised", "SystemExit(3)")
 
