@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-from task_sdk.execution_time.teardown.supervised_task import PATIENCE, fork
+from task_sdk.execution_time.teardown.supervised_task import NEVER, PATIENCE, fork
 
 from airflow.sdk.execution_time import child_exit
 from airflow.sdk.execution_time.child_exit import ExitWatch, release_sockets
@@ -210,17 +210,22 @@ class TestExitWatch:
 
     def test_wakes_at_a_time(self, child: Child, selector: selectors.BaseSelector) -> None:
         """The loop is woken for what is due besides the exit, once it is told of it; then no more."""
+        # Instead of a wait without an end.
+        awaken = threading.Timer(PATIENCE, child.finish)
+        awaken.start()
         watch = ExitWatch()
         watch.start(selector, child.pid)
         due = time.monotonic() + 0.1
         watch.wake_at(due)
-        assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
+        assert watch.select(selector, timeout=NEVER, exit_code=None) == []
         assert time.monotonic() >= due
+        assert not child.exited()
         watch.wake_at(None)
         timer = threading.Timer(0.1, child.finish)
         timer.start()
         watch.select(selector, timeout=PATIENCE, exit_code=None)
         timer.join()
+        awaken.cancel()
         child.wait()
         watch.close(selector)
 

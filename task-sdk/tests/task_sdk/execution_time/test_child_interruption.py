@@ -23,6 +23,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -393,12 +394,14 @@ class Interrupting:
 class TestLogging:
     """A log call holds the lock of the log's file, which is not reentrant."""
 
-    def log(self, runner: Runner, execute: Callable[[Any], Any]) -> Any:
+    def log(
+        self, runner: Runner, execute: Callable[[Any], Any], kind: type[Interrupting] = Interrupting
+    ) -> Any:
         """Have a process of its own, which may hang, log into such a file, and tell what came of it."""
         relay = Relay()
 
         def main() -> None:
-            file = Interrupting()
+            file = kind()
             logger = structlog.BytesLogger(file)
             runner.on_kill = lambda: logger.msg(b"from on_kill")
             runner.run(lambda: execute(logger))
@@ -428,6 +431,19 @@ class TestLogging:
 
         assert self.log(runner, execute) == ["first", "from on_kill", "on_kill"]
 
+    def test_profiler(self, runner: Runner) -> None:
+        """Where a profiler takes the place of what waits for the log call's end, ``on_kill`` runs at the task's end."""
+
+        class Profiled(Interrupting):
+            def flush(self) -> None:
+                sys.setprofile(None)
+
+        def execute(logger: Any) -> None:
+            logger.msg(b"from execute")
+            runner.note("went on")
+
+        assert self.log(runner, execute, Profiled) == ["from execute", "from on_kill", "went on", "on_kill"]
+
 
 class TestEventLoop:
     def test_waiting_coroutines_are_cancelled(self, runner: Runner) -> None:
@@ -451,6 +467,23 @@ class TestEventLoop:
             "on_kill",
             "other cleaned up",
         ]
+
+    def test_loop_of_its_own(self, runner: Runner) -> None:
+        """A loop that nobody cleans up after, and that waits for events, has its coroutines clean up."""
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+
+        async def main() -> None:
+            # Runs when this coroutine waits.
+            asyncio.get_running_loop().call_soon(timer.start)
+            try:
+                await asyncio.sleep(PATIENCE)
+            except asyncio.CancelledError:
+                runner.note("cleaned up")
+                raise
+
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            assert runner.run(lambda: loop.run_until_complete(main())) == ["on_kill", "cleaned up"]
+        timer.join()
 
     def test_step_of_a_coroutine(self, runner: Runner) -> None:
         """A coroutine that is at work is interrupted there, and the others cancelled, though nobody waits for it."""

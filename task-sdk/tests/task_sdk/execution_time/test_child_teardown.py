@@ -546,7 +546,15 @@ class TestKill:
         process._tree.find.side_effect = RuntimeError
         with structlog.testing.capture_logs() as logs:
             assert end_leftovers(process, -9, conf) == -9
+        assert {entry["log_level"] for entry in logs} == {"error"}
+
+    def test_error_of_a_signal_handler(self, conf: Conf, process: Any) -> None:
+        """One that cuts the teardown short, as the soft time limit of Celery, does not spare what is left."""
+        process._tree.find.side_effect = [InterruptedError, []]
+        with structlog.testing.capture_logs() as logs:
+            end_leftovers(process, -9, conf)
         assert [entry["log_level"] for entry in logs] == ["error"]
+        assert process._tree.find.call_count == 2
 
 
 class TestNotStarted:

@@ -92,6 +92,9 @@ KILL_WAIT = 0.2
 LOOK_INTERVAL = 0.5
 """Seconds between looks for what leftovers start while they end."""
 
+LEFTOVER_TRIES = 2
+"""A signal handler that raises, as that of Celery's soft time limit, may cut the first one short."""
+
 POLL_INTERVAL = 0.02
 """Seconds between looks at a process that cannot be watched."""
 
@@ -176,12 +179,14 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     if exit_code is not None and process._new_session:
         # Serving the sockets below asks for the exit code again, which can be collected only once.
         process._exit_code = exit_code
-        try:
-            if not ended_well(process, exit_code):
-                heed_policy(process, exit_code, conf)
-        except Exception:
-            # The state is still to be told: without it the task counts as running until the heartbeat timeout.
-            log.exception("What a task has left running could not be ended", pid=process.pid)
+        for _ in range(LEFTOVER_TRIES):
+            try:
+                if not ended_well(process, exit_code):
+                    heed_policy(process, exit_code, conf)
+                break
+            except Exception:
+                # The state is still to be told: without it the task counts as running until the heartbeat timeout.
+                log.exception("What a task has left running could not be ended", pid=process.pid)
     return exit_code
 
 
@@ -318,8 +323,7 @@ def send_heartbeat_if_due(process: Any) -> None:
     """Tell the server that the task has not ended yet: it would start a retry beside what is left of this try."""
     now = time.monotonic()
     if (
-        process._exit_code is None
-        or process._stop.server_ended
+        process._stop.server_ended
         or process.failed_heartbeats
         or now - process._last_heartbeat_attempt < HEARTBEAT_INTERVAL
     ):

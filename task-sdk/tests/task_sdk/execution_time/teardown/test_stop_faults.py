@@ -61,6 +61,8 @@ from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.sdk.execution_time import child_teardown, comms
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
 pytestmark = pytest.mark.usefixtures("faulty_surroundings")
@@ -130,32 +132,43 @@ class TestExceptions:
     """Exceptions that leave the supervisor's loop."""
 
     def end_by_exception(
-        self, relay: Relay, api: Api, second: BaseException | None = None, log: Log | None = None
+        self,
+        relay: Relay,
+        api: Api,
+        *,
+        second: BaseException | None = None,
+        place: tuple[Any, str] = (child_teardown, "serve_sockets"),
+        log: Log | None = None,
+        runner: Callable[[], Any] = be_deaf_runner,
     ) -> Outcome:
-        """Supervise a deaf task with a deaf daemon; the code is that of the runner, what was raised is in the log."""
+        """
+        Supervise a task, deaf unless said otherwise, with a deaf daemon; the code is that of the runner, what was raised is in the log.
+
+        :param second: what is raised once while the task is being ended, at a place.
+        """
 
         def target() -> None:
-            be_deaf_runner()
+            runner()
             detach(lambda: be_deaf(relay))
             os.write(1, b"line\n")
             wait_to_end(relay)
 
-        def raise_once(*args: Any) -> None:
-            child_teardown.serve_sockets = serve
+        def raise_once(*_: Any) -> None:
+            setattr(*place, original)
             raise second
 
         def main() -> dict[str, Any]:
             process = start_task(target, api, logger=(log or Log()).logger)
             hear_ready(relay)
             if second:
-                child_teardown.serve_sockets = raise_once
+                setattr(*place, raise_once)
             try:
                 process.wait()
             except BaseException as error:  # noqa: BLE001 - it is the result
                 raised = {"log_level": "raised", "event": repr(error)}
             return {"code": process._exit_code, "log": [raised]}
 
-        serve = child_teardown.serve_sockets
+        original = getattr(*place)
         return supervise(main)
 
     def raise_in_handler(self) -> None:
@@ -175,10 +188,23 @@ class TestExceptions:
     @pytest.mark.parametrize("second", [KeyboardInterrupt(), LookupError("hard limit")])
     def test_second(self, relay: Relay, second: BaseException) -> None:
         """One that comes while the task is being ended cuts its grace short, and leaves nothing either."""
-        outcome = self.end_by_exception(relay, SteppingApi(self.raise_in_handler), second)
+        outcome = self.end_by_exception(relay, SteppingApi(self.raise_in_handler), second=second)
         assert outcome.left == []
         assert outcome.code == -signal.SIGKILL
         assert outcome.find("raised", type(second).__name__)
+
+    def test_second_while_leftovers_end(self, relay: Relay) -> None:
+        """One that cuts short how leftovers are ended leaves none of them, either."""
+        outcome = self.end_by_exception(
+            relay,
+            SteppingApi(self.raise_in_handler),
+            second=LookupError("hard limit"),
+            place=(child_teardown.Teardown, "terminate"),
+            runner=lambda: None,
+        )
+        assert outcome.code == -signal.SIGTERM
+        assert outcome.left == []
+        assert outcome.find("raised", "SystemExit(3)")
 
     def test_log_that_cannot_be_written(self, relay: Relay) -> None:
         """A disk that is full ends the task, and nothing that is left of it."""
