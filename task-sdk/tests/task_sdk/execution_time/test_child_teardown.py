@@ -292,6 +292,12 @@ class TestTerminate:
         end_leftovers(process, -9, conf)
         assert GRACE <= clock.passed < GRACE + 1
 
+    def test_grace_of_a_kill(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What the runner has left of the grace of a kill is all that its leftovers have."""
+        process._exit_watch.expect_exit(2)
+        end_leftovers(process, -9, conf)
+        assert 2 <= clock.passed <= 3
+
     def test_nobody(self, conf: Conf, process: Any, clock: Clock) -> None:
         """Nobody is waited for where nobody is."""
         process._tree.find.return_value = process._tree.kill_all.return_value = []
