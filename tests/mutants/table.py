@@ -21,7 +21,7 @@ IN_TREE = [
         "            members = self.stop(time_limit, with_leader=with_leader)\n        finally:",
         "            members = sort_to_kill(self.find(with_leader=with_leader))\n        finally:",
         "what forks while it is killed leaves a child",
-        ("test_child_tree.py", "test_child_teardown.py", "teardown/test_stopped_leftovers.py"),
+        ("test_child_tree.py", "test_child_teardown.py"),
     ),
     Mutant(
         "tree-leaves-the-stopped",
@@ -29,7 +29,7 @@ IN_TREE = [
         "self.signal(members or self._stopped, signal.SIGKILL, deadline=deadline)",
         "self.signal(members, signal.SIGKILL, deadline=deadline)",
         "an exception between SIGSTOP and SIGKILL leaves a tree stopped for ever",
-        ("test_child_tree.py", "test_child_teardown.py", "teardown/test_stopped_leftovers.py"),
+        ("test_child_tree.py", "test_child_teardown.py"),
     ),
     Mutant(
         "tree-takes-its-supervisor",
@@ -304,7 +304,7 @@ IN_TEARDOWN = [
         "STOP_TIME = 0.2",
         "STOP_TIME = 0",
         "SIGKILL comes before anybody has come to stop",
-        ("test_child_teardown.py", "teardown/test_stopped_leftovers.py"),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-does-not-continue",
@@ -312,7 +312,7 @@ IN_TEARDOWN = [
         "self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)",
         "self._tree.signal(fresh, signal.SIGTERM, deadline=self._deadline)",
         "a stopped leftover cannot act on SIGTERM, and costs the whole grace",
-        ("test_child_teardown.py", "teardown/test_leftovers.py"),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-kills-for-long",
@@ -456,7 +456,7 @@ IN_TEARDOWN = [
         "        # A descendant that has lost its mark can only be found while its parent is alive.\n        tree.remember()",
         "        pass",
         "what has lost its mark is left when SIGTERM is passed on",
-        ("test_child_teardown.py", "teardown/test_stopping.py"),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-kills-by-number",

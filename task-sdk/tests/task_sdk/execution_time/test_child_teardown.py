@@ -265,6 +265,22 @@ class TestSurvivors:
         assert process._exit_watch.sockets_overdue(-9)
         assert process._exit_watch.exit_expected
         assert process._exit_watch.grace_ends(default=60) <= time.monotonic()
+        process._exit_watch._started = True
+        assert process._exit_watch._limit(60, process.selector, -9) == 0, "nobody is followed any more"
+
+    def test_next_look_has_the_descriptor_of_the_wait(self, conf: Conf, process: Any) -> None:
+        """The file descriptor by which one is waited for may be the last one, which the next look needs."""
+        own = replace(STUBBORN, pid=os.getpid())  # which a tree that is a mock does not signal
+        held: list[int] = []
+
+        def look(*_: Any, **__: Any) -> list[Process]:
+            held.append(len(os.listdir("/proc/self/fd")))
+            return [own]
+
+        process._tree.find.side_effect = process._tree.kill_all.side_effect = look
+        end_leftovers(process, -9, conf)
+        assert len(held) > 2
+        assert len(set(held)) == 1
 
 
 class TestTerminate:
