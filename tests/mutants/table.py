@@ -464,10 +464,7 @@ IN_TEARDOWN = [
         "    if process._new_session and not is_unreaped_child(process.pid):",
         "    if False:",
         "a kill polls, and signals, the number of a runner that somebody else has collected",
-        (
-            "test_child_teardown.py",
-            "teardown/test_stolen_status.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-forgets-the-tree-at-a-kill",
@@ -507,10 +504,7 @@ IN_TEARDOWN = [
         "            kill_runner(process)\n            end_leftovers",
         "            end_leftovers",
         "a runner that is deaf outlives the exception that has ended its supervisor",
-        (
-            "test_child_teardown.py",
-            "teardown/test_stop_faults.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-keeps-the-leftovers-of-a-failed-supervisor",
@@ -518,10 +512,7 @@ IN_TEARDOWN = [
         "            end_leftovers(process, process._exit_code, conf)\n        raise",
         "            pass\n        raise",
         "what a task has left outlives the exception that has ended its supervisor",
-        (
-            "test_child_teardown.py",
-            "teardown/test_stop_faults.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-swallows-the-exception",
@@ -529,10 +520,7 @@ IN_TEARDOWN = [
         "            end_leftovers(process, process._exit_code, conf)\n        raise",
         "            end_leftovers(process, process._exit_code, conf)",
         "a supervisor whose loop has failed goes on as if the task had ended",
-        (
-            "test_child_teardown.py",
-            "teardown/test_stop_faults.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-waits-for-nobody",
@@ -596,10 +584,7 @@ IN_TEARDOWN = [
         "    process._exit_watch.unfollow(process.selector)\n",
         "",
         "sockets that a survivor holds keep the supervisor",
-        (
-            "test_child_teardown.py",
-            "teardown/test_faults.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-holds-a-descriptor",
@@ -607,10 +592,7 @@ IN_TEARDOWN = [
         "        # It may have taken the last file descriptor, which the next look needs.\n        self._process._exit_watch.close(self._process.selector)\n",
         "",
         "where descriptors are scarce a look after the first wait finds nobody",
-        (
-            "test_child_teardown.py",
-            "teardown/test_faults.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-minds-exceptions-alone",
@@ -618,10 +600,7 @@ IN_TEARDOWN = [
         "    except BaseException as error:\n        grace",
         "    except Exception as error:\n        grace",
         "SystemExit and KeyboardInterrupt leave a task that nobody watches",
-        (
-            "test_child_teardown.py",
-            "teardown/test_stop_faults.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-keeps-what-an-interrupt-has-started",
@@ -637,10 +616,7 @@ IN_TEARDOWN = [
         "        configure_tree(process._tree, conf)\n        process._exit_watch.expect_exit(grace)",
         "        process._exit_watch.expect_exit(grace)",
         "an exception ends programs that tasks share",
-        (
-            "test_child_teardown.py",
-            "teardown/test_stop_faults.py",
-        ),
+        ("test_child_teardown.py",),
     ),
     Mutant(
         "teardown-keeps-those-that-came-late",
