@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tests.mutants.running import Outcome
 
 AT_ONCE = 2
+# A file has no width of its own; at this one few rows of the table are wrapped.
+COLUMNS_IN_FILE = 220
 SURVIVED, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plant the mutants; return 1 if any survives, or if a test fails without one, and 2 after a sentence on stderr."""
     options = parse_arguments(arguments)
     console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = COLUMNS_IN_FILE
     mutants = [mutant for mutant in MUTANTS if mutant.name.startswith(tuple(options.name) or "")]
     if not mutants:
         errors.print("No mutant has a name that begins so: --list names them all.")

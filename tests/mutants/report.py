@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 SAID_LENGTH = 100
+"""Characters."""
 
 
 def describe(mutant: Mutant, outcome: Outcome) -> str:
@@ -33,7 +34,7 @@ def print_report(
     console: Console, outcomes: Mapping[Mutant, Outcome], broken: Mapping[str, Sequence[str]]
 ) -> None:
     """Print the table of mutants, then what tests fail without any."""
-    table = Table("mutant", "breaks", "found by")
+    table = Table(Column("mutant", no_wrap=True), "breaks", Column("found by", overflow="fold"))
     for mutant, outcome in outcomes.items():
         table.add_row(mutant.name, mutant.breaks, tell(outcome))
     console.print(table, markup=False)

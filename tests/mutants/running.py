@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
     from tests.mutants.mutant import Mutant
     from tests.upstream.results import Result
 
-TIME_LIMIT = 400
+TIME_LIMIT = 240
 """Seconds for the tests of one mutant; those that hang are found."""
 
 CONTROL_TIME_LIMIT = 1800
 """The same for all tests without a mutant."""
+
+MEMORY_LIMIT = 4 << 30
+"""Bytes of address space for each process: a mock that is called for ever keeps every call."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def run_tests(environment: Environment, folder: Path, options: Iterable[str], li
             start_new_session=True,
         )
     try:
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
         return process.wait(limit)
     except subprocess.TimeoutExpired:
         return None

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import pytest
 
 from patches.releases import find_release
 from patches.rules import load_changes, select_names
+from tests.harness.environments import Environment, name_python
+from tests.mutants.__main__ import UNUSABLE, main
 from tests.mutants.mutant import PACKAGE, Mutant, StaleMutantError
+from tests.mutants.running import plant
 from tests.mutants.table import MUTANTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MADE_UP = Mutant("M00", "child_stop.py", "twice", "once", "nothing", ("test_child_stop.py",))
 
 
 @functools.cache
@@ -49,6 +58,37 @@ def test_names() -> None:
 @pytest.mark.parametrize("source", ["", "twice, twice"])
 def test_stale(source: str) -> None:
     """What is not there, or not once, is an error that names the mutant."""
-    mutant = Mutant("M00", "child_stop.py", "twice", "once", "nothing", ("test_child_stop.py",))
     with pytest.raises(StaleMutantError, match="M00"):
-        mutant.mutate(source)
+        MADE_UP.mutate(source)
+
+
+def test_copy(tmp_path: Path) -> None:
+    """The mutant is in a copy, without the bytecode of the original, which stays what it was."""
+    site_packages = f"venv/lib/python3.11/site-packages/{PACKAGE}"
+    original = tmp_path / "original" / site_packages / MADE_UP.file
+    compiled = original.parent / "__pycache__" / "child_stop.cpython-311.pyc"
+    compiled.parent.mkdir(parents=True)
+    original.write_text("do it twice")
+    compiled.touch()
+    environment = Environment(
+        find_release("1.3.2"), tmp_path / "original", name_python(tmp_path / "original")
+    )
+    planted = plant(MADE_UP, environment, tmp_path / "copy")
+    copy = tmp_path / "copy" / site_packages
+    assert planted.python.is_relative_to(tmp_path / "copy")
+    assert (copy / MADE_UP.file).read_text() == "do it once"
+    assert original.read_text() == "do it twice"
+    assert compiled.exists()
+    assert not list((copy / "__pycache__").iterdir())
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is listed with what it breaks, and none is run."""
+    assert main(["--list", MUTANTS[0].name]) == 0
+    assert capsys.readouterr().out == f"{MUTANTS[0].name}: {MUTANTS[0].breaks}\n"
+
+
+def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that no mutant has gets one sentence, and a status of its own."""
+    assert main(["nobody"]) == UNUSABLE
+    assert "--list" in capsys.readouterr().err

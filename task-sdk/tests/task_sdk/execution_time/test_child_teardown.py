@@ -45,6 +45,7 @@ from airflow.sdk.execution_time.child_stop import StopRequest, catch_stop_signal
 from airflow.sdk.execution_time.child_teardown import (
     NAMED_IN_LOG,
     end_leftovers,
+    end_on_exception,
     end_unless_started,
     handle_request_of_tree,
     prepare_kill,
@@ -242,6 +243,15 @@ class TestSurvivors:
         named = [[named["pid"] for named in call.kwargs["processes"]] for call in process.process_log.calls]
         assert named == [[gone.pid], [STUBBORN.pid]]
 
+    def test_ended_is_told_once(self, conf: Conf, process: Any) -> None:
+        """What was ended is not told of again, as when kill() comes after the end."""
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        process._tree.ended = {STUBBORN: "SIGTERM"}
+        for _ in "ab":
+            end_leftovers(process, -9, conf)
+        [call] = process.process_log.calls
+        assert call.kwargs["count"] == 1
+
     def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
         """What goes wrong with a request of the task does not end the teardown."""
         process._service_subprocess = Mock(side_effect=RuntimeError)
@@ -255,6 +265,22 @@ class TestSurvivors:
         assert process._exit_watch.sockets_overdue(-9)
         assert process._exit_watch.exit_expected
         assert process._exit_watch.grace_ends(default=60) <= time.monotonic()
+        process._exit_watch._started = True
+        assert process._exit_watch._limit(60, process.selector, -9) == 0, "nobody is followed any more"
+
+    def test_next_look_has_the_descriptor_of_the_wait(self, conf: Conf, process: Any) -> None:
+        """The file descriptor by which one is waited for may be the last one, which the next look needs."""
+        own = replace(STUBBORN, pid=os.getpid())  # which a tree that is a mock does not signal
+        held: list[int] = []
+
+        def look(*_: Any, **__: Any) -> list[Process]:
+            held.append(len(os.listdir("/proc/self/fd")))
+            return [own]
+
+        process._tree.find.side_effect = process._tree.kill_all.side_effect = look
+        end_leftovers(process, -9, conf)
+        assert len(held) > 2
+        assert len(set(held)) == 1
 
 
 class TestTerminate:
@@ -281,6 +307,12 @@ class TestTerminate:
         process._tree.look_failure = "Too many open files"
         end_leftovers(process, -9, conf)
         assert GRACE <= clock.passed < GRACE + 1
+
+    def test_grace_of_a_kill(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What the runner has left of the grace of a kill is all that its leftovers have."""
+        process._exit_watch.expect_exit(2)
+        end_leftovers(process, -9, conf)
+        assert 2 <= clock.passed <= 3
 
     def test_nobody(self, conf: Conf, process: Any, clock: Clock) -> None:
         """Nobody is waited for where nobody is."""
@@ -409,6 +441,13 @@ class TestTold:
         end_leftovers(process, 0, conf)
         assert process._tree.kill_all.called
 
+    def test_last_words(self, conf: Conf, process: Any) -> None:
+        """What a runner has said before it exited is heard before anything is ended."""
+        process.selector.select.side_effect = [["a message"], []]
+        process._service_subprocess = lambda max_wait_time: setattr(process, "_terminal_state", "success")
+        assert end_leftovers(process, 1, conf) == 1
+        assert not process._tree.mock_calls
+
     @pytest.mark.usefixtures("clock")
     def test_silence_after_a_stop(self, conf: Conf, process: Any) -> None:
         """A runner that was told to stop, and exits with 0 without a word, leaves nothing."""
@@ -522,6 +561,22 @@ class TestKill:
         assert 0.1 <= call.args[0] <= 0.5
         assert call.kwargs == {"with_leader": True}
 
+    def test_runner_that_somebody_else_has_collected(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """Its number may be another's: nobody is signalled by it, and what it has left ends here and now."""
+        child_teardown.is_unreaped_child.return_value = False
+        prepare_kill(process, GRACE, conf)
+        assert process._exit_code == 1, "unknown is not success"
+        assert process._tree.kill_all.called
+        process._tree.reset_mock()
+        assert signal_tree(process, signal.SIGTERM)
+        assert not process._tree.mock_calls
+
+    def test_tree_of_a_kill(self, conf: Conf, process: Any) -> None:
+        """Who belongs is noted before kill() sends a signal, be that SIGKILL to the group alone."""
+        conf.read_dict({"workers": {"leftover_policy": "report"}})
+        prepare_kill(process, GRACE, conf)
+        process._tree.remember.assert_called_once_with()
+
     def test_tree_of_a_signal(self, process: Any) -> None:
         """Who belongs is noted before any other signal is passed on: the runner may end of it at once."""
         process._tree.signal_leader.side_effect = lambda _: process._tree.remember.called
@@ -557,11 +612,55 @@ class TestKill:
         assert process._tree.find.call_count == 2
 
 
+class TestExceptions:
+    """What becomes of a task whose supervisor cannot go on."""
+
+    def test_second_exception(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """One that cuts the end of the leftovers short does not spare them."""
+
+        def interrupt() -> None:
+            if process._exit_code is None:
+                process._exit_code = -9
+                raise KeyboardInterrupt
+
+        clock.meanwhile = interrupt
+        with pytest.raises(KeyboardInterrupt), end_on_exception(process, conf):
+            raise RuntimeError
+        assert process._tree.kill_all.called
+
+    @pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit])
+    def test_any_exception(self, conf: Conf, process: Any, clock: Clock, error: type[BaseException]) -> None:
+        """Whatever it is, the task is asked to end, is killed when its grace is over, and the exception goes on."""
+        with pytest.raises(error), end_on_exception(process, conf):
+            raise error
+        signals = [call.args[0] for call in process._tree.signal_leader.call_args_list]
+        assert signals == [signal.SIGTERM, signal.SIGKILL]
+        assert process._tree.kill_all.called
+        assert GRACE <= clock.passed <= GRACE + 1
+
+    def test_spared(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What the deployment spares is spared here, too, from the first signal on."""
+        conf.read_dict({"workers": {"spared_leftovers": "ssh"}})
+        told: list[Any] = []
+        process._tree.signal_group.side_effect = lambda _: told.append(process._tree.spared)
+        with pytest.raises(RuntimeError), end_on_exception(process, conf):
+            raise RuntimeError
+        assert told[0] == {"ssh"}
+
+
 class TestNotStarted:
     @pytest.fixture(autouse=True)
     def leave_nothing(self) -> Iterator[None]:
         with ending_all():
             yield
+
+    @pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
+    def test_any_exception(self, mocker: MockerFixture, error: type[BaseException]) -> None:
+        """Whatever keeps a process from becoming a task, its tree is killed."""
+        kill = mocker.patch.object(ProcessTree, "kill_all", autospec=True, return_value=[])
+        with pytest.raises(error), end_unless_started():
+            raise error
+        kill.assert_called_once()
 
     def test_time_is_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a process has started that does not become a task is killed, however late its supervisor comes to it."""
