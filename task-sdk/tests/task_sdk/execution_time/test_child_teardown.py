@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -605,7 +606,7 @@ class TestKill:
 
     def test_error_of_a_signal_handler(self, conf: Conf, process: Any) -> None:
         """One that cuts the teardown short, as the soft time limit of Celery, does not spare what is left."""
-        process._tree.find.side_effect = [InterruptedError, []]
+        process._tree.find.side_effect = itertools.chain([InterruptedError], itertools.repeat([]))
         with structlog.testing.capture_logs() as logs:
             end_leftovers(process, -9, conf)
         assert [entry["log_level"] for entry in logs] == ["error"]

@@ -192,7 +192,7 @@ class Interruption:
             log.error("on_kill failed", exc_info=self._on_kill_error)
         if self._outer is not None:
             # The task that runs this one in its own process was told to stop by the same signal.
-            threading.Thread(target=signal_again, daemon=True).start()
+            threading.Thread(target=signal_again, args=(self._outer,), daemon=True).start()
         raise TaskInterrupted(REASON) from error
 
 
@@ -345,10 +345,11 @@ def is_writing_log(frame: FrameType | None) -> bool:
     return False
 
 
-def signal_again() -> None:
-    """Send this process SIGTERM a moment later."""
+def signal_again(outer: Interruption) -> None:
+    """Send this process SIGTERM a moment later, unless its task has ended by then."""
     time.sleep(SIGNAL_DELAY)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if outer.is_executing:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def drop_handler() -> None:
