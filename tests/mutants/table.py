@@ -541,8 +541,8 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-beats-for-the-dead",
         "child_teardown.py",
-        "        or process._stop.server_ended\n        or process.failed_heartbeats",
-        "        or process.failed_heartbeats",
+        "        process._stop.server_ended\n        or process.failed_heartbeats",
+        "        process.failed_heartbeats",
         "a server that has ended the task answers each heartbeat with an error",
         ("test_child_teardown.py",),
     ),
@@ -939,7 +939,7 @@ IN_THE_REST = [
     Mutant(
         "interruption-forgets-the-outer-task",
         "child_interruption.py",
-        "            threading.Thread(target=signal_again, daemon=True).start()",
+        "            threading.Thread(target=signal_again, args=(self._outer,), daemon=True).start()",
         "            pass",
         "dag.test() goes on with the next task when it is told to stop",
         ("test_child_interruption.py",),

@@ -68,6 +68,11 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", raising=False)
 
 
+def longest_gap(times: list[float]) -> float:
+    """Return the longest time between two events that follow one another."""
+    return max(times[i] - times[i - 1] for i in range(1, len(times)))
+
+
 class Conf(ConfigParser):
     """Airflow's, as far as this goes: what is set in the file, and a grace that nobody has set."""
 
@@ -225,7 +230,7 @@ class TestSurvivors:
         process._tree.kill_all.side_effect = kill_all
         end_leftovers(process, -9, conf)
         assert len(killed_at) >= 3
-        assert max(later - earlier for earlier, later in zip(killed_at, killed_at[1:])) < 0.5
+        assert longest_gap(killed_at) < 0.5
 
     def test_log_line_has_an_end(self, conf: Conf, process: Any) -> None:
         """A hundred processes are named, of those that have ended and of those that have not, and all are counted."""
@@ -345,7 +350,7 @@ class TestTerminate:
 
         process._tree.find.side_effect = look
         end_leftovers(process, -9, conf)
-        assert max(later - earlier for earlier, later in zip(looked_at, looked_at[1:])) <= 1
+        assert longest_gap(looked_at) <= 1
 
     def test_told_to_stop(self, conf: Conf, process: Any, clock: Clock) -> None:
         """A supervisor that is told to stop ends the grace: whoever has told it may kill it soon. Both logs say so."""

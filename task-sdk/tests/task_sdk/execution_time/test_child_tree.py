@@ -1204,7 +1204,7 @@ class TestSudo:
 
         def own(tree: ProcessTree, *uids: int) -> list[Process]:
             processes = tree.find()
-            by_owner = {uid: [process] for uid, process in zip(uids, processes)}
+            by_owner = {uid: [processes[i]] for i, uid in enumerate(uids)}
             mocker.patch.object(child_tree, "group_by_owner", autospec=True, return_value=by_owner)
             return processes
 

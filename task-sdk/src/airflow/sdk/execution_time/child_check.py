@@ -49,8 +49,9 @@ import psutil
 import structlog
 
 from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
-from airflow.sdk.execution_time import child_tree, supervisor
+from airflow.sdk.execution_time import child_teardown, child_tree, supervisor
 from airflow.sdk.execution_time.child_policy import (
+    LeftoverPolicy,
     find_grace,
     find_leftover_policy,
     find_spared_names,
@@ -344,6 +345,18 @@ def hold_processes() -> Iterator[tuple[dict[str, Leash], ActivitySubprocess]]:
         yield leashes, task
 
 
+@contextmanager
+def ending_always() -> Iterator[None]:
+    """Have the proof show what can be ended, whatever the deployment has chosen to spare."""
+    chosen = child_teardown.find_leftover_policy, child_teardown.find_spared_names
+    setattr(child_teardown, "find_leftover_policy", lambda _conf: LeftoverPolicy.ALWAYS)  # noqa: B010 - a function
+    setattr(child_teardown, "find_spared_names", lambda _conf: frozenset())  # noqa: B010
+    try:
+        yield
+    finally:
+        child_teardown.find_leftover_policy, child_teardown.find_spared_names = chosen
+
+
 def prove() -> tuple[Means, Proof]:
     """
     Kill a task that has started some stubborn processes, and see what is left.
@@ -352,7 +365,7 @@ def prove() -> tuple[Means, Proof]:
     """
     # As whoever supervises tasks does first, from SDK 1.2 on; its tasks inherit that.
     getattr(supervisor, "_make_process_nondumpable", lambda: None)()
-    with hold_processes() as (leashes, task):
+    with ending_always(), hold_processes() as (leashes, task):
         means = find_means(task)
         began = time.monotonic()
         task.kill(signal.SIGTERM, escalation_delay=PROOF_GRACE, force=True)
@@ -518,7 +531,7 @@ def examine(run_as_user: str | None) -> Findings:
         means, proof = prove()
     except CheckFailedError as error:
         problems.append(f"the proof failed: {error}")
-    except Exception as error:  # noqa: BLE001 - whatever the supervisor dies of is the finding
+    except Exception as error:
         problems.append(f"the proof failed with {type(error).__name__}: {error}")
     users = find_users(run_as_user)
     problems += find_problems(means, users, proof)

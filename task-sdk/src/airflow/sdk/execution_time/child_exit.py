@@ -76,6 +76,8 @@ class ExitWatch:
         self._sockets_at_start = 0
         self._kill_ends: float | None = None
         self._wake_at = math.inf
+        self.is_waiting = False
+        """Whether :meth:`select` waits, and its caller comes to whatever wakes it at once."""
         self._started = False
         self._follows = False
 
@@ -158,7 +160,12 @@ class ExitWatch:
         if selector.get_map() is None:
             self._sleep_without_selector(timeout)
             return []
-        events = selector.select(timeout=self._limit(timeout, selector, exit_code))
+        limit = self._limit(timeout, selector, exit_code)
+        self.is_waiting = True
+        try:
+            events = selector.select(timeout=limit)
+        finally:
+            self.is_waiting = False
         if not self._started:
             return events
         # The child's sockets have their handlers with them. What else is watched has woken the caller, and that is all.

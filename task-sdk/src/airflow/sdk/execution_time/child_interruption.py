@@ -44,7 +44,7 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import structlog
 
@@ -56,7 +56,7 @@ except ImportError:  # before 1.2
     from airflow.exceptions import AirflowTaskTerminated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 __all__ = [
@@ -80,7 +80,7 @@ REASON = "The task was told to stop (SIGTERM) before it had finished"
 CONFLICT = 409
 """The status of the API's answer when a state is reported of a task that is not to run any more."""
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
 class TaskInterrupted(BaseException):
@@ -138,7 +138,7 @@ class Interruption:
 
         :param frame: what the signal has interrupted, None if that was no log call for sure.
         """
-        if not self._requested or self._delivered or _requests_in_flight:
+        if not self._requested or self._delivered or _requests_in_flight or os.getpid() != self._pid:
             return
         if is_writing_log(frame):
             sys.setprofile(self._deliver_after_log_call)
@@ -159,7 +159,7 @@ class Interruption:
     def _run_on_kill(self) -> None:
         try:
             self._ti.task.on_kill()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the task ends; run() logs it
+        except Exception as error:  # whatever it is, the task ends; run() logs it
             self._on_kill_error = error
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +209,7 @@ def interrupt_on_sigterm(ti: Any) -> None:
 
     :param ti: the ``RuntimeTaskInstance``, whose ``task`` may be replaced by a mapped one later.
     """
-    global _current  # noqa: PLW0603 - signal handlers belong to the process, too
+    global _current  # signal handlers belong to the process, too
     if threading.current_thread() is threading.main_thread():
         _current = Interruption(ti, _current)
         signal.signal(signal.SIGTERM, handle_sigterm)
@@ -217,7 +217,7 @@ def interrupt_on_sigterm(ti: Any) -> None:
 
 def restore_outer(outer: Interruption | None) -> None:
     """Have SIGTERM end the task that has run another one in its own process, if there is one."""
-    global _current  # noqa: PLW0603 - see interrupt_on_sigterm
+    global _current
     _current = outer or _current
 
 
@@ -269,14 +269,14 @@ def request_in_flight() -> Iterator[None]:
 
 def begin_request() -> None:
     """Put off an interruption of the main thread, the only one that can be interrupted."""
-    global _requests_in_flight  # noqa: PLW0603 - see _current
+    global _requests_in_flight
     if threading.current_thread() is threading.main_thread():
         _requests_in_flight += 1
 
 
 def end_request() -> None:
     """Let the main thread be interrupted again, at once if a signal has come meanwhile."""
-    global _requests_in_flight  # noqa: PLW0603 - see _current
+    global _requests_in_flight
     if threading.current_thread() is threading.main_thread() and _requests_in_flight:
         _requests_in_flight -= 1
         if _current is not None:

@@ -26,16 +26,19 @@ Imports nothing of Airflow outside this package.
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiologic
 
 from airflow.sdk.execution_time.child_interruption import begin_request, end_request, request_in_flight
 from airflow.sdk.execution_time.child_requests import expects_answer
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["CommsLock", "reads_answer", "sends_request"]
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
 class CommsLock(aiologic.Lock):  # type: ignore[misc]

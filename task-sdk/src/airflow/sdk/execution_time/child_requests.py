@@ -27,8 +27,10 @@ Imports nothing of Airflow but messages.
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
+
+import structlog
 
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.exceptions import ErrorType
@@ -47,6 +49,11 @@ STATE_REPORTS = (
     "AwaitInputTask",
 )
 """Messages that tell how a task has ended; not every release has each."""
+
+log = structlog.get_logger(logger_name="supervisor")
+
+UTC = timezone(timedelta(0))
+"""``datetime.UTC`` is younger than Python 3.9, which Airflow 3.0 runs on."""
 
 UP_FOR_RETRY = "up_for_retry"
 
@@ -122,8 +129,12 @@ def tell_state(process: Any) -> None:
     process.update_task_state_if_needed()
     untold = getattr(process, "_pending_terminal_state_msg", None)
     if process.final_state == UP_FOR_RETRY and not has_reported(process) and untold is None:
-        process.client.task_instances.retry(
-            id=process.id,
-            end_date=datetime.now(tz=timezone.utc),
-            rendered_map_index=process._rendered_map_index,
-        )
+        try:
+            process.client.task_instances.retry(
+                id=process.id,
+                end_date=datetime.now(tz=UTC),
+                rendered_map_index=process._rendered_map_index,
+            )
+        except Exception:
+            # The server may know already, by the heartbeat timeout, or be away. The logs are still to be uploaded.
+            log.exception("The server could not be told that the task is up for retry", ti_id=process.id)

@@ -33,6 +33,7 @@ __all__ = [
     "deny_silent_success",
     "find_reported_state",
     "has_reported",
+    "is_refused",
     "is_unreaped_child",
     "settle_exit_code",
 ]
@@ -72,6 +73,11 @@ def find_reported_state(process: Any) -> str | None:
     state = process._terminal_state
     name = None if state is None else str(getattr(state, "value", state)).lower()
     return None if name == NOT_REPORTED else name
+
+
+def is_refused(process: Any) -> bool:
+    """Whether the server has ended a task process, or refused the state that it has told."""
+    return process._terminal_state is not None and find_reported_state(process) is None
 
 
 def has_reported(process: Any) -> bool:

@@ -30,6 +30,7 @@ Nothing here imports Airflow outside this package.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import selectors
 import signal
@@ -37,7 +38,7 @@ import socket
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, Callable, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -47,7 +48,7 @@ from airflow.sdk.execution_time.child_session import lead_session, signal_task
 from airflow.sdk.execution_time.child_status import is_unreaped_child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from configparser import ConfigParser
 
     from airflow.sdk.execution_time.child_exit import ExitWatch
@@ -90,6 +91,10 @@ class StopRequest:
         """Whether the supervisor itself has sent SIGKILL, for which nobody else is to be blamed."""
         self.signal_heard = False
         """Whether a signal for the supervisor was logged: the second one changes nothing."""
+        self.told = False
+        """Whether the task was told to stop already, by the handler."""
+        self.heartbeat: threading.Thread | None = None
+        """What sends a heartbeat while leftovers end."""
 
 
 class _SupervisedProcess(Protocol):
@@ -99,6 +104,7 @@ class _SupervisedProcess(Protocol):
     selector: selectors.BaseSelector
     process_log: Any
     failed_heartbeats: int
+    _last_heartbeat_attempt: float
     _task_end_time_monotonic: float | None
     _exit_code: int | None
     _exit_watch: ExitWatch
@@ -114,19 +120,26 @@ class _CaughtSignals:
 
     def __init__(self) -> None:
         self.signum: signal.Signals | None = None
+        self.received_at = 0.0
+        """By time.monotonic()."""
+        self.on_signal: Callable[[], None] | None = None
+        """What the handler calls, once."""
         self._pid = os.getpid()
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
         self.writer.setblocking(False)
 
     def handle(self, signum: int, _frame: object) -> None:
-        """Take note, and nothing else: the code that this interrupts may hold any lock."""
+        """Take note, and neither log nor lock: the code that this interrupts may hold any lock."""
         if os.getpid() != self._pid:
             # A runner, forked a moment ago, that has not come to begin_runner(). It ends, as it would a moment later.
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         elif self.signum is None:
             self.signum = signal.Signals(signum)
+            self.received_at = time.monotonic()
+            if self.on_signal is not None:
+                self.on_signal()
 
     def close(self) -> None:
         self.reader.close()
@@ -145,7 +158,7 @@ def catch_stop_signals() -> Iterator[None]:
     A signal that is ignored stays ignored: Celery's pool and LocalExecutor ignore SIGINT, so that Ctrl-C lets their tasks
     finish. Harmless when nested, and in other threads than the main one, which cannot have handlers.
     """
-    global _caught  # noqa: PLW0603 - signal handlers belong to the process, too
+    global _caught  # signal handlers belong to the process, too
     if _caught is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -173,7 +186,7 @@ def find_caught() -> _CaughtSignals | None:
 
 def forget_caught() -> None:
     """Have nobody look for signals that are not caught any more."""
-    global _caught  # noqa: PLW0603 - see catch_stop_signals
+    global _caught
     _caught = None
 
 
@@ -191,7 +204,7 @@ def restore_handler(signum: int, handler: Any) -> None:
 
 
 @contextlib.contextmanager
-def watch_stop_signals(process: _SupervisedProcess) -> Iterator[None]:
+def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Iterator[None]:
     """Have stop signals wake the selector of ``process`` for the duration, and be caught."""
     with catch_stop_signals():
         caught = find_caught()
@@ -199,11 +212,26 @@ def watch_stop_signals(process: _SupervisedProcess) -> Iterator[None]:
             yield
             return
         process.selector.register(caught.reader, selectors.EVENT_READ)
+        if find_stop_policy(conf, process._stop_policy) is StopPolicy.STOP:
+            caught.on_signal = functools.partial(tell_if_busy, process)
         try:
             yield
         finally:
+            caught.on_signal = None
             if process.selector.get_map() is not None:
                 unregister(process.selector, caught.reader)
+
+
+def tell_if_busy(process: _SupervisedProcess) -> None:
+    """
+    Tell the task to stop at once if the loop is not waiting; to be called by the handler, and so by system calls alone.
+
+    The loop may be in a request to an API server that is away, which is tried again for a minute and more.
+    """
+    if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.told:
+        process._stop.told = True
+        if not signal_task(process, signal.SIGTERM):
+            signal_pid(process.pid)
 
 
 def begin_runner(*steps: Callable[[], object]) -> None:
@@ -218,7 +246,7 @@ def begin_runner(*steps: Callable[[], object]) -> None:
         lead_session()
         for step in steps:
             step()
-    except BaseException:  # noqa: BLE001 - SystemExit of an inherited handler among them
+    except BaseException:  # SystemExit of an inherited handler among them
         with contextlib.suppress(BaseException):
             traceback.print_exc()
         os._exit(RUNNER_FAILED)
@@ -249,12 +277,16 @@ def heed_stop_signals(
             request.kill_at = None
             process._exit_watch.wake_at(None)
             process.kill(signal.SIGKILL, force=True)
+        elif process.failed_heartbeats:
+            # Another one to a server that is away would take a good part of the grace.
+            process._last_heartbeat_attempt = time.monotonic()
     elif process._exit_code is None and hear_stop_signal(process, conf):
         grace = find_grace(conf, default=STOP_GRACE)
-        request.kill_at = time.monotonic() + grace
-        process._exit_watch.expect_exit(grace)
+        caught = find_caught()
+        request.kill_at = (caught.received_at if caught else time.monotonic()) + grace
+        process._exit_watch.expect_exit(request.kill_at - time.monotonic())
         process._exit_watch.wake_at(request.kill_at)
-        if not send(process, signal.SIGTERM):
+        if not request.told and not send(process, signal.SIGTERM):
             signal_pid(process.pid)
 
 
@@ -267,9 +299,8 @@ def hear_stop_signal(process: _SupervisedProcess, conf: ConfigParser) -> bool:
     process._stop.signal_heard = True
     policy = find_stop_policy(conf, process._stop_policy)
     stops = policy is StopPolicy.STOP
-    event = "The supervisor was told to stop; " + (
-        "stopping the task" if stops else "it lets the task finish"
-    )
+    what_now = "stopping the task" if stops else "it lets the task finish"
+    event = f"The supervisor was told to stop; {what_now}"
     log.info(event, signal=signum.name, pid=process.pid)
     (process.process_log.warning if stops else process.process_log.info)(event, signal=signum.name)
     return stops

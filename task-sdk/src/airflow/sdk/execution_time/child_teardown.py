@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ from airflow.sdk.execution_time.child_session import signal_task
 from airflow.sdk.execution_time.child_status import (
     find_reported_state,
     has_reported,
+    is_refused,
     is_unreaped_child,
     settle_exit_code,
 )
@@ -194,7 +196,7 @@ def ended_well(process: Any, exit_code: int) -> bool:
     """Whether a task whose runner has exited may keep what it has left running."""
     if not has_reported(process):
         hear_out(process)
-    if process._stop.server_ended:
+    if process._stop.server_ended or is_refused(process):
         return False
     state = find_reported_state(process)
     if state is None:
@@ -325,13 +327,26 @@ def send_heartbeat_if_due(process: Any) -> None:
     if (
         process._stop.server_ended
         or process.failed_heartbeats
+        or (process._stop.heartbeat is not None and process._stop.heartbeat.is_alive())
         or now - process._last_heartbeat_attempt < HEARTBEAT_INTERVAL
     ):
         return
     process._last_heartbeat_attempt = now
+    beat_in_background(process)
+
+
+def beat_in_background(process: Any) -> None:
+    """Send a heartbeat from a thread: while the server is away its tries take longer than what is left of a grace."""
+    process._stop.heartbeat = threading.Thread(target=send_heartbeat, args=(process,), daemon=True)
+    with contextlib.suppress(RuntimeError):  # no thread can be had
+        process._stop.heartbeat.start()
+
+
+def send_heartbeat(process: Any) -> None:
+    """Send a heartbeat, and note if it has failed."""
     try:
         process.client.task_instances.heartbeat(process.id, pid=process.pid)
-    except Exception as error:  # noqa: BLE001 - as in the supervisor's own loop, and none is sent any more
+    except Exception as error:  # as in the supervisor's own loop, and none is sent any more
         process.failed_heartbeats += 1
         log.info("The server takes no heartbeat of a task that is being ended", error=str(error))
 
@@ -347,7 +362,7 @@ def end_on_exception(process: Any, conf: ConfigParser) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        grace = find_grace(conf)
+        grace = min(find_grace(conf), MAX_GRACE_UNASKED)
         configure_tree(process._tree, conf)
         process._exit_watch.expect_exit(grace)
         with contextlib.suppress(Exception):  # the log may be what has failed

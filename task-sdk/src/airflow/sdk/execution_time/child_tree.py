@@ -184,8 +184,8 @@ class ProcessTree:
             # A /proc of another PID namespace knows somebody else by that number.
             leader = look_at(pid) if is_own_proc() else None
             oldest = leader.start if leader and leader.start >= 0 else read_own_start()
-        except OSError as error:
-            self.look_failure = error.strerror
+        except (OSError, ValueError, IndexError) as error:  # the latter two: a /proc of another make
+            self.look_failure = getattr(error, "strerror", None) or str(error)
             return
         if leader is None:
             self.look_failure = LEADER_NOT_SEEN
@@ -228,8 +228,8 @@ class ProcessTree:
         self.look_failure = None
         try:
             members = self._look(self._leader)
-        except OSError as error:
-            self.look_failure = error.strerror
+        except (OSError, ValueError, IndexError) as error:  # the latter two: a /proc of another make
+            self.look_failure = getattr(error, "strerror", None) or str(error)
             return []
         self._remembered.update((pid, process.start) for pid, process in members.items())
         left_out = set(self._find_spared(members, self._leader)) if self.spared else set()
