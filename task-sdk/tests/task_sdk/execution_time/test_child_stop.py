@@ -22,6 +22,7 @@ import selectors
 import signal
 import socket
 import threading
+import time
 from configparser import ConfigParser
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 
 from airflow.sdk.execution_time import child_stop
 from airflow.sdk.execution_time.child_exit import ExitWatch
-from airflow.sdk.execution_time.child_policy import StopPolicy
+from airflow.sdk.execution_time.child_policy import STOP_GRACE, StopPolicy
 from airflow.sdk.execution_time.child_session import lead_session, signal_task
 from airflow.sdk.execution_time.child_stop import (
     RUNNER_FAILED,
@@ -98,6 +99,7 @@ class Supervised(SimpleNamespace):
             process_log=structlog.testing.CapturingLogger(),
             failed_heartbeats=0,
             killed=[],
+            _last_heartbeat_attempt=0.0,
             _task_end_time_monotonic=None,
             _exit_code=None,
             _exit_watch=ExitWatch(),
@@ -232,7 +234,7 @@ class TestCatchStopSignals:
 
         def monitor() -> None:
             process = Supervised()
-            with catch_stop_signals(), watch_stop_signals(process):
+            with catch_stop_signals(), watch_stop_signals(process, ConfigParser()):
                 seen.extend([list_handlers(), find_caught(), len(process.selector.get_map())])
 
         former = list_handlers()
@@ -267,7 +269,7 @@ class TestWatchStopSignals:
     def test_signal_wakes_the_selector(self) -> None:
         """Python would go on waiting where the signal has come (PEP 475)."""
         process = Supervised()
-        with watch_stop_signals(process):
+        with watch_stop_signals(process, ConfigParser()):
             timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
             timer.start()
             assert process.selector.select(PATIENCE)
@@ -280,15 +282,60 @@ class TestWatchStopSignals:
         process = Supervised()
         with catch_stop_signals():
             signal.raise_signal(signal.SIGTERM)
-            with watch_stop_signals(process):
+            with watch_stop_signals(process, ConfigParser()):
                 assert process.selector.select(PATIENCE)
 
     def test_closed_selector(self) -> None:
         """The loop may have closed it by itself."""
         process = Supervised()
-        with watch_stop_signals(process):
+        with watch_stop_signals(process, ConfigParser()):
             process.selector.close()
         assert find_caught() is None
+
+
+class TestBusyLoop:
+    """A loop that is in a request to an API server that is away comes to nothing else for a minute and more."""
+
+    def test_task_is_told_at_once(self, conf: ConfigParser) -> None:
+        """The handler passes the signal on, the loop does not do so again, and the grace has begun with the signal."""
+        with waiting(lead_session) as pid:
+            process, sent = Supervised(pid), Sent()
+            with watch_stop_signals(process, conf):
+                signal.raise_signal(signal.SIGTERM)
+                assert ended_by(pid) == signal.SIGTERM
+                received_at = find_caught().received_at
+                heed_stop_signals(process, conf, send=sent)
+        assert sent == []
+        assert process._stop.kill_at == received_at + STOP_GRACE
+
+    @pytest.mark.parametrize(
+        ("policy", "waits", "exit_code"),
+        [(StopPolicy.FINISH, False, None), (StopPolicy.STOP, True, None), (StopPolicy.STOP, False, 0)],
+    )
+    def test_nothing_is_passed_on(
+        self,
+        conf: ConfigParser,
+        mocker: MockerFixture,
+        policy: StopPolicy,
+        *,
+        waits: bool,
+        exit_code: int | None,
+    ) -> None:
+        """Not where the task may finish, nor by a loop that comes to it at once, nor to a task that has ended."""
+        signalled = mocker.patch.object(child_stop, "signal_task", autospec=True)
+        process = Supervised(policy=policy)
+        process._exit_watch.is_waiting, process._exit_code = waits, exit_code
+        with watch_stop_signals(process, conf):
+            signal.raise_signal(signal.SIGTERM)
+        signalled.assert_not_called()
+
+    def test_no_heartbeat_after_one_that_failed(self, conf: ConfigParser) -> None:
+        """Another one to a server that is away would take a good part of the grace."""
+        process = Supervised()
+        process.failed_heartbeats = 1
+        process._stop.kill_at = time.monotonic() + PATIENCE
+        heed_stop_signals(process, conf, send=Sent())
+        assert process._last_heartbeat_attempt > 0
 
 
 class TestBeginRunner:
@@ -460,6 +507,14 @@ class TestHeedStopSignals:
 
 
 class TestSignalPid:
+    @pytest.mark.parametrize("pid", [-1, 0, 1])
+    def test_number_of_many(self, mocker: MockerFixture, pid: int) -> None:
+        """Neither everybody, nor the supervisor's own group, nor init is signalled, whatever has made up the number."""
+        kill = mocker.patch("os.kill", autospec=True)
+        mocker.patch.object(child_stop, "is_unreaped_child", autospec=True, return_value=True)
+        signal_pid(pid)
+        kill.assert_not_called()
+
     def test_child(self) -> None:
         """A child of ours gets it."""
         with waiting(lambda: None) as pid:

@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import os
 import signal
+import threading
 import time
 from configparser import ConfigParser
 from dataclasses import replace
@@ -31,6 +32,7 @@ import pytest
 import structlog
 from task_sdk.execution_time.teardown.supervised_task import (
     NEVER,
+    PATIENCE,
     Relay,
     Tree,
     ending_all,
@@ -388,6 +390,11 @@ class TestHeartbeats:
     def long_grace(self, conf: Conf, clock: Clock) -> None:
         conf.read_dict({"core": {"killed_task_cleanup_time": "60"}})
 
+    @pytest.fixture(autouse=True)
+    def in_foreground(self, mocker: MockerFixture) -> None:
+        """Have each be over when the clock goes on, which only waits for the supervisor."""
+        mocker.patch.object(child_teardown, "beat_in_background", child_teardown.send_heartbeat)
+
     @pytest.fixture
     def heartbeat(self, process: Any) -> Any:
         return process.client.task_instances.heartbeat
@@ -417,6 +424,19 @@ class TestHeartbeats:
         process.failed_heartbeats = 1
         end_leftovers(process, -9, conf)
         heartbeat.assert_not_called()
+
+
+class TestHeartbeatThread:
+    def test_server_that_hangs(self, process: Any) -> None:
+        """A heartbeat that is under way keeps nobody waiting, and no second one is sent beside it."""
+        answer = threading.Event()
+        process.client.task_instances.heartbeat.side_effect = lambda *_, **__: answer.wait(PATIENCE)
+        for _ in range(2):
+            process._last_heartbeat_attempt = -child_teardown.HEARTBEAT_INTERVAL
+            child_teardown.send_heartbeat_if_due(process)
+        answer.set()
+        process._stop.heartbeat.join()
+        process.client.task_instances.heartbeat.assert_called_once()
 
 
 class TestTold:
@@ -615,7 +635,7 @@ class TestKill:
         with structlog.testing.capture_logs() as logs:
             end_leftovers(process, -9, conf)
         assert [entry["log_level"] for entry in logs] == ["error"]
-        assert process._tree.find.call_count == 2
+        assert process._tree.kill_all.called
 
 
 class TestExceptions:

@@ -308,7 +308,8 @@ def hear_stop_signal(process: _SupervisedProcess, conf: ConfigParser) -> bool:
 
 def signal_pid(pid: int, sig: int = signal.SIGTERM) -> None:
     """Send a signal to a runner that leads no group, unless somebody has collected it; its number may be another's."""
-    if is_unreaped_child(pid):
+    # kill(2): 0 is our own group, 1 is init, and -1 everybody.
+    if pid > 1 and is_unreaped_child(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, sig)
 
