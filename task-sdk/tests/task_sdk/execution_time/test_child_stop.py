@@ -308,6 +308,18 @@ class TestBusyLoop:
         assert sent == []
         assert process._stop.kill_at == received_at + STOP_GRACE
 
+    def test_task_that_ends_before_the_loop_comes_to_it(self, conf: ConfigParser) -> None:
+        """The log tells of the signal, and nobody takes its end for a success."""
+        with waiting(lead_session) as pid:
+            process = Supervised(pid)
+            with watch_stop_signals(process, conf):
+                signal.raise_signal(signal.SIGTERM)
+                process._exit_code = 0
+            assert ended_by(pid) == signal.SIGTERM
+        [(level, event, _)] = process.say()
+        assert (level, "told to stop" in event) == ("warning", True)
+        assert process._exit_watch.exit_expected
+
     @pytest.mark.parametrize(
         ("policy", "waits", "exit_code"),
         [(StopPolicy.FINISH, False, None), (StopPolicy.STOP, True, None), (StopPolicy.STOP, False, 0)],

@@ -213,16 +213,19 @@ def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Itera
             return
         process.selector.register(caught.reader, selectors.EVENT_READ)
         if find_stop_policy(conf, process._stop_policy) is StopPolicy.STOP:
-            caught.on_signal = functools.partial(tell_if_busy, process)
+            caught.on_signal = functools.partial(tell_if_busy, process, find_grace(conf, default=STOP_GRACE))
         try:
             yield
         finally:
             caught.on_signal = None
+            if process._stop.told:
+                # The task may have ended before the loop has come to it.
+                hear_stop_signal(process, conf)
             if process.selector.get_map() is not None:
                 unregister(process.selector, caught.reader)
 
 
-def tell_if_busy(process: _SupervisedProcess) -> None:
+def tell_if_busy(process: _SupervisedProcess, grace: float) -> None:
     """
     Tell the task to stop at once if the loop is not waiting; to be called by the handler, and so by system calls alone.
 
@@ -230,6 +233,7 @@ def tell_if_busy(process: _SupervisedProcess) -> None:
     """
     if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.told:
         process._stop.told = True
+        process._exit_watch.expect_exit(grace)
         if not signal_task(process, signal.SIGTERM):
             signal_pid(process.pid)
 

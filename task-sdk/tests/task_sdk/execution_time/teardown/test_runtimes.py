@@ -20,17 +20,23 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 from task_sdk.execution_time.teardown.supervised_task import (
     Api,
     Relay,
+    Tree,
     describe_task,
     end_task,
     ending,
+    forked,
     hear_in_popen,
+    set_stop_policy,
+    tell_when_monitoring,
 )
 
 from airflow.sdk.coordinators._subprocess import _PopenActivitySubprocess
@@ -120,6 +126,38 @@ class TestRuntimes:
         relay.hear()
         end_task(way, process, api)
         assert list_left() == []
+
+    @pytest.mark.parametrize("policy", ["stop", "finish"])
+    def test_supervisor_that_is_told_to_stop(
+        self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, policy: str
+    ) -> None:
+        """A signal to the supervisor's group, which the runtime is not in, ends the runtime, or lets it finish."""
+        set_stop_policy(monkeypatch, policy)
+
+        def tell_event(_logger: Any, _method: str, event: dict[str, Any]) -> Any:
+            if "told to stop" in event["event"]:
+                relay.tell("told")
+            raise structlog.DropEvent
+
+        def supervise() -> None:
+            os.setpgid(0, 0)
+            process = start_runtime(
+                relay, "connect", logger=structlog.wrap_logger(None, processors=[tell_event])
+            )
+            tell_when_monitoring(relay, monkeypatch)
+            process.wait()
+            relay.tell("returned")
+
+        with forked(supervise) as supervising:
+            told = [relay.hear(), relay.hear()]
+            runtime = tree.add(next(pid for pid in told if pid != "monitoring"))
+            os.killpg(supervising, signal.SIGTERM)
+            assert relay.hear() == "told"
+            if policy == "finish":
+                assert tree.runs(runtime)
+                os.kill(runtime, signal.SIGKILL)
+            assert relay.hear() == "returned"
+            assert tree.gone(runtime, timeout=0)
 
     @pytest.mark.usefixtures("slow_popen")
     def test_runtime_that_does_not_connect_leaves_nothing(
