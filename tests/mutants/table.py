@@ -704,8 +704,8 @@ IN_THE_REST = [
     Mutant(
         "stop-signals-a-namesake",
         "child_stop.py",
-        "    if is_unreaped_child(pid):\n        with",
-        "    if True:\n        with",
+        "    if pid > 1 and is_unreaped_child(pid):\n        with",
+        "    if pid > 1:\n        with",
         "whoever has got the number of a collected runner is signalled",
         ("test_child_stop.py",),
     ),
