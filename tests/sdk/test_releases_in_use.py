@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SCENARIOS = (
     "teardown/test_exit.py",
     "teardown/test_stopping.py",
+    "teardown/test_truth.py",
     "teardown/test_*leftovers.py",
     "teardown/test_runtimes.py",
     "teardown/test_session.py",

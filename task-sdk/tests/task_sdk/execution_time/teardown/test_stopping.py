@@ -167,29 +167,6 @@ class TestStopping:
             assert relay.hear() == ["ended", -signal.SIGKILL, "failed"]
             assert relay.hear() == [1, []]
 
-    @pytest.mark.parametrize(("should_retry", "state"), [(False, "failed"), (True, "up_for_retry")])
-    def test_silent_exit_is_a_failure(
-        self, relay: Relay, runner: Relay, state: str, *, should_retry: bool
-    ) -> None:
-        """A runner that was told to stop, and exits with 0 without a word, has not succeeded; the server is told so."""
-
-        def target() -> None:
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-            runner.tell("ready")
-            pause_for_ever()
-
-        def supervise() -> None:
-            api = SteppingApi(stop_supervisor, should_retry=should_retry)
-            process = start_task(target, api)
-            assert runner.hear() == "ready"
-            process.wait()
-            relay.tell(["told", *api.told])
-
-        with forked(supervise):
-            # Before 1.1 nobody knows whether there are retries left.
-            states = [state, "failed"] if not hasattr(ActivitySubprocess, "_should_retry") else [state]
-            assert relay.hear() in [["told", state] for state in states]
-
     def test_signal_during_start(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """A supervisor that is told to stop before its task has begun stops it, instead of dying beside it."""
 
@@ -281,13 +258,12 @@ class TestWhoHasAsked:
     def test_overtime(
         self, log: Log, before_kill: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It tells of the limit, and the state that the task had told stands."""
+        """It tells of the limit."""
         monkeypatch.setattr(supervisor, "TASK_OVERTIME_THRESHOLD", 0)
         process = start_task(pause_for_ever, logger=log.logger)
         process._terminal_state, process._task_end_time_monotonic = "success", 1.0
         process.wait()
         assert [entry for entry in before_kill if "task_success_overtime" in str(entry.get("limit"))]
-        assert process.final_state == "success"
 
 
 def log_into(file: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
