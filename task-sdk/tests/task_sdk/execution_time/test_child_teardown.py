@@ -110,6 +110,7 @@ def process(mocker: MockerFixture) -> Any:
         _exit_code=None,
         _exit_watch=ExitWatch(),
         _last_heartbeat_attempt=0,
+        _last_successful_heartbeat=1.0,
         _new_session=True,
         _stop=StopRequest(),
         _stop_policy=StopPolicy.STOP,
@@ -418,6 +419,12 @@ class TestHeartbeats:
         assert end_leftovers(process, -9, conf) == -9
         heartbeat.assert_called_once()
         assert process.failed_heartbeats == 1
+
+    def test_task_that_was_not_let_start(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """The server has refused it, and knows of no heartbeat of its."""
+        process._last_successful_heartbeat = 0
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_not_called()
 
     def test_heartbeats_that_have_failed(self, conf: Conf, process: Any, heartbeat: Any) -> None:
         """Nor is any where those of the loop have failed."""

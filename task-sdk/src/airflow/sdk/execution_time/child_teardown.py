@@ -328,7 +328,9 @@ def send_heartbeat_if_due(process: Any) -> None:
         process._stop.server_ended
         or process.failed_heartbeats
         or (process._stop.heartbeat is not None and process._stop.heartbeat.is_alive())
-        or now - process._last_heartbeat_attempt < HEARTBEAT_INTERVAL
+        # A task that the server has not let start has none.
+        or not process._last_successful_heartbeat
+        or now - max(process._last_heartbeat_attempt, process._last_successful_heartbeat) < HEARTBEAT_INTERVAL
     ):
         return
     process._last_heartbeat_attempt = now
