@@ -798,6 +798,22 @@ IN_THE_REST = [
         ("test_child_requests.py",),
     ),
     Mutant(
+        "requests-raise-a-refused-state",
+        "child_requests.py",
+        "ENDED_STATUSES = (404, CONFLICT, 410)",
+        "ENDED_STATUSES = (404, 410)",
+        "a task that a user ends just before it fails ends its supervisor with a traceback",
+        ("test_child_requests.py",),
+    ),
+    Mutant(
+        "requests-hide-what-the-server-answers",
+        "child_requests.py",
+        "        if error.response.status_code not in ENDED_STATUSES:\n            raise\n",
+        "",
+        "a state that the server never heard of is taken for told",
+        ("test_child_requests.py",),
+    ),
+    Mutant(
         "policy-has-no-shortest-grace",
         "child_policy.py",
         "return min(max(MIN_GRACE, grace), MAX_GRACE)",

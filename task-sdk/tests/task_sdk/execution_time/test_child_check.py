@@ -80,10 +80,18 @@ def leave_nothing() -> Iterator[None]:
     """End what a check leaves, be it orphaned, and fail."""
     with ending_all() as list_left:
         yield
-        with contextlib.closing(Tree()) as tree:
-            # What the check has killed, or let go, in its last moments may take a while to die.
-            left = [pid for pid in list_left() if not tree.gone(tree.add(pid))]
+        # What the check has killed, or let go, in its last moments may take a while to die.
+        left = [pid for pid in list_left() if outlasts(pid)]
     assert left == []
+
+
+def outlasts(pid: int) -> bool:
+    """Whether a process of a test is still there after a while."""
+    with contextlib.closing(Tree()) as tree:
+        try:
+            return not tree.gone(tree.add(pid))
+        except ProcessLookupError:  # it has ended, and its parent has collected it, since it was listed
+            return False
 
 
 @pytest.fixture(autouse=True)

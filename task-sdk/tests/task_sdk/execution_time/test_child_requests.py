@@ -241,3 +241,26 @@ class TestTellState:
         process = self.supervised("up_for_retry", _pending_terminal_state_msg=object())
         tell_state(process)
         assert process.retries == []
+
+    @pytest.mark.parametrize("status", [404, 409, 410])
+    def test_ended_meanwhile(self, log: Any, status: int) -> None:
+        """The server refuses the state of a task that a user has ended just before; the task's log tells it."""
+        process = self.supervised("up_for_retry", process_log=log)
+        process.update_task_state_if_needed = fail(conflict(status))
+        tell_state(process)
+        [call] = log.calls
+        assert call.method_name == "warning"
+        assert call.kwargs == {
+            "refused": "up_for_retry",
+            "status": status,
+            "reason": "not_running",
+            "state": "failed",
+        }
+        assert process.retries == []
+
+    def test_other_answers(self) -> None:
+        """Any other answer stays a failure of the supervisor."""
+        process = self.supervised("failed")
+        process.update_task_state_if_needed = fail(conflict(403))
+        with pytest.raises(ServerResponseError):
+            tell_state(process)

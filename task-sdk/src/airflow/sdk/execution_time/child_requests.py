@@ -36,6 +36,7 @@ from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time.child_interruption import CONFLICT
 from airflow.sdk.execution_time.child_status import has_reported
+from airflow.sdk.execution_time.child_stop import find_detail
 from airflow.sdk.execution_time.comms import ErrorResponse
 
 __all__ = ["expects_answer", "handle_request", "tell_state"]
@@ -56,6 +57,9 @@ UTC = timezone(timedelta(0))
 """``datetime.UTC`` is younger than Python 3.9, which Airflow 3.0 runs on."""
 
 UP_FOR_RETRY = "up_for_retry"
+
+ENDED_STATUSES = (404, CONFLICT, 410)
+"""What the server answers about a task that it does not want to run any more, or does not know."""
 
 ANSWERED = ("DeleteVariable", "TriggerDagRun", "ValidateInletsAndOutlets")
 """Messages that are answered before 1.0.3, besides those whose names begin with "Get"; from then on all are."""
@@ -124,9 +128,17 @@ def tell_state(process: Any) -> None:
     """
     Tell the API server how a task has ended, also that it is up for retry where its runner was killed.
 
-    Upstream leaves that out, and the server learns of it by the heartbeat timeout.
+    Upstream leaves the latter out, and the server learns of it by the heartbeat timeout. And a server that has ended the
+    task meanwhile, as a user may at any time, refuses its state: up to 1.3 that was an exception of the supervisor, and
+    the logs were not uploaded.
     """
-    process.update_task_state_if_needed()
+    try:
+        process.update_task_state_if_needed()
+    except ServerResponseError as error:
+        if error.response.status_code not in ENDED_STATUSES:
+            raise
+        note_refused_state(process, error)
+        return
     untold = getattr(process, "_pending_terminal_state_msg", None)
     if process.final_state == UP_FOR_RETRY and not has_reported(process) and untold is None:
         try:
@@ -138,3 +150,15 @@ def tell_state(process: Any) -> None:
         except Exception:
             # The server may know already, by the heartbeat timeout, or be away. The logs are still to be uploaded.
             log.exception("The server could not be told that the task is up for retry", ti_id=process.id)
+
+
+def note_refused_state(process: Any, error: ServerResponseError) -> None:
+    """Say in the task's log that the server does not take the state of a task that it has ended before."""
+    detail = find_detail(error.detail)
+    process.process_log.warning(
+        "The API server does not take the state of the task, which it has ended before",
+        refused=process.final_state,
+        status=error.response.status_code,
+        reason=detail.get("reason"),
+        state=detail.get("current_state"),
+    )

@@ -28,6 +28,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     Tree,
     ending_all,
     set_grace,
+    set_stop_policy,
 )
 
 from airflow.sdk.execution_time import supervisor
@@ -43,6 +44,20 @@ def relay() -> Iterator[Relay]:
     relay = Relay()
     yield relay
     relay.close()
+
+
+@pytest.fixture
+def runner() -> Iterator[Relay]:
+    """Return what a runner tells its supervisor over, or the supervisor its runner."""
+    runner = Relay()
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def stop_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have signals stop the task, which is not every release's default."""
+    set_stop_policy(monkeypatch, "stop")
 
 
 @pytest.fixture

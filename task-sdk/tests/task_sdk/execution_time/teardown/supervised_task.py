@@ -186,11 +186,11 @@ def stop_supervisor() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-def conflict() -> ServerResponseError:
+def conflict(status: int = 409) -> ServerResponseError:
     """Return what the client raises when the server says that the task should not be running any more."""
     http = sys.modules[ServerResponseError.__base__.__module__.partition(".")[0]]
     request = http.Request("PUT", "http://127.0.0.1/")
-    error = ServerResponseError("conflict", request=request, response=http.Response(409, request=request))
+    error = ServerResponseError("conflict", request=request, response=http.Response(status, request=request))
     error.detail = {"reason": "not_running", "current_state": "failed"}
     return error
 

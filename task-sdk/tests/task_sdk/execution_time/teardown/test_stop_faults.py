@@ -51,7 +51,6 @@ from task_sdk.execution_time.teardown.supervised_task import (
     hear_ready,
     pause_for_ever,
     set_grace,
-    set_stop_policy,
     start_task,
     stop_supervisor,
     wait_to_end,
@@ -68,9 +67,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("faulty_surroundings")
 
 
-@pytest.fixture(autouse=True)
-def stop_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_stop_policy(monkeypatch, "stop")
+pytestmark = pytest.mark.usefixtures("stop_policy")
 
 
 class TestSignals:

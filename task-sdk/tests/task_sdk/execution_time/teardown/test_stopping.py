@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import pytest
 import structlog
@@ -38,7 +38,6 @@ from task_sdk.execution_time.teardown.supervised_task import (
     describe_task,
     forked,
     pause_for_ever,
-    set_stop_policy,
     start_task,
     stop_supervisor,
     tell_when_monitoring,
@@ -47,22 +46,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture
-def runner() -> Iterator[Relay]:
-    """Return what the runner tells its supervisor over, or the supervisor its runner."""
-    runner = Relay()
-    yield runner
-    runner.close()
-
-
-@pytest.fixture(autouse=True)
-def stop_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have signals stop the task, which is not every release's default."""
-    set_stop_policy(monkeypatch, "stop")
+pytestmark = pytest.mark.usefixtures("stop_policy")
 
 
 def tell_end(relay: Relay, process: ActivitySubprocess) -> None:

@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 from task_sdk.execution_time.teardown.supervised_task import (
+    Api,
+    Log,
     Relay,
     SteppingApi,
+    conflict,
     forked,
     pause_for_ever,
-    set_stop_policy,
     start_task,
     stop_supervisor,
 )
@@ -36,21 +38,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture
-def runner() -> Iterator[Relay]:
-    """Return what the runner tells its supervisor over."""
-    runner = Relay()
-    yield runner
-    runner.close()
-
-
-@pytest.fixture(autouse=True)
-def stop_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_stop_policy(monkeypatch, "stop")
+pytestmark = pytest.mark.usefixtures("stop_policy")
 
 
 class TestTruth:
@@ -76,6 +64,20 @@ class TestTruth:
             # Before 1.1 nobody knows whether there are retries left.
             states = [state, "failed"] if not hasattr(ActivitySubprocess, "_should_retry") else [state]
             assert relay.hear() in [["told", state] for state in states]
+
+    def test_ended_by_a_user_just_before(self) -> None:
+        """A failure that the server refuses, since a user has ended the task, is no failure of the supervisor."""
+
+        class EndedApi(Api):
+            def tell(self, state: Any) -> None:
+                raise conflict()
+
+        log = Log()
+        process = start_task(lambda: os._exit(3), EndedApi(), logger=log.logger)
+        assert process.wait() == 3
+        assert log.find("does not take the state") == [
+            "The API server does not take the state of the task, which it has ended before"
+        ]
 
     def test_told_state_stands(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A success that was told stays one, also if its process has to be killed for overtime."""
