@@ -22,6 +22,7 @@ ENDED = Result(
     refused=[],
     events=[],
     left=[],
+    seconds_to_nothing=0.0,
     log=[],
     output="",
 )

@@ -79,6 +79,10 @@ class Case:
     notice: bool = False
     """Do so when the supervisor has noticed the signal."""
     patience: float = PATIENCE
+    left_for: float = 0
+    """Seconds that what is left has to end by itself; what there is then counts."""
+    sweep: bool = False
+    """Have the next supervisor look for it after that."""
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -101,7 +105,9 @@ class Result:
     events: list[dict[str, Any]]
     """What the task, the supervisor and the API have told of themselves."""
     left: list[tuple[int, str]]
-    """PID and name of those alive when the supervisor returned or died, the runner included."""
+    """PID and name of those alive when the supervisor returned or died, the runner included; see Case.left_for."""
+    seconds_to_nothing: float | None
+    """From the supervisor's return or death until nothing was left; None if something was at the end."""
     log: list[dict[str, Any]]
     """The task's log."""
     output: str

@@ -6,6 +6,7 @@ nobody waits for its answer any more.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -18,11 +19,13 @@ from typing import Any
 
 import psutil
 
+from airflow.sdk.execution_time.supervisor import conf
 from tests.harness.processes import set_subreaper
 from tests.harness.real.api import ACKNOWLEDGED
 from tests.harness.real.supervising import be_host, fork
 from tests.harness.real.telling import Gone, Told, find
 
+LOOK_INTERVAL = 0.02
 READY_TIMEOUT = 60.0
 """Seconds until a task must be where it is to be ended, on a machine that is busy."""
 BEATS = 2
@@ -77,7 +80,7 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
         told.wait_for("beat", times=BEATS, after=len(told.events), until=until, pidfd=pidfd)
     if case["free"]:
         told.free()
-    return observe(told, began, until, host, pidfd)
+    return observe(case, told, host, pidfd, began=began, until=until)
 
 
 def wait_until_ready(case: dict[str, Any], told: Told, pidfd: int) -> bool:
@@ -92,11 +95,17 @@ def wait_until_ready(case: dict[str, Any], told: Told, pidfd: int) -> bool:
     raise RuntimeError(f"the task was not ready:\n{told.events}\n{output}")
 
 
-def observe(told: Told, began: float, until: float, host: int, pidfd: int) -> dict[str, Any]:
+def observe(
+    case: dict[str, Any], told: Told, host: int, pidfd: int, *, began: float, until: float
+) -> dict[str, Any]:
     """Wait for the supervisor's return, or its death, and describe what has come of it at that moment."""
     returned = told.wait_for("returned", until=until, pidfd=pidfd)
     ended = time.monotonic()
-    left = list_left({host, find(told.events, "supervisor", "supervisor")})
+    hosts = {host, find(told.events, "supervisor", "supervisor")}
+    left = wait_until_nothing_left(hosts, ended + case["left_for"])
+    if case["sweep"]:
+        sweep()
+        left = wait_until_nothing_left(hosts, time.monotonic())
     told.hear_rest()
     return {
         **describe(told.events, began),
@@ -104,6 +113,7 @@ def observe(told: Told, began: float, until: float, host: int, pidfd: int) -> di
         "killed_by": None if returned else read_signal(pidfd),
         "seconds_to_death": ended - began,
         "left": left,
+        "seconds_to_nothing": None if left else time.monotonic() - ended,
         "log": read_log(Path("task.log")),
         "output": Path("supervisor.log").read_text(),
     }
@@ -134,6 +144,22 @@ def describe(events: list[dict[str, Any]], began: float) -> dict[str, Any]:
 def list_states(events: list[dict[str, Any]], *, accepted: bool) -> list[str]:
     told = [each["state"] for each in events if each["event"] == "state" and each["accepted"] == accepted]
     return [state for state in told if state != ACKNOWLEDGED]
+
+
+def wait_until_nothing_left(hosts: set[int | None], until: float) -> list[tuple[int, str]]:
+    """Return what is left, at the latest when the time is up."""
+    while (left := list_left(hosts)) and time.monotonic() < until:
+        # It belongs to nobody who could be waited for: those that are looked for have yet to be adopted.
+        time.sleep(LOOK_INTERVAL)
+    return left
+
+
+def sweep() -> None:
+    """Do what the next supervisor does before its first task."""
+    # An unfixed one does not have it.
+    child_sweep = importlib.import_module("airflow.sdk.execution_time.child_sweep")
+    pid = fork(lambda: child_sweep.sweep_once(conf))
+    os.waitpid(pid, 0)
 
 
 def list_left(hosts: set[int | None]) -> list[tuple[int, str]]:

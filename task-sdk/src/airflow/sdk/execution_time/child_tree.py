@@ -33,6 +33,10 @@ tree brings into it what carries the same mark, so that all inner trees belong t
 supervisor has gone. Of three generations the first finds the third by somebody of the second who is alive, or was
 seen in an earlier look.
 
+Beside the mark a leader gets its *origin*, in ``RLIMIT_RSS``, which nobody heeds either: who its supervisor is, and a
+part of the mark. By it a tree whose supervisor has died is told from others (child_orphan), and a process is found
+that has set the limit of the mark for itself.
+
 A process leaves its tree, and all around it, by detaching (setsid, and a parent that exits) with the limit lifted,
 for which ``prlimit --rttime=unlimited`` serves. A worker that a task starts, or starts again, has to be started so:
 otherwise it, and every task that it runs from then on, ends with that task.
@@ -82,10 +86,19 @@ MARK_FLAG = 1 << 62
 PID_BITS = (1 << 22) - 1
 """The part of a mark that is the leader's PID, which has 22 bits at most (proc_sys_kernel(5))."""
 
+ORIGIN_START_BITS = (1 << 20) - 1
+"""The part of an origin that is the end of the supervisor's start; the one to its right is the supervisor's PID."""
+
+ORIGIN_TREE_BITS = (1 << 19) - 1
+"""The part of an origin, to the left of that, which tells the trees of one supervisor apart."""
+
+CONDEMNED = 1 << 61
+"""In the origin of a process that its supervisor was about to kill."""
+
 RLIMIT_LOCKS = 10
 """Has had no effect since Linux 2.4 (getrlimit(2)), and no name in Python."""
 
-SOFT_LIMIT = re.compile(r"^Max (realtime timeout|file locks) +(\d+)", re.MULTILINE)
+SOFT_LIMIT = re.compile(r"^Max (realtime timeout|file locks|resident set) +(\d+)", re.MULTILINE)
 """A line of /proc/PID/limits that may be a mark; another one says "unlimited"."""
 
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
@@ -156,6 +169,7 @@ class ProcessTree:
         self._read_marks = read_limits
         self._marks: set[int] = set()
         self._foreign_marks: set[int] = set()
+        self._is_orphan = False
         self._remembered: dict[int, float] = {}
         self._settled: dict[int, int] = {}
         self._foreign_sessions: set[int] = set()
@@ -171,6 +185,11 @@ class ProcessTree:
         self._stopped: list[Process] = []
         self.look_failure: str | None = None
         """Why the last look, or any, has found nothing, if it could not be taken."""
+
+    @property
+    def leader(self) -> Process | None:
+        """The process that leads the tree, dead or alive."""
+        return self._leader
 
     def adopt(self, pid: int, mark: int | None = None) -> None:
         """
@@ -203,6 +222,31 @@ class ProcessTree:
         # A child may have been forked while the leader had the one of two.
         self._marks |= {mark, self._mark}
         self._read_marks = read_limits if self._mark in read_limits(pid) else read_variable
+        if origin := give_origin(pid, self._mark):
+            self._marks.add(origin)
+
+    def adopt_orphan(
+        self, pid: int, start: float, limits: Sequence[int] | None = None, origin: int | None = None
+    ) -> None:
+        """
+        Make ``pid``, whose supervisor is gone, the leader.
+
+        :param start: when it started; see :class:`Process`.
+        :param limits: the marks that it carries, unless they are to be read; it may be gone.
+        :param origin: its origin, likewise.
+        """
+        limits = read_limits(pid) if limits is None else limits
+        origin = read_origin(pid) if origin is None else origin
+        session = find_session(pid)
+        self._is_orphan = True
+        self._leader = Process(pid, start, HIDDEN_NAME, 0, session, stopped=False, dead=False)
+        self._oldest = max(start, 0)
+        # It is in that of its supervisor, and of others, if it could not open its own.
+        self._foreign_sessions = {0, os.getsid(0), *([] if session == pid else [session])}
+        self._foreign_marks = {*limits[1:], *read_limits(os.getpid())}
+        self._mark = limits[0] if limits else None
+        self._marks = {*limits[:1], *([origin & ~CONDEMNED] if origin else [])}
+        self._read_marks = read_limits
 
     def remember(self) -> None:
         """Note who belongs now: a descendant without a mark is lost once its ancestors are dead."""
@@ -287,10 +331,14 @@ class ProcessTree:
             return ties
 
         seeds = {process.pid: process for process in processes.values() if is_known(process)}
-        session = [("session", leader.pid)] if is_uncollected(leader) else []
+        session = [("session", leader.pid)] if self._has_number(leader) else []
         members = add_tied(processes, seeds, list_ties, session, marks)
         self._marks |= {mark for pid in members for mark in marks[pid][:1]} - self._foreign_marks
         return members
+
+    def _has_number(self, leader: Process) -> bool:
+        """Whether the leader still has its number, and with it the session of that number."""
+        return look_at(leader.pid) == leader if self._is_orphan else is_uncollected(leader)
 
     def _find_spared(self, members: dict[int, Process], leader: Process) -> dict[int, Process]:
         """Return the members to be left alone, by PID. What was seen below one of them stays so when that is gone."""
@@ -331,6 +379,8 @@ class ProcessTree:
             all_stopped = not fresh and all(member.stopped for member in members)
             sent.update(fresh)
             self._stopped.extend(fresh)
+            for member in fresh:
+                condemn(member.pid)
             self._send(fresh, signal.SIGSTOP, deadline=deadline)
             if not fresh and not all_stopped:
                 # Let those run that are to stop.
@@ -407,6 +457,14 @@ class ProcessTree:
             self.sudo_failures.pop(uid, None)
         else:
             self.sudo_failures[uid] = failure
+
+
+def find_session(pid: int) -> int:
+    """Return the session that a process is in, 0 if it is gone."""
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
 
 
 def find_group(pid: int) -> int | None:
@@ -542,6 +600,70 @@ def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | Non
     return mark
 
 
+def give_origin(pid: int, mark: int) -> int | None:
+    """Have a leader, a child of ours, carry its origin as a limit, and return it; None where that cannot be set."""
+    own = read_process(os.getpid())
+    if own is None:
+        return None
+    origin = compute_origin(own, mark)
+    try:
+        _, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
+        resource.prlimit(pid, resource.RLIMIT_RSS, (origin, hard))
+    except (AttributeError, OSError, ValueError):  # as of a mark
+        return None
+    return origin
+
+
+def compute_origin(supervisor: Process, mark: int) -> int:
+    """Return what tells the supervisor of a tree, and the tree from its others."""
+    bits = [
+        (supervisor.pid, PID_BITS),
+        (int(supervisor.start), ORIGIN_START_BITS),
+        (mark ^ mark >> PID_BITS.bit_length(), ORIGIN_TREE_BITS),
+    ]
+    origin, shift = MARK_FLAG, 0
+    for number, mask in bits:
+        origin |= (number & mask) << shift
+        shift += mask.bit_length()
+    return origin
+
+
+def is_condemned(origin: int) -> bool:
+    """Whether the supervisor of a process was about to kill it."""
+    return bool(origin & CONDEMNED)
+
+
+def is_origin_alive(origin: int) -> bool:
+    """Whether the supervisor that an origin tells is there, or may be."""
+    pid, start = origin & PID_BITS, origin >> PID_BITS.bit_length() & ORIGIN_START_BITS
+    supervisor = look_at(pid)
+    if supervisor is not None and supervisor.start >= 0:
+        return not supervisor.dead and int(supervisor.start) & ORIGIN_START_BITS == start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    # It is there, but hidden.
+    return True
+
+
+def condemn(pid: int) -> None:
+    """Note at a process that its supervisor is about to kill it, and does not come to it only if it is killed itself."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        origin, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
+        if is_mark(origin) and not is_condemned(origin):
+            resource.prlimit(pid, resource.RLIMIT_RSS, (origin | CONDEMNED, hard))
+
+
+def lift_marks() -> None:
+    """Leave whatever tree this process is in, as far as marks go."""
+    for limit in (resource.RLIMIT_RTTIME, RLIMIT_LOCKS, resource.RLIMIT_RSS):
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (hard, hard))
+
+
 def extend_variable(env: Mapping[str, str], mark: int) -> str:
     """Return what the variable is in a tree of that mark, within those that an environment has in it."""
     return ",".join(filter(None, [env.get(MARK_VARIABLE), str(mark)]))
@@ -567,26 +689,45 @@ def read_limits(pid: int) -> tuple[int, ...]:
     """
     Return the marks that a process carries as its limits, its own first, then that of the tree around its own.
 
-    None if it is gone, or hidden from us, or has none of its own: whoever lifts that limit has left both.
+    Its origin alone if it has set the first limit for itself. None if it is gone, or hidden from us, or has none of its
+    own: whoever lifts that limit has left all.
     """
     try:
         own, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME)
         around, _ = resource.prlimit(pid, RLIMIT_LOCKS) if is_mark(own) else (0, 0)
+        origin, _ = resource.prlimit(pid, resource.RLIMIT_RSS) if 0 <= own < MARK_FLAG else (0, 0)
     except (AttributeError, OSError):
-        own, around = read_limits_of_others(pid)
-    if not is_mark(own):
-        return ()
-    return (own, around) if is_mark(around) else (own,)
+        own, around, origin = read_limits_of_others(pid)
+    if is_mark(own):
+        return (own, around) if is_mark(around) else (own,)
+    return (origin & ~CONDEMNED,) if own >= 0 and is_mark(origin) else ()
 
 
-def read_limits_of_others(pid: int) -> tuple[int, int]:
-    """Return both limits of another user's process, which everybody may read in /proc; 0 for one that is not set."""
+def read_origin(pid: int) -> int | None:
+    """Return the origin of a process; None if it has none, or is another user's, or gone."""
+    try:
+        origin, _ = resource.prlimit(pid, resource.RLIMIT_RSS)
+    except (AttributeError, OSError):
+        return None
+    return origin if is_mark(origin) else None
+
+
+def read_limits_of_others(pid: int) -> tuple[int, int, int]:
+    """
+    Return the three limits of another user's process, which everybody may read in /proc.
+
+    -1 for the first if it is not set, 0 for the others.
+    """
     try:
         with open(f"{PROC}/{pid}/limits") as lines:
             limits = dict(SOFT_LIMIT.findall(lines.read()))
     except OSError:
         limits = {}
-    return int(limits.get("realtime timeout", 0)), int(limits.get("file locks", 0))
+    return (
+        int(limits.get("realtime timeout", -1)),
+        int(limits.get("file locks", 0)),
+        int(limits.get("resident set", 0)),
+    )
 
 
 def read_variable(pid: int) -> tuple[int, ...]:

@@ -1,0 +1,189 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Have a runner notice that its supervisor has died.
+
+Nobody is left then who could stop the task: it runs on beside the retry that the server starts when heartbeats fail.
+So the kernel sends the runner a real-time signal when its parent ends (prctl(2), PR_SET_PDEATHSIG). The handler has
+the watchdog executed (child_watchdog), which ends the task as the supervisor would have: ``on_kill`` runs, and what
+is left of the tree when the grace is over is killed. While the supervisor lives nothing runs and nothing is open.
+
+Python runs the handler between two instructions of the main thread. While that is in C code that does not return, and
+while the runner is stopped, nothing happens; child_sweep finds these.
+
+Nothing here imports Airflow outside this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from airflow.sdk.execution_time import child_watchdog
+from airflow.sdk.execution_time.child_orphan import ORPHAN_GRACE
+from airflow.sdk.execution_time.child_policy import LeftoverPolicy, find_leftover_policy, find_spared_names
+from airflow.sdk.execution_time.child_tree import look_at, read_limits, read_origin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from configparser import ConfigParser
+
+__all__ = ["follow_spawner", "follow_supervisor"]
+
+PR_SET_PDEATHSIG = 1
+
+DEATH_SIGNAL: int | None = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else None
+"""A real-time signal, which nobody else sends; the last ones are used by Python's and the C library's relatives."""
+
+CREDENTIALS = struct.Struct("3i")
+"""``struct ucred`` (unix(7)): PID, uid and gid."""
+
+COMMS = 0
+"""The descriptor over which the runner asks its supervisor."""
+
+RUNNER_FAILED = 124
+"""Exit status of a runner that could not begin, as upstream has it."""
+
+
+class Lifeline:
+    """What a runner knows of its supervisor."""
+
+    def __init__(self, supervisor: int, conf: ConfigParser) -> None:
+        self._supervisor = supervisor
+        self._conf = conf
+        self._runner = os.getpid()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the supervisor is gone. The signal comes also when only the thread ends that has forked the runner."""
+        return os.getppid() != self._supervisor
+
+    def handle(self, _signum: int, _frame: object) -> None:
+        """Handle the signal that the parent has ended."""
+        if os.getpid() == self._runner and self.is_cut and DEATH_SIGNAL is not None:
+            signal.signal(DEATH_SIGNAL, signal.SIG_IGN)
+            leave_sockets(self._supervisor)
+            try:
+                start_watchdog(self._conf)
+            except Exception:  # whatever it is, the task has to be told
+                os.kill(self._runner, signal.SIGTERM)
+
+
+def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
+    """
+    Have this process, a runner, end when its supervisor does; to be called before it starts anything.
+
+    :param supervisor: its PID. If it is gone already, so is this process.
+    :param conf: Airflow's configuration.
+    """
+    lifeline = Lifeline(supervisor, conf)
+    if not ask_for_signal(lifeline):
+        return
+    if lifeline.is_cut:
+        os._exit(RUNNER_FAILED)
+
+
+def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
+    """
+    Do so in a new interpreter, if this is a runner; the dag processor's and the triggerer's lead no session.
+
+    :param comms: one of the sockets that the supervisor has made, by which alone it is known here.
+    """
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError, AttributeError):  # no such option (macOS)
+            follow_supervisor(find_creator(comms), conf)
+
+
+def ask_for_signal(lifeline: Lifeline) -> bool:
+    """Have the kernel signal the end of the parent; False where it cannot."""
+    if DEATH_SIGNAL is None or not sys.platform.startswith("linux"):
+        return False
+    signal.signal(DEATH_SIGNAL, lifeline.handle)
+    return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, DEATH_SIGNAL, 0, 0, 0) == 0)
+
+
+def find_creator(sock: socket.socket) -> int:
+    """Return the PID of the process that has made a pair of sockets, as one end tells it (unix(7), SO_PEERCRED)."""
+    pid, *_ = CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+    return int(pid)
+
+
+def leave_sockets(supervisor: int) -> None:
+    """
+    Have what this process says to its dead supervisor go nowhere: a print in ``on_kill`` would raise, or wait for ever.
+
+    The other ends may be open in processes that were forked meanwhile.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in list(list_sockets_of(supervisor)):
+        if descriptor != COMMS:
+            os.dup2(nowhere, descriptor, inheritable=descriptor in (1, 2))
+    os.close(nowhere)
+
+
+def list_sockets_of(creator: int) -> Iterator[int]:
+    """Shut down the sockets that a process has made, and yield their descriptors: whoever waits at one wakes up."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError, struct.error):  # no socket, or closed meanwhile
+            sock = socket.socket(fileno=int(name))
+            try:
+                if sock.family == socket.AF_UNIX and find_creator(sock) == creator:
+                    sock.shutdown(socket.SHUT_RDWR)
+                    yield int(name)
+            finally:
+                sock.detach()
+
+
+def start_watchdog(conf: ConfigParser) -> None:
+    """
+    Execute the program that ends this process, a runner, and all that it has started.
+
+    :raises OSError: if that cannot be had.
+    """
+    nothing = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_RDWR, 0) for descriptor in range(3)]
+    os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-I", "-S", child_watchdog.__file__, json.dumps(describe(conf))],
+        os.environ,
+        file_actions=nothing,
+        setsigmask=[],
+    )
+
+
+def describe(conf: ConfigParser) -> dict[str, Any]:
+    """Return what the watchdog has to know of this process."""
+    pid = os.getpid()
+    own = look_at(pid)
+    return {
+        "leader": (pid, own.start if own else 0),
+        "limits": read_limits(pid),
+        "origin": read_origin(pid),
+        "grace": ORPHAN_GRACE,
+        "ends": find_leftover_policy(conf) in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED),
+        "spared": sorted(find_spared_names(conf)),
+        "path": str(Path(psutil.__file__).parents[1]),
+    }

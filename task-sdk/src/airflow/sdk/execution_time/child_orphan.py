@@ -1,0 +1,221 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Find the trees of tasks whose supervisor has died, and end them as the supervisor would have.
+
+Two processes do that. A runner that notices starts a watchdog (child_lifeline), and where a runner cannot, for it is
+stopped or busy in C code, the next supervisor does (child_sweep). Only a tree whose runner is there is ended: one
+without may be what a successful task has left. The exception is what a supervisor was about to kill when it died.
+
+Imports nothing of Airflow outside this package, and no third party's module but psutil.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from airflow.sdk.execution_time.child_tree import (
+    PID_BITS,
+    Process,
+    ProcessTree,
+    compute_mark,
+    is_alive,
+    is_condemned,
+    is_origin_alive,
+    is_own_proc,
+    list_pids,
+    look_at,
+    read_limits,
+    read_origin,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["ORPHAN_GRACE", "Orphan", "end_orphans", "find_orphans", "kill_condemned"]
+
+ORPHAN_GRACE = 5.0
+"""
+Seconds between SIGTERM and SIGKILL, what upstream has where nobody was asked: no heartbeats are sent any more, and the
+server may start a retry when their timeout is over.
+"""
+
+KILL_TIME = 0.8
+"""Seconds after the grace in which everything has to be dead."""
+
+LOOK_INTERVAL = 0.5
+"""Seconds between looks for what processes start while they end."""
+
+POLL_INTERVAL = 0.02
+"""Seconds between looks at a process that cannot be watched."""
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A process whose supervisor has died."""
+
+    process: Process
+    origin: int
+
+    @property
+    def condemned(self) -> bool:
+        """Whether its supervisor was about to kill it."""
+        return bool(is_condemned(self.origin))
+
+
+def find_orphans() -> list[Orphan]:
+    """
+    Return the runners of this user whose supervisors have died, and whatever a supervisor was about to kill.
+
+    None where /proc is another PID namespace's. One pass; entries may vanish meanwhile.
+
+    :raises OSError: if they cannot be looked for.
+    """
+    if not is_own_proc():
+        return []
+    return [orphan for pid, _ in list_pids() for orphan in find_orphan(pid)]
+
+
+def find_orphan(pid: int) -> Iterator[Orphan]:
+    """Yield the process of that number if it is an orphan."""
+    origin = read_origin(pid)
+    if not origin or pid == os.getpid():
+        return
+    condemned = is_condemned(origin)
+    marks = read_limits(pid)
+    leads = bool(marks) and marks[0] & PID_BITS == pid
+    if not (leads or condemned) or is_origin_alive(origin) or not is_ours(pid):
+        return
+    process = look_at(pid)
+    if process is None or process.dead:
+        return
+    # Where /proc hides when it has started, it was given a mark that has its number alone.
+    if condemned or process.start < 0 or marks[0] == compute_mark(process):
+        yield Orphan(process, origin)
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process runs as the user that this one is, who alone could have signalled it without a privilege."""
+    try:
+        return bool(psutil.Process(pid).uids().real == os.getuid())
+    except psutil.AccessDenied:
+        # Its limits could be read, for which the kernel asks for the same user or for root.
+        return os.getuid() != 0
+    except (psutil.Error, OSError):
+        return False
+
+
+def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> list[Process]:
+    """
+    End trees as ``kill()`` does: the runners first, then what they have left, by force when the grace is over.
+
+    :returns: the processes that are there all the same.
+    """
+    deadline = time.monotonic() + grace
+    for tree in trees:
+        tell_runner(tree)
+    for tree in trees:
+        if tree.leader is not None:
+            wait_until_gone([tree.leader], deadline)
+    for tree in trees:
+        if not tree.ends:
+            tree.signal_group(signal.SIGKILL)
+    ending = [tree for tree in trees if tree.ends]
+    terminate(ending, deadline)
+    return kill(ending, max(deadline, time.monotonic()) + KILL_TIME)
+
+
+def kill_condemned(trees: Sequence[ProcessTree]) -> list[Process]:
+    """Kill what was about to be killed, and is stopped; return what is there all the same."""
+    return kill(trees, time.monotonic() + KILL_TIME)
+
+
+def tell_runner(tree: ProcessTree) -> None:
+    """Send SIGTERM to the group of a runner, and have those continue that are stopped."""
+    # A descendant that has lost its mark can only be found while its parent is alive.
+    stopped = [member for member in tree.find(with_leader=True) if member.stopped and member.start >= 0]
+    tree.signal_group(signal.SIGTERM)
+    tree.signal(stopped, signal.SIGCONT)
+
+
+def terminate(trees: Sequence[ProcessTree], deadline: float) -> None:
+    """Ask what runners have left, and what that starts meanwhile, to end, until nothing is left or the time is up."""
+    asked: set[Process] = set()
+    while time.monotonic() < deadline:
+        members = []
+        for tree in trees:
+            found = tree.find(with_leader=True)
+            tree.signal(
+                [member for member in found if member not in asked],
+                signal.SIGTERM,
+                signal.SIGCONT,
+                deadline=deadline,
+            )
+            members += found
+        if not members:
+            return
+        asked.update(members)
+        wait_until_gone(members, min(deadline, time.monotonic() + LOOK_INTERVAL))
+
+
+def kill(trees: Sequence[ProcessTree], deadline: float) -> list[Process]:
+    """Kill all that is left until nothing is, or the time is up; return what is there then."""
+    killed: list[Process] = []
+    for tree in trees:
+        while members := tree.kill_all(
+            max(0, deadline - time.monotonic()), with_leader=True, deadline=deadline
+        ):
+            killed += members
+            wait_until_gone(members, deadline)
+            if time.monotonic() >= deadline:
+                break
+    return [process for process in killed if is_alive(process)]
+
+
+def wait_until_gone(processes: Sequence[Process], deadline: float) -> None:
+    """Wait until all processes have ended, or the time is up."""
+    for process in processes:
+        with watching(process.pid) as poll:
+            while is_alive(process) and (left := deadline - time.monotonic()) > 0:
+                if poll is None:
+                    time.sleep(min(left, POLL_INTERVAL))
+                else:
+                    poll.poll(left * 1000)
+
+
+@contextlib.contextmanager
+def watching(pid: int) -> Iterator[select.poll | None]:
+    """Yield what is ready when a process ends; None if that cannot be had."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # before Linux 5.3, or no descriptor is left, or it is gone
+        yield None
+        return
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        yield poll
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,138 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+End the tasks whose supervisors have died, and which have not noticed themselves (child_lifeline).
+
+A supervisor does that before the first task that its process starts, and so does ``python -m
+airflow.sdk.execution_time.child_sweep``, which is fit for ``ExecStartPre=`` of systemd and for cron. ``--dry-run``
+only lists them. The exit status is 0, or 1 if something could not be ended, or 2 when an argument is wrong.
+
+It looks for the trees of tasks whose runner is there and whose supervisor is not. Those of other users, and of other PID
+namespaces, are left alone, and so is what a successful task has left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import structlog
+
+from airflow.sdk.execution_time.child_orphan import end_orphans, find_orphans, kill_condemned
+from airflow.sdk.execution_time.child_policy import LeftoverPolicy, find_leftover_policy, find_spared_names
+from airflow.sdk.execution_time.child_tree import ProcessTree
+
+try:
+    from airflow.sdk.configuration import conf as airflow_conf
+except ImportError:  # before 1.2
+    from airflow.configuration import conf as airflow_conf
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from configparser import ConfigParser
+
+    from airflow.sdk.execution_time.child_orphan import Orphan
+    from airflow.sdk.execution_time.child_tree import Process
+
+__all__ = ["main", "sweep_once"]
+
+log = structlog.get_logger(logger_name="supervisor")
+
+_swept_by: int | None = None
+"""The PID of the process that has looked for orphans; a forked copy of it looks for itself."""
+
+
+def sweep_once(conf: ConfigParser) -> None:
+    """
+    End orphans, unless this process has looked for them before; never raises.
+
+    :param conf: Airflow's configuration.
+    """
+    global _swept_by
+    if _swept_by == os.getpid():
+        return
+    _swept_by = os.getpid()
+    try:
+        sweep(conf, find_orphans())
+    except Exception:
+        # It is not this task's fault, which is to start.
+        log.exception("Tasks whose supervisors have died could not be looked for")
+
+
+def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
+    """End orphans, and say so; return those that are there all the same."""
+    runners = [orphan for orphan in orphans if not orphan.condemned]
+    # One of each tree finds all others.
+    condemned = list({orphan.origin: orphan for orphan in orphans if orphan.condemned}.values())
+    survivors: list[Process] = []
+    for group, end in ((condemned, kill_condemned), (runners, end_orphans)):
+        if group:
+            trees = [make_tree(orphan, conf) for orphan in group]
+            left = end(trees)
+            report(group, trees, left)
+            survivors += left
+    return survivors
+
+
+def make_tree(orphan: Orphan, conf: ConfigParser) -> ProcessTree:
+    """Return the tree that an orphan leads, or is part of."""
+    tree = ProcessTree()
+    tree.adopt_orphan(orphan.process.pid, orphan.process.start)
+    tree.spared = find_spared_names(conf)
+    tree.ends = orphan.condemned or find_leftover_policy(conf) in (
+        LeftoverPolicy.ALWAYS,
+        LeftoverPolicy.KILLED,
+    )
+    return tree
+
+
+def report(orphans: Sequence[Orphan], trees: Sequence[ProcessTree], survivors: Sequence[Process]) -> None:
+    """Say in the supervisor's log what was ended."""
+    log.warning(
+        "Ended tasks whose supervisors had died",
+        runners=[{"pid": orphan.process.pid, "name": orphan.process.name} for orphan in orphans],
+        processes=sum(len(tree.ended) for tree in trees),
+        survivors=[{"pid": process.pid, "name": process.name} for process in survivors],
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """End orphans, or list them; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m airflow.sdk.execution_time.child_sweep",
+        description="End the tasks of this user whose supervisors have died.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list them, and end none")
+    options = parser.parse_args(arguments)
+    orphans = find_orphans()
+    for orphan in orphans:
+        print(describe(orphan))
+    if options.dry_run or not orphans:
+        return 0
+    return 1 if sweep(airflow_conf, orphans) else 0
+
+
+def describe(orphan: Orphan) -> str:
+    """Return a line about an orphan, for people."""
+    kind = "process that was about to be killed" if orphan.condemned else "task runner"
+    return f"{kind} without a supervisor: PID {orphan.process.pid} ({orphan.process.name})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
