@@ -21,6 +21,7 @@ import signal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from task_sdk.execution_time.teardown.supervised_task import ended_by, waiting
 
@@ -52,6 +53,21 @@ class TestLeadSession:
 
         with waiting(lead_after_parent) as pid:
             assert os.getsid(pid) == os.getpgid(pid) == pid
+
+    @pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
+    def test_group_without_a_number(self, mocker: MockerFixture, disposition: signal.Handlers) -> None:
+        """So does one whose parent's group was opened outside of this PID namespace; nobody helps it from then on."""
+
+        def lead_after_parent() -> None:
+            signal.signal(signal.SIGCHLD, disposition)
+            os.setpgid(0, 0)
+            assert lead_session()
+
+        mocker.patch("os.getpgid", autospec=True, return_value=0)
+        with waiting(lead_after_parent) as pid:
+            mocker.stopall()
+            assert os.getsid(pid) == os.getpgid(pid) == pid
+            assert psutil.Process(pid).children() == []
 
     def test_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A kernel that refuses leaves the child where it is, and the child is told."""

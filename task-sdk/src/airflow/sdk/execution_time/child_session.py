@@ -26,6 +26,7 @@ Nothing here imports Airflow.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Protocol
@@ -59,11 +60,44 @@ def lead_session() -> bool:
         # A group leader may not open a session, and the parent made us one before we were first scheduled.
         # Nothing may be raised here, for it would reach the code of the parent, of which this is a copy.
         try:
-            os.setpgid(0, os.getpgid(os.getppid()))
+            leave_own_group()
             os.setsid()
         except OSError:
             return False
     return True
+
+
+def leave_own_group() -> None:
+    """
+    Join another process group of the session than one's own.
+
+    :raises OSError: if the kernel refuses.
+    """
+    if group := os.getpgid(os.getppid()):
+        os.setpgid(0, group)
+    else:
+        # The parent's has no number here: it was opened outside of this PID namespace (pid_namespaces(7)).
+        join_group_of_child()
+
+
+def join_group_of_child() -> None:
+    """Join a group that a child opens, which ends at once. A group lasts as long as anybody is in it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(writer)
+            os.read(reader, 1)  # until the parent has closed it, or is gone
+        finally:
+            os._exit(0)
+    try:
+        os.close(reader)
+        os.setpgid(child, child)
+        os.setpgid(0, child)
+    finally:
+        os.close(writer)
+        with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored
+            os.waitpid(child, 0)
 
 
 def signal_session(leader: int, sig: int) -> bool:

@@ -100,6 +100,9 @@ FAILURES = [
     ("signal.pidfd_send_signal", errno.ESRCH),
 ]
 TIMES = {"first": {1}, "second": {2}, "all": None}
+STARTS = 10
+"""Of which the parent is first with most, if it makes its children group leaders."""
+
 HOPELESS = ("signal.pidfd_send_signal", "all")
 """What leaves no way to signal a process of the task other than its runner."""
 
@@ -414,6 +417,26 @@ class TestKill:
         outcome = end_supervised(relay, "failed", after=interrupt)
         assert outcome.left == []
         assert outcome.code == 1
+
+
+class TestNamespace:
+    def test_group_without_a_number(self, relay: Relay) -> None:
+        """A supervisor whose own group has no number in its PID namespace, as under unshare, gives each task a session."""
+
+        def main() -> dict[str, Any]:
+            assert os.getpgid(0) == 0
+            sessions = []
+            for _ in range(STARTS):
+                process = start_task(lambda: wait_to_end(relay))
+                relay.hear()
+                sessions.append(os.getsid(process.pid) == process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+            return {"code": 0, "log": sessions, "left": list_living()}
+
+        outcome = supervise_in_namespace(main)
+        assert outcome.left == []
+        assert outcome.log == [True] * STARTS
 
 
 class TestRecycledNumber:
