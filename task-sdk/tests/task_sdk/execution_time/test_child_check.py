@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from importlib import metadata
 from types import SimpleNamespace
@@ -81,15 +82,16 @@ def leave_nothing() -> Iterator[None]:
     with ending_all() as list_left:
         yield
         # What the check has killed, or let go, in its last moments may take a while to die.
-        left = [pid for pid in list_left() if outlasts(pid)]
+        deadline = time.monotonic() + PATIENCE
+        left = [pid for pid in list_left() if outlasts(pid, deadline)]
     assert left == []
 
 
-def outlasts(pid: int) -> bool:
-    """Whether a process of a test is still there after a while."""
+def outlasts(pid: int, deadline: float) -> bool:
+    """Whether a process of a test is still there when the time is up."""
     with contextlib.closing(Tree()) as tree:
         try:
-            return not tree.gone(tree.add(pid))
+            return not tree.gone(tree.add(pid), max(0, deadline - time.monotonic()))
         except ProcessLookupError:  # it has ended, and its parent has collected it, since it was listed
             return False
 
@@ -283,7 +285,7 @@ class TestProof:
         ("method", "missing"),
         [
             ("kill", ["prepare_kill", "signal_tree"]),
-            ("start", ["begin_runner", "mark_process"]),
+            ("start", ["begin_runner", "mark_process", "follow_supervisor"]),
         ],
     )
     def test_unpatched_supervisor(self, method: str, missing: list[str]) -> None:
@@ -322,7 +324,9 @@ class TestProof:
             assert relay.hear() == "killing"
             [checking] = psutil.Process(check).children()
             processes = [tree.add(pid) for pid in list_living() if pid != check]
-            assert len(processes) == 7, "the check, the task, its four, and the bystander"
+            assert len(processes) == 10, (
+                "the check, the task, its four, the bystander, and another with its supervisor"
+            )
             checking.send_signal(signum)
             assert [pid for pid in processes if not tree.gone(pid)] == []
         _, status = os.waitpid(check, 0)

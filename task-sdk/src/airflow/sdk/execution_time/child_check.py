@@ -18,9 +18,10 @@
 Say by which means the supervisor of this environment ends tasks, and prove that nothing of a task is left.
 
 ``python -m airflow.sdk.execution_time.child_check`` starts a task of a few stubborn processes under the real
-supervisor, with a stand-in for the API client, kills it, and looks. It needs no database and no API server, runs
-as any user, and takes half a second besides the import of Airflow. The exit status is 0, or 1 when something is
-wrong, or 2 when an argument is, or 130 when interrupted; an SDK without this module answers "No module named".
+supervisor, with a stand-in for the API client, kills it, and looks. It does so with another task whose supervisor it
+kills. It needs no database and no API server, runs as any user, and takes half a second besides the import of Airflow.
+The exit status is 0, or 1 when something is wrong, or 2 when an argument is, or 130 when interrupted; an SDK without this
+module answers "No module named". What is poorer than it could be is a warning, and wrong with ``--strict``.
 
 Each process is held by a socket pair. Its end of file tells the check that the process is gone, whatever
 ``/proc`` says, and tells the process that the check is gone, so that none outlives a check that is killed.
@@ -33,6 +34,7 @@ import json
 import logging
 import os
 import pwd
+import select
 import shutil
 import signal
 import socket
@@ -41,7 +43,7 @@ import time
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from types import SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 from uuid import uuid4
 
@@ -49,7 +51,8 @@ import psutil
 import structlog
 
 from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
-from airflow.sdk.execution_time import child_teardown, child_tree, supervisor
+from airflow.sdk.execution_time import child_lifeline, child_teardown, child_tree, supervisor
+from airflow.sdk.execution_time.child_orphan import find_orphans
 from airflow.sdk.execution_time.child_policy import (
     LeftoverPolicy,
     find_grace,
@@ -85,7 +88,9 @@ NOBODY = (1 << 22) + 1
 CALLS = (
     (WatchedSubprocess, "start", "begin_runner"),
     (WatchedSubprocess, "start", "mark_process"),
+    (WatchedSubprocess, "start", "follow_supervisor"),
     (ActivitySubprocess, "_on_child_started", "adopt"),
+    (ActivitySubprocess, "_on_child_started", "sweep_once"),
     (WatchedSubprocess, "_service_subprocess", "_exit_watch"),
     (WatchedSubprocess, "_check_subprocess_exit", "settle_exit_code"),
     (WatchedSubprocess, "_check_subprocess_exit", "note_exit"),
@@ -158,6 +163,8 @@ class Proof:
     harmed: list[str]
     seconds: float
     """From the order to kill the task to its return."""
+    orphaned: list[str]
+    """What is left of the task whose supervisor was killed."""
 
 
 class Leash:
@@ -245,7 +252,14 @@ def be_bystander(leash: Leash) -> None:
     be_child(leash)
 
 
+def be_orphan(leash: Leash) -> None:
+    """Be the task whose supervisor is killed, and do as tasks do on SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    be_child(leash)
+
+
 RUNNER = "task"
+SUPERVISOR = "supervisor"
 DAEMON = "daemon"
 STOPPED = "stopped child"
 BYSTANDER = "bystander"
@@ -265,6 +279,13 @@ ROLES: dict[str, Callable[[Leash], None]] = {
     STOPPED: be_stopped,
 }
 """What the task starts, in this order."""
+
+
+ORPHANS: dict[str, Callable[[Leash], None]] = {
+    "daemon without a supervisor": be_daemon,
+    "task without a supervisor": be_orphan,
+}
+"""What the task starts whose supervisor is killed, and itself."""
 
 
 def run_task(leashes: dict[str, Leash]) -> None:
@@ -346,15 +367,68 @@ def hold_processes() -> Iterator[tuple[dict[str, Leash], ActivitySubprocess]]:
 
 
 @contextmanager
-def ending_always() -> Iterator[None]:
-    """Have the proof show what can be ended, whatever the deployment has chosen to spare."""
-    chosen = child_teardown.find_leftover_policy, child_teardown.find_spared_names
-    setattr(child_teardown, "find_leftover_policy", lambda _conf: LeftoverPolicy.ALWAYS)  # noqa: B010 - a function
-    setattr(child_teardown, "find_spared_names", lambda _conf: frozenset())  # noqa: B010
+def hold_orphans() -> Iterator[dict[str, Leash]]:
+    """Start another task, with a supervisor of its own; whatever is left of them in the end is ended."""
+    with ExitStack() as stack:
+        leashes = {role: Leash(role) for role in (*ORPHANS, SUPERVISOR)}
+        pid = os.fork()
+        if pid == 0:
+            be_supervisor(leashes)
+        stack.callback(os.waitpid, pid, 0)
+        for leash in leashes.values():
+            stack.callback(leash.end)
+            leash.process_end.close()
+        for leash in leashes.values():
+            leash.hear()
+        yield leashes
+
+
+def be_supervisor(leashes: dict[str, Leash]) -> NoReturn:
+    """Be the supervisor of the other task, and wait to be killed."""
     try:
-        yield
+        for leash in leashes.values():
+            leash.check_end.close()
+        start_task(lambda: run_orphan(leashes))
+        for role in ORPHANS:
+            leashes[role].process_end.close()
+        be_child(leashes[SUPERVISOR])
     finally:
-        child_teardown.find_leftover_policy, child_teardown.find_spared_names = chosen
+        os._exit(0)
+
+
+def run_orphan(leashes: dict[str, Leash]) -> None:
+    """Be the other task: start what it starts, and wait to be told to stop."""
+    leashes[SUPERVISOR].process_end.close()
+    *children, own = ORPHANS
+    pids = [fork({role: leashes[role] for role in ORPHANS}, child, ORPHANS[child]) for child in children]
+    for pid in pids:
+        os.waitpid(pid, 0)
+    ORPHANS[own](leashes[own])
+
+
+def list_orphaned(leashes: dict[str, Leash]) -> list[str]:
+    """Return what is left of the task whose supervisor was killed, after a while."""
+    deadline = time.monotonic() + END_TIMEOUT
+    while (left := [role for role in ORPHANS if not leashes[role].is_gone()]) and time.monotonic() < deadline:
+        select.select([leashes[left[0]].check_end], [], [], deadline - time.monotonic())
+    return left
+
+
+@contextmanager
+def ending_always() -> Iterator[None]:
+    """Have the proof show what can be ended, whatever the deployment has chosen to spare, and end no real task."""
+    with ExitStack() as stack:
+        for module in (child_teardown, child_lifeline):
+            replace(stack, module, "find_leftover_policy", lambda _conf: LeftoverPolicy.ALWAYS)
+            replace(stack, module, "find_spared_names", lambda _conf: frozenset())
+        replace(stack, supervisor, "sweep_once", lambda _conf: None)
+        yield
+
+
+def replace(stack: ExitStack, module: ModuleType, name: str, value: Any) -> None:
+    """Replace what a module calls until the stack is closed."""
+    stack.callback(setattr, module, name, getattr(module, name, None))
+    setattr(module, name, value)
 
 
 def prove() -> tuple[Means, Proof]:
@@ -365,7 +439,7 @@ def prove() -> tuple[Means, Proof]:
     """
     # As whoever supervises tasks does first, from SDK 1.2 on; its tasks inherit that.
     getattr(supervisor, "_make_process_nondumpable", lambda: None)()
-    with ending_always(), hold_processes() as (leashes, task):
+    with ending_always(), hold_orphans() as orphans, hold_processes() as (leashes, task):
         means = find_means(task)
         began = time.monotonic()
         task.kill(signal.SIGTERM, escalation_delay=PROOF_GRACE, force=True)
@@ -374,11 +448,14 @@ def prove() -> tuple[Means, Proof]:
             task._service_subprocess(max_wait_time=left)
         seconds = time.monotonic() - began
         gone = [role for role, leash in leashes.items() if leash.is_gone()]
+        os.kill(orphans[SUPERVISOR].pid, signal.SIGKILL)
+        orphaned = list_orphaned(orphans)
     return means, Proof(
         ended=[role for role in (*ROLES, RUNNER) if role in gone],
         left=[role for role in (*ROLES, RUNNER) if role not in gone],
         harmed=[BYSTANDER] if BYSTANDER in gone else [],
         seconds=round(seconds, 2),
+        orphaned=orphaned,
     )
 
 
@@ -481,8 +558,16 @@ def find_missing_calls() -> list[str]:
     return [
         f"{cls.__name__}.{method}() does not use {name}"
         for cls, method, name in CALLS
-        if name not in getattr(cls, method).__code__.co_names
+        if name not in list_names(getattr(cls, method).__code__)
     ]
+
+
+def list_names(code: CodeType) -> Iterator[str]:
+    """Yield the names that a function uses, be it in a function within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from list_names(constant)
 
 
 def find_version() -> str | None:
@@ -518,11 +603,15 @@ class Findings:
     choices: Choices | None
     """None if the SDK is not patched."""
     proof: Proof | None
+    orphans: list[int]
+    """PIDs of task runners of this user whose supervisors have died."""
+    warnings: list[str]
+    """What is poorer than it could be, likewise."""
     problems: list[str]
     """All that makes the check fail, in a clause each."""
 
 
-def examine(run_as_user: str | None) -> Findings:
+def examine(run_as_user: str | None, *, strict: bool = False) -> Findings:
     """Find out everything."""
     missing = find_missing_calls()
     problems = [f"the SDK is not patched, or only in part: {call}" for call in missing]
@@ -535,8 +624,33 @@ def examine(run_as_user: str | None) -> Findings:
         problems.append(f"the proof failed with {type(error).__name__}: {error}")
     users = find_users(run_as_user)
     problems += find_problems(means, users, proof)
-    choices = None if missing else find_choices()
-    return Findings(find_version(), missing, means, users, find_grace_in_force(), choices, proof, problems)
+    orphans = [orphan.process.pid for orphan in find_orphans()]
+    warnings = list(find_warnings(means, proof, orphans))
+    if strict:
+        problems, warnings = problems + warnings, []
+    return Findings(
+        version=find_version(),
+        missing=missing,
+        means=means,
+        users=users,
+        grace=find_grace_in_force(),
+        choices=None if missing else find_choices(),
+        proof=proof,
+        orphans=orphans,
+        warnings=warnings,
+        problems=problems,
+    )
+
+
+def find_warnings(means: Means | None, proof: Proof | None, orphans: Sequence[int]) -> Iterator[str]:
+    """Yield what is poorer than it could be."""
+    if means and means.mark == "variable":
+        yield "what a task starts with an empty environment, and detaches, is not found: RLIMIT_RTTIME cannot be set"
+    if proof and proof.orphaned:
+        yield f"left running by a task whose supervisor was killed: {', '.join(proof.orphaned)}"
+    if orphans:
+        pids = ", ".join(map(str, orphans))
+        yield f"tasks run on without their supervisors, until the next one starts or child_sweep is run: PID {pids}"
 
 
 def find_problems(means: Means | None, users: Users, proof: Proof | None) -> Iterator[str]:
@@ -571,6 +685,7 @@ def describe(findings: Findings) -> Iterator[str]:
             f"A task of {number} processes was killed in {findings.proof.seconds:.1f} s: "
             f"{len(findings.proof.left)} left, {len(findings.proof.harmed)} bystanders harmed."
         )
+        yield f"The supervisor of another was killed: {len(findings.proof.orphaned)} of {len(ORPHANS)} processes left."
     yield "NOT OK" if findings.problems else "OK"
 
 
@@ -632,11 +747,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     try:
         with redirect_stdout(sys.stderr):
-            findings = examine(options.run_as_user)
+            findings = examine(options.run_as_user, strict=options.strict)
     except KeyboardInterrupt:
         print("Interrupted: nothing was left running.", file=sys.stderr)
         return INTERRUPTED
     print(json.dumps(asdict(findings)) if options.json else "\n".join(describe(findings)), flush=True)
+    for warning in findings.warnings:
+        print(f"Warning: {warning}.", file=sys.stderr)
     for problem in findings.problems:
         print(f"Not OK: {problem}.", file=sys.stderr)
     return 1 if findings.problems else 0
@@ -652,6 +769,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--run-as-user", metavar="USER", help="ask sudo whether processes of USER can be ended"
     )
+    parser.add_argument("--strict", action="store_true", help="fail also for what is only a warning")
     options = parser.parse_args(arguments)
     if options.run_as_user is not None and not is_user(options.run_as_user):
         parser.exit(2, f"There is no user {options.run_as_user!r}: give the run_as_user of your tasks.\n")
