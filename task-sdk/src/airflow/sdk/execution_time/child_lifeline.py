@@ -183,7 +183,9 @@ def start_watchdog(conf: ConfigParser) -> None:
 def describe(conf: ConfigParser) -> dict[str, Any]:
     """Return what the watchdog has to know of this process."""
     pid = os.getpid()
-    own = look_at(pid)
+    own = None
+    with contextlib.suppress(OSError):  # no descriptor is left; it is known by its marks then
+        own = look_at(pid)
     # The signal may have come in the middle of a log call, which holds the lock that a warning would wait for.
     with without_warnings():
         ends = find_leftover_policy(conf) in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED)
