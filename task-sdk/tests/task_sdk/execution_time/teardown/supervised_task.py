@@ -427,6 +427,16 @@ def leave_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "sweep_once", lambda _conf: None, raising=False)
 
 
+def look_at_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find no orphans but what this process has started: those of others are not for a test to end."""
+    test = psutil.Process()
+
+    def list_own() -> list[tuple[int, None]]:
+        return [(process.pid, None) for process in test.children(recursive=True)]
+
+    monkeypatch.setattr("airflow.sdk.execution_time.child_orphan.list_pids", list_own)
+
+
 @contextlib.contextmanager
 def waiting(prepare: Callable[[], Any]) -> Iterator[int]:
     """Fork a child that runs ``prepare`` and then waits for signals; yields its PID when it waits, and ends it."""
