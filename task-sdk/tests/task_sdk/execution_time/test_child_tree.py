@@ -62,12 +62,16 @@ from airflow.sdk.execution_time.child_tree import (
     Process,
     ProcessTree,
     compute_mark,
+    compute_origin,
     group_by_owner,
     is_alive,
+    is_condemned,
+    is_origin_alive,
     list_pids,
     look_at,
     mark_process,
     read_limits,
+    read_origin,
     read_process,
     send_signals,
 )
@@ -188,6 +192,29 @@ def fork_stray() -> int:
 def fork_waiting(main: Callable[[], Any]) -> int:
     """Fork a process that runs ``main``, and then waits for signals."""
     return start_waiting(lambda: (main(), [])[1])[0]
+
+
+def fork_when_adopted(main: Callable[[], Any]) -> tuple[ProcessTree, int, int]:
+    """Have a leader that was adopted before fork a daemon, which runs ``main``; return the tree, and both PIDs."""
+    with contextlib.closing(Relay()) as adopted, contextlib.closing(Relay()) as told:
+
+        def be_daemon() -> None:
+            main()
+            told.tell(os.getpid())
+            pause_for_ever()
+
+        def be_leader() -> None:
+            os.setsid()
+            mark_process()
+            adopted.hear()
+            start_orphan_fork(os.setsid, be_daemon)
+            pause_for_ever()
+
+        leader = fork(be_leader)
+        tree = ProcessTree()
+        tree.adopt(leader)
+        adopted.tell("adopted")
+        return tree, leader, told.hear()
 
 
 STARTS = [start_child, start_session, start_daemon, start_daemon_without_environment]
@@ -577,6 +604,163 @@ class TestNested:
         mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
         assert [read_limits(pid) for pid in inner] == marks
         assert all(len(of_one) == 2 for of_one in marks)
+
+
+def limit_realtime() -> None:
+    """Limit what is scheduled in real time, as PipeWire does in all of its clients, and lose the mark by that."""
+    resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, resource.RLIM_INFINITY))
+
+
+def make_origin(supervisor: Process) -> int:
+    return compute_origin(supervisor, child_tree.MARK_FLAG)
+
+
+class TestOrigin:
+    """Who the supervisor of a tree is, and which of its trees that is."""
+
+    def test_own_limit(self) -> None:
+        """What has set the limit of the mark for itself, detached and lost its parents belongs to its tree alone."""
+        trees = [fork_when_adopted(limit_realtime) for _ in range(2)]
+        for _, leader, daemon in trees:
+            assert read_limits(daemon) == (read_origin(daemon),)
+            end(leader)
+        assert [find(tree) for tree, _, _ in trees] == [[daemon] for _, _, daemon in trees]
+
+    @pytest.mark.parametrize("limits", [[lift_limit], [limit_realtime, lift_limit]])
+    def test_opt_out(self, limits: list[Callable[[], None]]) -> None:
+        """Who has lifted that limit has left all the same."""
+        tree, leader, _ = fork_when_adopted(lambda: [limit() for limit in limits])
+        end(leader)
+        assert find(tree) == []
+
+    def test_of_another_user(self, mocker: MockerFixture) -> None:
+        """It is read in /proc where prlimit() is denied, and so is that the limit was lifted."""
+        _, _, daemon = fork_when_adopted(limit_realtime)
+        _, _, gone_out = fork_when_adopted(lift_limit)
+        origin = read_origin(daemon)
+        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
+        assert (read_limits(daemon), read_limits(gone_out)) == ((origin,), ())
+        assert read_origin(daemon) is None, "nobody but its user and root asks for it"
+
+    @pytest.mark.parametrize("refusing", ["resource.prlimit", "resource.RLIMIT_RSS"])
+    def test_refused(self, monkeypatch: pytest.MonkeyPatch, refusing: str) -> None:
+        """Where the limit cannot be set, or is unknown, there is none, and the mark serves."""
+        monkeypatch.delenv(MARK_VARIABLE, raising=False)
+
+        def main() -> dict[str, Any]:
+            if refusing == "resource.prlimit":
+                rss = resource.RLIMIT_RSS
+                misbehave(refusing, errno.EPERM, concerns=lambda _, what, *__: what == rss)
+            else:
+                lack(refusing)
+            tree, leader, daemon = fork_when_adopted(lambda: None)
+            end(leader)
+            return {"found": find(tree) == [daemon], "origin": read_origin(daemon)}
+
+        assert run_in_fork(main) == {"found": True, "origin": None}
+
+    def test_alive(self) -> None:
+        """A supervisor is, until it has ended, whether or not somebody collects it then."""
+        pid = fork_child()
+        origin = make_origin(look_at(pid))
+        assert is_origin_alive(origin)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert not is_origin_alive(origin)
+        os.waitpid(pid, 0)
+        assert not is_origin_alive(origin)
+
+    def test_recycled_supervisor(self) -> None:
+        """Whoever has got its number since is not the supervisor."""
+        supervisor = look_at(os.getpid())
+        assert is_origin_alive(make_origin(supervisor))
+        assert not is_origin_alive(make_origin(replace(supervisor, start=supervisor.start - 1)))
+
+    def test_largest_numbers(self) -> None:
+        """Whatever the numbers are, it is a limit that is never reached, and is not condemned."""
+        supervisor = replace(look_at(os.getpid()), pid=(1 << 22) - 1, start=(1 << 40) - 1)
+        origin = compute_origin(supervisor, (1 << 63) - 1)
+        assert 1 << 62 <= origin < 1 << 63
+        assert not is_condemned(origin)
+
+    def test_condemned(self) -> None:
+        """Who is stopped to be killed is condemned before, and told by its origin still; who is spared is not."""
+        tree, leader, daemon = fork_when_adopted(limit_realtime)
+        _, _, shared = fork_when_adopted(lambda: ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared"))
+        resource.prlimit(shared, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
+        assert {daemon, shared} <= set(find(tree))
+        tree.spared = frozenset({"shared"})
+        origins = {pid: read_origin(pid) for pid in (leader, daemon, shared)}
+        tree.stop(PATIENCE, with_leader=True)
+        condemned = {pid: is_condemned(read_origin(pid)) for pid in origins}
+        assert condemned == {leader: True, daemon: True, shared: False}
+        assert read_limits(daemon) == (origins[daemon],)
+        assert find(tree) == [daemon]
+
+    def test_limit_of_its_own(self) -> None:
+        """A limit that is not an origin is left as it is."""
+        pid = fork_waiting(lambda: resource.setrlimit(resource.RLIMIT_RSS, (1 << 30, resource.RLIM_INFINITY)))
+        child_tree.condemn(pid)
+        assert resource.prlimit(pid, resource.RLIMIT_RSS)[0] == 1 << 30
+        assert read_origin(pid) is None
+
+    def test_lifted(self) -> None:
+        """Who lifts all marks, as a watchdog does, carries none, and is no part of the tree."""
+        tree, leader, daemon = fork_when_adopted(child_tree.lift_marks)
+        end(leader)
+        assert (read_limits(daemon), read_origin(daemon), find(tree)) == ((), None, [])
+
+
+class TestOrphan:
+    """A tree whose supervisor is gone, and that somebody else ends."""
+
+    def adopt(self, pid: int, *marks: Any) -> ProcessTree:
+        tree = ProcessTree()
+        tree.adopt_orphan(pid, read_process(pid).start, *marks)
+        return tree
+
+    def test_everything_is_found(self) -> None:
+        """All that the leader has started is, by mark, origin, descent and session; and no other task."""
+        _, leader, started = lead(*STARTS, lambda: start_orphan(lift_limit))
+        lead(*STARTS)
+        start_session()
+        assert find(self.adopt(leader)) == sorted(started)
+
+    def test_leader_that_is_gone(self) -> None:
+        """Its marks are known from before, and the session is no proof any more."""
+        _, leader, [daemon, _] = lead(start_daemon, lambda: start_orphan(lift_limit))
+        tree = self.adopt(leader)
+        end(leader)
+        assert find(tree) == [daemon]
+
+    def test_marks_that_were_told(self) -> None:
+        """Who ends it may be told what the leader carries, which is dead when it looks."""
+        _, leader, daemon = fork_when_adopted(limit_realtime)
+        marks = (read_limits(leader), read_origin(leader))
+        start = read_process(leader).start
+        end(leader)
+        tree = ProcessTree()
+        tree.adopt_orphan(leader, start, *marks)
+        assert find(tree) == [daemon]
+
+    def test_condemned_leader(self) -> None:
+        """What was to be killed is found by the origin of one that was."""
+        _, leader, daemon = fork_when_adopted(limit_realtime)
+        child_tree.condemn(leader)
+        tree = self.adopt(leader)
+        end(leader)
+        assert find(tree) == [daemon]
+
+    def test_session_of_others(self) -> None:
+        """A leader that could not open a session is in that of others, who are strangers."""
+        leader, [child] = start_waiting(lambda: (mark_process(), [start_child()])[1])
+        start_child()
+        assert find(self.adopt(leader)) == [child]
+
+    def test_tree_around(self) -> None:
+        """The tree that its supervisor was in is not its own."""
+        _, _, [[inner, daemon], _] = lead(lambda: supervise(start_daemon), start_daemon)
+        assert find(self.adopt(inner)) == [daemon]
 
 
 class TestLook:
@@ -1054,6 +1238,20 @@ class TestHidden:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             assert child_tree.has_ended(pid)
             assert read_process(pid) is None
+
+        self.run(main)
+
+    def test_supervisor(self) -> None:
+        """One that is hidden counts as alive as long as its number is taken, be it by another user."""
+
+        def main() -> None:
+            supervisor = fork_child()
+            origin = make_origin(Process(supervisor, 1, "", 0, 0, stopped=False, dead=False))
+            assert read_process(supervisor).start < 0
+            assert is_origin_alive(origin)
+            end(supervisor)
+            assert not is_origin_alive(origin)
+            assert is_origin_alive(make_origin(Process(1, 1, "", 0, 0, stopped=False, dead=False)))
 
         self.run(main)
 

@@ -45,7 +45,12 @@ import psutil
 
 from airflow.sdk.execution_time import child_watchdog
 from airflow.sdk.execution_time.child_orphan import ORPHAN_GRACE
-from airflow.sdk.execution_time.child_policy import LeftoverPolicy, find_leftover_policy, find_spared_names
+from airflow.sdk.execution_time.child_policy import (
+    LeftoverPolicy,
+    find_leftover_policy,
+    find_spared_names,
+    without_warnings,
+)
 from airflow.sdk.execution_time.child_tree import look_at, read_limits, read_origin
 
 if TYPE_CHECKING:
@@ -86,7 +91,8 @@ class Lifeline:
         """Handle the signal that the parent has ended."""
         if os.getpid() == self._runner and self.is_cut and DEATH_SIGNAL is not None:
             signal.signal(DEATH_SIGNAL, signal.SIG_IGN)
-            leave_sockets(self._supervisor)
+            with contextlib.suppress(Exception):  # no /proc, or no descriptor: what it says matters less than its end
+                leave_sockets(self._supervisor)
             try:
                 start_watchdog(self._conf)
             except Exception:  # whatever it is, the task has to be told
@@ -177,13 +183,19 @@ def start_watchdog(conf: ConfigParser) -> None:
 def describe(conf: ConfigParser) -> dict[str, Any]:
     """Return what the watchdog has to know of this process."""
     pid = os.getpid()
-    own = look_at(pid)
+    own = None
+    with contextlib.suppress(OSError):  # no descriptor is left; it is known by its marks then
+        own = look_at(pid)
+    # The signal may have come in the middle of a log call, which holds the lock that a warning would wait for.
+    with without_warnings():
+        ends = find_leftover_policy(conf) in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED)
+        spared = sorted(find_spared_names(conf))
     return {
         "leader": (pid, own.start if own else 0),
         "limits": read_limits(pid),
         "origin": read_origin(pid),
         "grace": ORPHAN_GRACE,
-        "ends": find_leftover_policy(conf) in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED),
-        "spared": sorted(find_spared_names(conf)),
+        "ends": ends,
+        "spared": spared,
         "path": str(Path(psutil.__file__).parents[1]),
     }

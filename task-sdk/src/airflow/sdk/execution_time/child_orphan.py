@@ -43,6 +43,7 @@ from airflow.sdk.execution_time.child_tree import (
     compute_mark,
     is_alive,
     is_condemned,
+    is_in_own_namespace,
     is_origin_alive,
     is_own_proc,
     list_pids,
@@ -106,7 +107,9 @@ def find_orphan(pid: int) -> Iterator[Orphan]:
     condemned = is_condemned(origin)
     marks = read_limits(pid)
     leads = bool(marks) and marks[0] & PID_BITS == pid
-    if not (leads or condemned) or is_origin_alive(origin) or not is_ours(pid):
+    if not (leads or condemned) or is_origin_alive(origin):
+        return
+    if not (is_ours(pid) and is_in_own_namespace(pid)):
         return
     process = look_at(pid)
     if process is None or process.dead:

@@ -34,6 +34,7 @@ Nothing here imports Airflow outside this package.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from configparser import Error as ConfigError
 from configparser import RawConfigParser
@@ -43,6 +44,7 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from configparser import ConfigParser
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "find_stop_policy",
     "is_grace_set",
     "limit_grace",
+    "without_warnings",
 ]
 
 log = structlog.get_logger(logger_name="supervisor")
@@ -103,6 +106,9 @@ _Policy = TypeVar("_Policy", bound=Enum)
 
 _warned: set[tuple[str, str]] = set()
 """Options and bad values that a warning has named; a worker starts many tasks."""
+
+_is_silent = False
+"""Whether nobody is to be warned."""
 
 
 def find_grace(conf: ConfigParser, default: float = GRACE) -> float:
@@ -171,10 +177,21 @@ def read_option(conf: ConfigParser, option: str) -> str:
     return str(value or "").strip()
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Have values that mean nothing pass without a word, as a signal handler has to."""
+    global _is_silent
+    _is_silent = True
+    try:
+        yield
+    finally:
+        _is_silent = False
+
+
 def warn_once(option: tuple[str, str], value: str, *, expected: str, used: object) -> None:
     """Name an option whose value means nothing, once in this process."""
     name = "[{}] {}".format(*option)
-    if (name, value) not in _warned:
+    if not _is_silent and (name, value) not in _warned:
         _warned.add((name, value))
         log.warning(
             "A configuration option has a value that means nothing",

@@ -44,7 +44,7 @@ except ImportError:  # before 1.2
     from airflow.configuration import conf as airflow_conf
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from configparser import ConfigParser
 
     from airflow.sdk.execution_time.child_orphan import Orphan
@@ -78,8 +78,7 @@ def sweep_once(conf: ConfigParser) -> None:
 def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
     """End orphans, and say so; return those that are there all the same."""
     runners = [orphan for orphan in orphans if not orphan.condemned]
-    # One of each tree finds all others.
-    condemned = list({orphan.origin: orphan for orphan in orphans if orphan.condemned}.values())
+    condemned = pick_oldest(orphan for orphan in orphans if orphan.condemned)
     survivors: list[Process] = []
     for group, end in ((condemned, kill_condemned), (runners, end_orphans)):
         if group:
@@ -88,6 +87,12 @@ def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
             report(group, trees, left)
             survivors += left
     return survivors
+
+
+def pick_oldest(orphans: Iterable[Orphan]) -> list[Orphan]:
+    """Return one orphan of each tree, which finds all others: whoever is older is none of its tree."""
+    by_age = sorted(orphans, key=lambda orphan: orphan.process.start, reverse=True)
+    return list({orphan.origin: orphan for orphan in by_age}.values())
 
 
 def make_tree(orphan: Orphan, conf: ConfigParser) -> ProcessTree:

@@ -489,6 +489,16 @@ def is_own_proc() -> bool:
         return True
 
 
+def is_in_own_namespace(pid: int) -> bool:
+    """Whether a process is in none of the PID namespaces below this one, which tell others by the same numbers."""
+    try:
+        with open(f"{PROC}/{pid}/status") as lines:
+            numbers = next((line for line in lines if line.startswith("NSpid:")), "")
+    except OSError:  # closed to us (hidepid), or gone
+        return True
+    return len(numbers.split()) <= len(("NSpid:", pid))
+
+
 def is_uncollected(leader: Process) -> bool:
     """
     Whether the leader, a child of ours, still has its number, and with it the session of that number.

@@ -27,6 +27,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     Relay,
     Tree,
     ending_all,
+    leave_others_alone,
     set_grace,
     set_stop_policy,
 )
@@ -94,6 +95,11 @@ def quick_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
     monkeypatch.setattr(supervisor, "SOCKET_CLEANUP_TIMEOUT", 0.1)
     monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def harmless_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_others_alone(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

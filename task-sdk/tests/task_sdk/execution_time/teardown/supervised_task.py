@@ -49,7 +49,7 @@ from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import pytest
 
@@ -392,6 +392,49 @@ def forked(main: Callable[[], Any]) -> Iterator[int]:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, 0)
         os.close(pidfd)
+
+
+@contextlib.contextmanager
+def supervising(target: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> Iterator[int]:
+    """Supervise a task in a process of its own; yields its PID. It runs ``prepare`` before, and ends only if killed."""
+
+    def supervise() -> None:
+        prepare()
+        start_task(target)
+        pause_for_ever()
+
+    with forked(supervise) as pid:
+        yield pid
+
+
+def kill_child(pid: int, signum: int = signal.SIGKILL) -> None:
+    """End a child alone, and collect it: what it has supervised is told of its end by then."""
+    os.kill(pid, signum)
+    os.waitpid(pid, 0)
+
+
+def wait_until_left(list_left: Callable[[], list[int]], expected: Iterable[int] = ()) -> None:
+    """Wait until nothing else is left than what is expected to be."""
+    with contextlib.closing(Tree()) as tree:
+        while others := set(list_left()).difference(expected):
+            with contextlib.suppress(ProcessLookupError):
+                assert tree.gone(tree.add(min(others))), f"{others} are left"
+
+
+def leave_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no supervisor look for what others on this machine have left, which is not for a test to end."""
+    # An unfixed one does not.
+    monkeypatch.setattr(supervisor, "sweep_once", lambda _conf: None, raising=False)
+
+
+def look_at_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find no orphans but what this process has started: those of others are not for a test to end."""
+    test = psutil.Process()
+
+    def list_own() -> list[tuple[int, None]]:
+        return [(process.pid, None) for process in test.children(recursive=True)]
+
+    monkeypatch.setattr("airflow.sdk.execution_time.child_orphan.list_pids", list_own)
 
 
 @contextlib.contextmanager

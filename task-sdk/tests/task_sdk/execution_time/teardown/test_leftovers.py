@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -104,7 +105,13 @@ def be_pool(relay: Relay) -> None:
     relay.tell(os.getpid())
 
 
-DAEMONS = [be_polite, be_exec, be_stopped, be_deaf, be_phoenix, be_forker, be_pool]
+def be_realtime(relay: Relay) -> None:
+    """Limit what is scheduled in real time, as PipeWire does in all of its clients."""
+    resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, resource.RLIM_INFINITY))
+    relay.tell(os.getpid())
+
+
+DAEMONS = [be_polite, be_exec, be_stopped, be_deaf, be_phoenix, be_forker, be_pool, be_realtime]
 
 
 @pytest.mark.usefixtures("short_grace")

@@ -1,0 +1,357 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+from task_sdk.execution_time.teardown.faults import lack, misbehave, run_in_fork
+from task_sdk.execution_time.teardown.supervised_task import (
+    PATIENCE,
+    Relay,
+    be_polite,
+    detach,
+    ended_by,
+    ending_all,
+    fork,
+    forked,
+    kill_child,
+    leave_others_alone,
+    list_descriptors,
+    pause_for_ever,
+    start_task,
+    supervising,
+    wait_until_left,
+)
+
+from airflow.sdk.execution_time import child_lifeline, child_policy, child_stop, child_tree, child_watchdog
+from airflow.sdk.execution_time.child_tree import mark_process, read_limits, read_origin
+from airflow.sdk.execution_time.supervisor import conf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(autouse=True)
+def list_left() -> Iterator[Callable[[], list[int]]]:
+    """End every process that a test has started, however it ends; gives a function that lists those that live."""
+    with ending_all() as list_left:
+        yield list_left
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    with contextlib.closing(Relay()) as relay:
+        yield relay
+
+
+@pytest.fixture(autouse=True)
+def patient_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_others_alone(monkeypatch)
+    monkeypatch.setattr(child_lifeline, "ORPHAN_GRACE", PATIENCE)
+
+
+def tell_when_told(relay: Relay) -> None:
+    """Be a runner with an on_kill."""
+    signal.signal(signal.SIGTERM, lambda *_: (relay.tell("on_kill"), os._exit(0)))
+    relay.tell(os.getpid())
+    pause_for_ever()
+
+
+def tell_of_death_signal(relay: Relay) -> None:
+    """Tell when the signal of a parent's end was handled."""
+    handle = signal.getsignal(child_lifeline.DEATH_SIGNAL)
+    assert callable(handle)
+    signal.signal(child_lifeline.DEATH_SIGNAL, lambda *args: (handle(*args), relay.tell("handled")))
+
+
+class TestSignal:
+    def test_thread_that_ends(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """The end of the thread that has forked the runner is none of its supervisor: nothing happens to the task."""
+
+        def target() -> None:
+            tell_of_death_signal(relay)
+            ready.tell("ready")
+            mode = os.fstat(1).st_mode
+            assert order.hear() == "end"
+            relay.tell([mode == os.fstat(1).st_mode, *list_children()])
+            tell_when_told(relay)
+
+        def supervise() -> None:
+            thread = threading.Thread(target=lambda: (start_task(target), ready.hear()))
+            thread.start()
+            thread.join()
+            pause_for_ever()
+
+        order, ready = Relay(), Relay()
+        with contextlib.closing(order), contextlib.closing(ready), forked(supervise) as supervisor:
+            assert relay.hear() == "handled"
+            order.tell("end")
+            assert relay.hear() == [True], "it has its sockets, and no watchdog"
+            assert relay.hear() in list_left()
+            kill_child(supervisor)
+            # SIGTERM may cut short what tells of the first signal.
+            assert relay.hear() == "on_kill" or relay.hear() == "on_kill"
+            wait_until_left(list_left)
+
+    def test_forked_child(self, relay: Relay) -> None:
+        """What the runner forks inherits the handler, which does nothing there when somebody sends the signal."""
+
+        def be_child() -> None:
+            tell_of_death_signal(relay)
+            os.kill(os.getpid(), child_lifeline.DEATH_SIGNAL)
+            relay.tell([os.getppid(), *list_children()])
+
+        def target() -> None:
+            relay.tell(os.getpid())
+            fork(be_child)
+            pause_for_ever()
+
+        with supervising(target):
+            runner = relay.hear()
+            assert relay.hear() == "handled"
+            assert relay.hear() == [runner]
+
+    def test_supervisor_that_is_dead_before(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A runner whose supervisor has died before it could follow it ends at once, and starts nothing."""
+
+        def lead_session_late() -> bool:
+            relay.tell(os.getpid())
+            gate.hear()
+            return led()
+
+        led = child_stop.lead_session
+        monkeypatch.setattr(child_stop, "lead_session", lead_session_late)
+        with contextlib.closing(Relay()) as gate:
+            with supervising(lambda: relay.tell("started")) as supervisor:
+                runner = relay.hear()
+                kill_child(supervisor)
+                gate.tell("go")
+            _, status = os.waitpid(runner, 0)
+            assert os.waitstatus_to_exitcode(status) == child_lifeline.RUNNER_FAILED
+            relay.tell("nothing")
+            assert relay.hear() == "nothing"
+
+    @pytest.mark.parametrize(
+        "lacking", [lambda: setattr(sys, "platform", "darwin"), lambda: setattr(child_lifeline, "DEATH_SIGNAL", None)]
+    )
+    def test_no_such_signal(self, relay: Relay, lacking: Callable[[], None]) -> None:
+        """Where the kernel does not tell of a parent's end the runner runs, without a handler."""
+
+        def target() -> None:
+            relay.tell(signal.getsignal(signum) in (signal.SIG_DFL, None))
+
+        signum = child_lifeline.DEATH_SIGNAL
+        with supervising(target, lacking):
+            assert relay.hear() is True
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        ("call", "error"),
+        [("os.listdir", errno.ENOENT), ("os.dup2", errno.EBADF), ("socket.socket.shutdown", errno.EIO)],
+    )
+    def test_sockets_that_cannot_be_left(self, relay: Relay, call: str, error: int) -> None:
+        """What it says matters less than its end."""
+
+        def target() -> None:
+            def fail(*_: Any, **__: Any) -> None:
+                raise OSError(error, call)
+
+            owner, name = {"socket.socket.shutdown": (socket.socket, "shutdown")}.get(
+                call, (os, call.rpartition(".")[2])
+            )
+            setattr(owner, name, fail)
+            tell_when_told(relay)
+
+        with supervising(target) as supervisor:
+            relay.hear()
+            kill_child(supervisor)
+            assert relay.hear() == "on_kill"
+
+    def test_no_descriptor_left(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """A runner that has run out of descriptors ends, with all that it has started."""
+
+        def target() -> None:
+            detach(lambda: be_polite(relay))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(list_descriptors()) + 1, 1 << 12))
+            with contextlib.suppress(OSError):
+                while os.dup(0):
+                    pass
+            tell_when_told(relay)
+
+        with supervising(target) as supervisor:
+            relay.hear(), relay.hear()
+            kill_child(supervisor)
+            assert relay.hear() == "on_kill"
+            wait_until_left(list_left)
+
+    @pytest.mark.parametrize("missing", [False, True])
+    def test_watchdog_that_cannot_be_had(self, relay: Relay, *, missing: bool) -> None:
+        """The runner tells itself to end, where memory is wanting, or there is no interpreter."""
+
+        def prepare() -> None:
+            if missing:
+                sys.executable = ""
+            else:
+                misbehave("os.posix_spawn", errno.ENOMEM, spares_children=False)
+
+        with supervising(lambda: tell_when_told(relay), prepare) as supervisor:
+            relay.hear()
+            kill_child(supervisor)
+            assert relay.hear() == "on_kill"
+
+    def test_bad_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A setting that means nothing is warned of another time: the log may be in use where the signal has come."""
+        monkeypatch.setenv("AIRFLOW__WORKERS__LEFTOVER_POLICY", "nonsense")
+        monkeypatch.setattr(child_policy, "_warned", set())
+        with structlog.testing.capture_logs() as logs:
+            assert child_lifeline.describe(conf)["ends"] is True
+            assert logs == []
+            child_policy.find_leftover_policy(conf)
+            assert [log["value"] for log in logs] == ["nonsense"]
+
+
+class TestSpawner:
+    """A runner that is a new interpreter, and knows its supervisor by a socket."""
+
+    def follow(self, relay: Relay, prepare: Callable[[], Any]) -> None:
+        """Be a supervisor whose runner does so."""
+
+        def be_runner() -> None:
+            prepare()
+            child_lifeline.follow_spawner(theirs, conf)
+            tell_when_told(relay)
+
+        _ours, theirs = socket.socketpair()
+        fork(be_runner)
+        pause_for_ever()
+
+    def test_followed(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """It ends when that has died."""
+        with forked(lambda: self.follow(relay, os.setsid)) as supervisor:
+            relay.hear()
+            kill_child(supervisor)
+            assert relay.hear() == "on_kill"
+            wait_until_left(list_left)
+
+    @pytest.mark.parametrize(
+        "prepare", [lambda: None, lambda: (os.setsid(), lack("socket.SO_PEERCRED"))], ids=["none", "unknown"]
+    )
+    def test_not_followed(self, relay: Relay, prepare: Callable[[], Any]) -> None:
+        """Who leads no session is no runner, and a supervisor that cannot be told is not followed."""
+
+        def prepare_and_tell() -> None:
+            prepare()
+            child_lifeline.follow_supervisor = lambda *_: relay.tell("followed")
+
+        with forked(lambda: self.follow(relay, prepare_and_tell)):
+            assert isinstance(relay.hear(), int)
+
+
+class TestWatchdog:
+    """The program, run as a runner runs it."""
+
+    def start(self, pid: int, **kwargs: Any) -> subprocess.Popen[bytes]:
+        """Have it end a tree; the times of its imports are noted on stderr."""
+        order = {
+            "leader": (pid, child_tree.look_at(pid).start),
+            "limits": read_limits(pid),
+            "origin": read_origin(pid),
+            "grace": PATIENCE,
+            "ends": True,
+            "spared": [],
+            "path": child_lifeline.describe(conf)["path"],
+            **kwargs,
+        }
+        options = ["-I", "-S", "-X", "importtime"]
+        command = [sys.executable, *options, child_watchdog.__file__, json.dumps(order)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    def lead(self, relay: Relay) -> int:
+        def be_deaf_leader() -> None:
+            os.setsid()
+            mark_process()
+            signal.signal(signal.SIGTERM, lambda *_: relay.tell("told to end"))
+            signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
+            relay.tell("ready")
+            pause_for_ever()
+
+        leader = fork(be_deaf_leader)
+        child_tree.ProcessTree().adopt(leader)
+        assert relay.hear() == "ready"
+        return leader
+
+    def test_stands_alone(self, relay: Relay) -> None:
+        """It imports neither site nor Airflow, nor anybody's module but psutil, and ends with the task."""
+        leader = self.lead(relay)
+        watchdog = self.start(leader)
+        assert relay.hear() == "told to end"
+        os.kill(leader, signal.SIGUSR1)
+        _, notes = watchdog.communicate(timeout=PATIENCE)
+        imported = {line.rpartition(b"|")[2].strip().decode() for line in notes.splitlines() if b"|" in line}
+        ours = {f"{child_watchdog.PACKAGE}.child_{name}" for name in ("orphan", "status", "tree")}
+        assert {name for name in imported if name.startswith("airflow")} <= ours
+        assert "psutil" in imported
+        assert not {"site", "structlog", "attrs", "pydantic", "asyncio"} & imported
+        assert watchdog.returncode == 0
+
+    def test_is_on_its_own(self, relay: Relay) -> None:
+        """It leads a session, carries no marks, and does not heed who ends all processes of a service at once."""
+
+        def run_in_tree() -> dict[str, Any]:
+            # What a runner executes inherits its marks.
+            os.setsid()
+            mark_process()
+            child_tree.ProcessTree().adopt(leader)
+            watchdog = self.start(leader)
+            assert relay.hear() == "told to end"
+            for signum in child_watchdog.IGNORED:
+                watchdog.send_signal(signum)
+            outcome = [os.getsid(watchdog.pid) == watchdog.pid, read_limits(watchdog.pid), read_origin(watchdog.pid)]
+            os.kill(leader, signal.SIGUSR1)
+            return {"outcome": outcome, "code": watchdog.wait(PATIENCE), "own": bool(read_limits(os.getpid()))}
+
+        leader = self.lead(relay)
+        assert run_in_fork(run_in_tree) == {"outcome": [True, [], None], "code": 0, "own": True}
+
+    def test_kills(self, relay: Relay) -> None:
+        """It kills the deaf when the grace is over, and nobody who has got the leader's number since."""
+        leader = self.lead(relay)
+        start = child_tree.look_at(leader).start
+        namesake = self.start(leader, leader=(leader, start - 1), limits=[], origin=None, grace=0.1)
+        assert namesake.wait(PATIENCE) == 0
+        assert child_tree.read_process(leader) is not None
+        assert self.start(leader, grace=0.1).wait(PATIENCE) == 0
+        assert ended_by(leader) == signal.SIGKILL
+
+
+def list_children() -> list[int]:
+    """Return the PIDs of the calling process' children, dead or alive."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as children:
+        return [int(pid) for pid in children.read().split()]

@@ -1,0 +1,382 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import select
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from task_sdk.execution_time.teardown.faults import (
+    NOBODY,
+    become_nobody,
+    lack,
+    misbehave,
+    mount_proc,
+    run_in_fork,
+    run_in_namespace,
+)
+from task_sdk.execution_time.teardown.supervised_task import (
+    PATIENCE,
+    Relay,
+    Tree,
+    ended_by,
+    ending_all,
+    fork,
+    forked,
+    kill_child,
+    leave_others_alone,
+    list_living,
+    look_at_own_processes,
+    pause_for_ever,
+)
+
+from airflow.sdk.execution_time import child_orphan, child_tree
+from airflow.sdk.execution_time.child_orphan import end_orphans, find_orphans, kill_condemned
+from airflow.sdk.execution_time.child_tree import ProcessTree, condemn, look_at, mark_process, read_origin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """End every process that a test has started, however it ends, and none that it has not."""
+    leave_others_alone(monkeypatch)
+    look_at_own_processes(monkeypatch)
+    with ending_all():
+        yield
+
+
+def lead(relay: Relay, main: Callable[[], list[int]]) -> None:
+    """Be a supervisor of a leader, which tells its PID, and those that ``main`` returns."""
+
+    def be_leader() -> None:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever other tests have installed
+        mark_process()
+        adopted.hear()
+        relay.tell([os.getpid(), *main()])
+        pause_for_ever()
+
+    with contextlib.closing(Relay()) as adopted:
+        ProcessTree().adopt(fork(be_leader))
+        adopted.tell("adopted")
+        pause_for_ever()
+
+
+@contextlib.contextmanager
+def leading(
+    main: Callable[[], list[int]] = list, supervisor: Callable[[], Any] = lambda: None
+) -> Iterator[tuple[int, ...]]:
+    """Yield the PIDs of a supervisor, which has run a function before, of its leader, and of the leader's processes."""
+    with contextlib.closing(Relay()) as relay, forked(lambda: (supervisor(), lead(relay, main))) as pid:
+        yield (pid, *relay.hear())
+
+
+def orphan(
+    main: Callable[[], list[int]] = list, supervisor: Callable[[], Any] = lambda: None
+) -> tuple[int, ...]:
+    """Return the PIDs of a leader, whose supervisor has died, and of its processes."""
+    with leading(main, supervisor) as (pid, *left):
+        kill_child(pid)
+        return tuple(left)
+
+
+def find() -> list[int]:
+    return [orphan.process.pid for orphan in find_orphans()]
+
+
+def adopt(leader: int, **choices: Any) -> ProcessTree:
+    tree = ProcessTree()
+    tree.adopt_orphan(leader, look_at(leader).start)
+    for name, value in choices.items():
+        setattr(tree, name, value)
+    return tree
+
+
+def fork_child() -> list[int]:
+    return [fork(pause_for_ever)]
+
+
+def fork_session() -> list[int]:
+    """Fork a child that leads a session by now."""
+    with contextlib.closing(Relay()) as ready:
+        pid = fork(lambda: (os.setsid(), ready.tell("ready"), pause_for_ever()))
+        ready.hear()
+        return [pid]
+
+
+def ignore_sigterm() -> list[int]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return []
+
+
+def be_root_or_skip() -> None:
+    if os.geteuid():
+        pytest.skip("only root may be another user")
+
+
+class TestFind:
+    def test_leader(self) -> None:
+        """A leader is an orphan when its supervisor has died, and not before; what it has started is not one."""
+        with leading(fork_child) as (supervisor, leader, _):
+            assert find() == []
+            kill_child(supervisor)
+            assert find() == [leader]
+            assert not find_orphans()[0].condemned
+
+    def test_supervisor_that_nobody_collects(self) -> None:
+        """A supervisor that is a zombie is dead."""
+        with leading() as (supervisor, leader):
+            os.kill(supervisor, signal.SIGKILL)
+            os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOWAIT)
+            assert find() == [leader]
+
+    def test_leader_that_is_dead(self) -> None:
+        """What is left of a tree whose leader is gone, or a zombie, may be what a success has left."""
+        leader, _ = orphan(fork_child)
+        os.kill(leader, signal.SIGKILL)
+        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+        assert find() == []
+        os.waitpid(leader, 0)
+        assert find() == []
+
+    def test_condemned(self) -> None:
+        """What its supervisor was about to kill is found without its leader, when that supervisor has died."""
+        with leading(fork_session) as (supervisor, leader, child):
+            condemn(child)
+            assert find() == []
+            kill_child(supervisor)
+            kill_child(leader)
+            assert find() == [child]
+            assert find_orphans()[0].condemned
+
+    def test_namesake_of_a_leader(self) -> None:
+        """A process that has inherited a mark, and has got the number of the mark's leader since, leads nothing."""
+        leader, child = orphan(fork_child)
+        mark = child_tree.MARK_FLAG | 1 << child_tree.PID_BITS.bit_length() | child
+        resource.prlimit(child, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
+        assert find() == [leader]
+
+    def test_opt_out(self) -> None:
+        """Who has lifted the limit of the mark leads nothing, though it has the origin of another's tree."""
+        leader, child = orphan(fork_child)
+        resource.prlimit(child, resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert find() == [leader]
+
+    def test_never_ourselves(self) -> None:
+        """Who looks is no orphan, though the supervisor of its own task be dead."""
+
+        def look() -> list[int]:
+            signal.signal(signal.SIGUSR1, lambda *_: relay.tell(find()))
+            return []
+
+        with contextlib.closing(Relay()) as relay:
+            leader, *_ = orphan(look)
+            os.kill(leader, signal.SIGUSR1)
+            assert relay.hear() == []
+            assert find() == [leader]
+
+    def test_other_users(self) -> None:
+        """Whoever looks finds the orphans of its own user alone, also if it is root."""
+        be_root_or_skip()
+        others, *_ = orphan(supervisor=become_nobody)
+        ours, *_ = orphan()
+        condemned, *_ = orphan(supervisor=become_nobody)
+        condemn(condemned)
+        assert find() == [ours]
+        assert child_orphan.is_ours(ours)
+        assert not child_orphan.is_ours(others)
+        found = run_in_fork(lambda: (os.setuid(NOBODY), {"origins": [read_origin(ours)], "found": find()})[1])
+        assert found["origins"] == [None]
+        assert ours not in found["found"]
+
+    def test_namespace_within(self) -> None:
+        """The processes of a PID namespace within ours are not orphans here; they are there."""
+
+        def main() -> dict[str, Any]:
+            child_orphan.list_pids = child_tree.list_pids  # all that it has
+            first, _ = orphan(fork_child)
+            second, child = orphan(fork_session)
+            condemn(child)
+            kill_child(second)
+            return {"found": find(), "expected": [first, child]}
+
+        inner = run_in_namespace(main)
+        assert inner["found"] == inner["expected"]
+        assert find() == []
+        origins = [origin for pid in list_living() if (origin := read_origin(pid))]
+        assert [child_tree.is_origin_alive(origin) for origin in origins].count(False) >= 2
+
+    def test_proc_of_another_namespace(self) -> None:
+        """Where /proc tells others by the numbers that are used here, nobody is looked for."""
+
+        def main() -> dict[str, Any]:
+            orphan()
+            child_orphan.list_pids = lambda: [(pid, None) for pid in range(1, 9)]
+            return {"found": find()}
+
+        assert run_in_namespace(main, own_proc=False) == {"found": []}
+
+
+class TestMeans:
+    """What finds orphans where something is not there."""
+
+    def test_without_proc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Elsewhere than on Linux psutil knows the processes."""
+        monkeypatch.setattr(child_tree, "PROC", str(tmp_path / "missing"))
+        leader, _ = orphan(fork_child)
+        assert find() == [leader]
+
+    def test_hidden(self) -> None:
+        """A runner whose entry in /proc is closed is told by the number in its mark."""
+
+        def main() -> dict[str, Any]:
+            mount_proc(b"hidepid=1")
+            become_nobody()
+            child_orphan.list_pids = child_tree.list_pids  # psutil would look at each
+            leader, _ = orphan(fork_child)
+            return {"found": [pid for pid in find() if pid == leader], "start": look_at(leader).start}
+
+        outcome = run_in_fork(main)
+        assert len(outcome["found"]) == 1
+        assert outcome["start"] < 0
+
+    @pytest.mark.parametrize("what", ["resource.RLIMIT_RSS", "resource.prlimit"])
+    def test_without_the_limit(self, what: str) -> None:
+        """Where there is no origin there are no orphans."""
+        assert run_in_fork(lambda: (lack(what), orphan(fork_child), {"found": find()})[-1]) == {"found": []}
+
+    def test_failing_look(self) -> None:
+        """A list that cannot be had is not one without orphans."""
+
+        def main() -> dict[str, Any]:
+            child_orphan.list_pids = child_tree.list_pids
+            misbehave("os.scandir", errno.EMFILE)
+            with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                find_orphans()
+            return {}
+
+        run_in_fork(main)
+
+    @pytest.mark.parametrize("how", ["absent", "ENOSYS"])
+    @pytest.mark.parametrize("main", [list, ignore_sigterm], ids=["polite", "deaf"])
+    def test_without_pidfd(self, how: str, main: Callable[[], list[int]]) -> None:
+        """The end of a process is polled for."""
+
+        def end() -> dict[str, Any]:
+            if how == "absent":
+                lack("os.pidfd_open")
+                lack("signal.pidfd_send_signal")
+            else:
+                misbehave("os.pidfd_open", errno.ENOSYS)
+            return {"left": end_orphans([adopt(leader)], 0.2 if main is ignore_sigterm else PATIENCE)}
+
+        leader, *_ = orphan(main)
+        assert run_in_fork(end) == {"left": []}
+        assert ended_by(leader) == (signal.SIGKILL if main is ignore_sigterm else signal.SIGTERM)
+
+
+class TestEnd:
+    def test_runner_goes_first(self) -> None:
+        """What has left its group is asked to end when the runner has had its on_kill."""
+
+        def lead_daemon() -> list[int]:
+            def on_kill(*_: Any) -> None:
+                told.tell("on_kill")
+                select.select([], [], [], 0.3)
+                told.tell("end of on_kill")
+                os._exit(0)
+
+            signal.signal(signal.SIGTERM, lambda *_: (told.tell("daemon"), os._exit(0)))
+            started = fork_session()
+            signal.signal(signal.SIGTERM, on_kill)
+            return started
+
+        with contextlib.closing(Relay()) as told:
+            leader, _ = orphan(lead_daemon)
+            assert end_orphans([adopt(leader)], PATIENCE) == []
+            assert [told.hear() for _ in range(3)] == ["on_kill", "end of on_kill", "daemon"]
+
+    def test_stopped_runner(self) -> None:
+        """One that is stopped is continued, and ends by SIGTERM."""
+        leader, *_ = orphan()
+        os.kill(leader, signal.SIGSTOP)
+        assert end_orphans([adopt(leader)], PATIENCE) == []
+        assert ended_by(leader) == signal.SIGTERM
+
+    def test_deaf_trees(self) -> None:
+        """All trees have one grace together, and nothing outlives it; nor is anybody else's process touched."""
+        with leading(fork_session) as bystanders, contextlib.closing(Tree()) as held:
+            trees = [orphan(lambda: [*ignore_sigterm(), *fork_session()]) for _ in range(3)]
+            pids = [held.add(pid) for tree in trees for pid in tree]
+            others = [held.add(pid) for pid in bystanders]
+            assert end_orphans([adopt(leader) for leader, _ in trees], 0.2) == []
+            assert [pid for pid in pids if not held.gone(pid)] == []
+            assert [ended_by(leader) for leader, _ in trees] == [signal.SIGKILL] * 3
+            assert all(held.runs(pid) for pid in others)
+
+    @pytest.mark.parametrize("choice", ["ends", "spared"])
+    def test_choice(self, choice: str) -> None:
+        """Where leftovers are not ended, or spared by name, the runner and its group are all the same, by force."""
+        leader, daemon, child = orphan(lambda: [*ignore_sigterm(), *fork_session(), *fork_child()])
+        names = {look_at(daemon).name}
+        tree = adopt(leader, **({"ends": False} if choice == "ends" else {"spared": frozenset(names)}))
+        with contextlib.closing(Tree()) as held:
+            held.add(child), held.add(daemon)
+            assert end_orphans([tree], 0.2) == []
+            assert ended_by(leader) == signal.SIGKILL
+            # They have one name here.
+            assert held.gone(child) if choice == "ends" else held.runs(child)
+            assert held.runs(daemon)
+
+    def test_survivor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What does not end is returned, a second after the grace at the latest."""
+        leader, child = orphan(fork_session)
+        send = child_tree.send_signals
+        monkeypatch.setattr(
+            child_tree, "send_signals", lambda process, signals: process.pid == child or send(process, signals)
+        )
+        assert [process.pid for process in end_orphans([adopt(leader)], 0.1)] == [child]
+
+    def test_condemned(self) -> None:
+        """What was about to be killed is, without a word, and who was spared is not."""
+
+        def stop() -> list[int]:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            return [*fork_session(), *fork_session()]
+
+        leader, condemned, spared = orphan(stop)
+        for pid in (leader, condemned):
+            condemn(pid)
+            os.kill(pid, signal.SIGSTOP)
+        with contextlib.closing(Tree()) as held:
+            held.add(condemned), held.add(spared)
+            # In the place of its name: it is the same program.
+            tree = adopt(leader)
+            tree._known_as_spared[spared] = look_at(spared).start
+            tree.spared = frozenset({"somebody"})
+            assert kill_condemned([tree]) == []
+            assert ended_by(leader) == signal.SIGKILL
+            assert held.gone(condemned)
+            assert held.runs(spared)
