@@ -51,9 +51,17 @@ from task_sdk.execution_time.teardown.supervised_task import (
     ending_all,
     fork,
     list_living,
+    waiting,
 )
 
-from airflow.sdk.execution_time import child_check, child_stop, child_teardown, child_tree, supervisor
+from airflow.sdk.execution_time import (
+    child_check,
+    child_lifeline,
+    child_stop,
+    child_teardown,
+    child_tree,
+    supervisor,
+)
 from airflow.sdk.execution_time.child_tree import ProcessTree
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
@@ -117,6 +125,12 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def unseen_orphans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep those of the machine, which may have any, out of what is found."""
+    monkeypatch.setattr(child_check, "find_orphans", list)
+
+
+@pytest.fixture(autouse=True)
 def unset_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", raising=False)
 
@@ -150,11 +164,14 @@ def run(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleName
         return SimpleNamespace(status=os.waitstatus_to_exitcode(status), out=out.read(), err=err.read())
 
 
-def find(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleNamespace:
-    """Return the findings of a check that finds nothing wrong."""
+def find(*arguments: str, change: Callable[[], Any] = lambda: None, warnings: int = 0) -> SimpleNamespace:
+    """Return the findings of a check that finds nothing wrong, but for what it warns of."""
     result = run("--json", *arguments, change=change)
-    assert (result.status, result.err) == (0, "")
-    return read(result.out)
+    findings = read(result.out)
+    assert result.status == 0
+    assert result.err == "".join(f"Warning: {warning}.\n" for warning in findings.warnings)
+    assert len(findings.warnings) == warnings, findings.warnings
+    return findings
 
 
 def find_wrong(*arguments: str, change: Callable[[], Any] = lambda: None) -> SimpleNamespace:
@@ -213,7 +230,8 @@ class TestCommand:
         assert result.status == 1
         assert result.err.startswith("Not OK: left running by a task that was killed: ")
         assert result.err.endswith(f"{', '.join(STUBBORN)}.\n")
-        assert " 0 bystanders harmed.\nNOT OK\n" in result.out
+        assert " 0 bystanders harmed.\n" in result.out
+        assert result.out.endswith("\nNOT OK\n")
 
     def test_unknown_user(self) -> None:
         """A user that does not exist is refused in one sentence, before anything is started."""
@@ -306,6 +324,30 @@ class TestProof:
             assert findings.proof.left == []
         assert findings.missing == [f"WatchedSubprocess.{method}() does not use {name}" for name in missing]
 
+    def test_death_of_a_supervisor(self) -> None:
+        """A task that does not notice the death of its supervisor is a warning; --strict makes it a fault."""
+
+        def ignore() -> None:
+            child_lifeline.ask_for_signal = lambda _lifeline: False
+
+        findings = find(change=ignore, warnings=1)
+        assert findings.proof.orphaned == ["daemon without a supervisor", "task without a supervisor"]
+        strict = find_wrong("--strict", change=ignore)
+        assert (strict.problems, strict.warnings) == (findings.warnings, [])
+
+    def test_orphans_of_the_machine(self) -> None:
+        """Tasks whose supervisors have died are named, and left alone."""
+        with waiting(lambda: None) as pid:
+
+            def see_orphan() -> None:
+                orphan = SimpleNamespace(process=child_tree.read_process(pid))
+                child_check.find_orphans = lambda: [orphan]
+
+            findings = find(change=see_orphan, warnings=1)
+            assert findings.orphans == [pid]
+            assert f"PID {pid}" in findings.warnings[0]
+            assert child_tree.read_process(pid)
+
     @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     def test_check_that_is_ended(self, signum: signal.Signals) -> None:
         """However the check itself is ended, its processes end with it, the deaf and the stopped one among them."""
@@ -357,7 +399,9 @@ class TestMeans:
         def remove() -> None:
             resource.setrlimit = resource.prlimit = refuse
 
-        assert find(change=remove).means.mark == "variable"
+        findings = find(change=remove, warnings=2)
+        assert findings.means.mark == "variable"
+        assert findings.proof.orphaned == ["daemon without a supervisor"]
 
     def test_without_proc(self, tmp_path: Path) -> None:
         """Where there is no /proc psutil knows the processes."""

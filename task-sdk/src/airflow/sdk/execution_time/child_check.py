@@ -281,11 +281,9 @@ ROLES: dict[str, Callable[[Leash], None]] = {
 """What the task starts, in this order."""
 
 
-ORPHANS: dict[str, Callable[[Leash], None]] = {
-    "daemon without a supervisor": be_daemon,
-    "task without a supervisor": be_orphan,
-}
-"""What the task starts whose supervisor is killed, and itself."""
+ORPHAN = "task without a supervisor"
+ORPHANS = {"daemon without a supervisor": DAEMON}
+"""What the task starts whose supervisor is killed, each in a role of the other task."""
 
 
 def run_task(leashes: dict[str, Leash]) -> None:
@@ -370,7 +368,7 @@ def hold_processes() -> Iterator[tuple[dict[str, Leash], ActivitySubprocess]]:
 def hold_orphans() -> Iterator[dict[str, Leash]]:
     """Start another task, with a supervisor of its own; whatever is left of them in the end is ended."""
     with ExitStack() as stack:
-        leashes = {role: Leash(role) for role in (*ORPHANS, SUPERVISOR)}
+        leashes = {role: Leash(role) for role in (*ORPHANS, ORPHAN, SUPERVISOR)}
         pid = os.fork()
         if pid == 0:
             be_supervisor(leashes)
@@ -389,7 +387,7 @@ def be_supervisor(leashes: dict[str, Leash]) -> NoReturn:
         for leash in leashes.values():
             leash.check_end.close()
         start_task(lambda: run_orphan(leashes))
-        for role in ORPHANS:
+        for role in (*ORPHANS, ORPHAN):
             leashes[role].process_end.close()
         be_child(leashes[SUPERVISOR])
     finally:
@@ -398,18 +396,18 @@ def be_supervisor(leashes: dict[str, Leash]) -> NoReturn:
 
 def run_orphan(leashes: dict[str, Leash]) -> None:
     """Be the other task: start what it starts, and wait to be told to stop."""
-    leashes[SUPERVISOR].process_end.close()
-    *children, own = ORPHANS
-    pids = [fork({role: leashes[role] for role in ORPHANS}, child, ORPHANS[child]) for child in children]
-    for pid in pids:
+    leashes.pop(SUPERVISOR).process_end.close()
+    for pid in [fork(leashes, role, ROLES[other]) for role, other in ORPHANS.items()]:
         os.waitpid(pid, 0)
-    ORPHANS[own](leashes[own])
+    be_orphan(leashes[ORPHAN])
 
 
 def list_orphaned(leashes: dict[str, Leash]) -> list[str]:
     """Return what is left of the task whose supervisor was killed, after a while."""
     deadline = time.monotonic() + END_TIMEOUT
-    while (left := [role for role in ORPHANS if not leashes[role].is_gone()]) and time.monotonic() < deadline:
+    while (
+        left := [role for role in (*ORPHANS, ORPHAN) if not leashes[role].is_gone()]
+    ) and time.monotonic() < deadline:
         select.select([leashes[left[0]].check_end], [], [], deadline - time.monotonic())
     return left
 
@@ -685,7 +683,7 @@ def describe(findings: Findings) -> Iterator[str]:
             f"A task of {number} processes was killed in {findings.proof.seconds:.1f} s: "
             f"{len(findings.proof.left)} left, {len(findings.proof.harmed)} bystanders harmed."
         )
-        yield f"The supervisor of another was killed: {len(findings.proof.orphaned)} of {len(ORPHANS)} processes left."
+        yield f"The supervisor of another was killed: {len(findings.proof.orphaned)} of {len(ORPHANS) + 1} processes left."
     yield "NOT OK" if findings.problems else "OK"
 
 

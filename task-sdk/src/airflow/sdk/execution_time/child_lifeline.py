@@ -91,10 +91,12 @@ class Lifeline:
         """Handle the signal that the parent has ended."""
         if os.getpid() == self._runner and self.is_cut and DEATH_SIGNAL is not None:
             signal.signal(DEATH_SIGNAL, signal.SIG_IGN)
-            with contextlib.suppress(Exception):  # no /proc, or no descriptor: what it says matters less than its end
+            with contextlib.suppress(
+                Exception
+            ):  # no /proc, or no descriptor: what it says matters less than its end
                 leave_sockets(self._supervisor)
             try:
-                start_watchdog(self._conf)
+                start_watchdog(describe(self._conf))
             except Exception:  # whatever it is, the task has to be told
                 os.kill(self._runner, signal.SIGTERM)
 
@@ -164,20 +166,39 @@ def list_sockets_of(creator: int) -> Iterator[int]:
                 sock.detach()
 
 
-def start_watchdog(conf: ConfigParser) -> None:
+def start_watchdog(order: dict[str, Any]) -> None:
     """
-    Execute the program that ends this process, a runner, and all that it has started.
+    Start what ends this process, a runner, and all that it has started.
 
     :raises OSError: if that cannot be had.
     """
+    try:
+        execute_watchdog(order)
+    except OSError:
+        # The interpreter is gone, or not for this user to execute. A copy of this process needs none.
+        fork_watchdog(order)
+
+
+def execute_watchdog(order: dict[str, Any]) -> None:
+    """Execute the watchdog."""
     nothing = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_RDWR, 0) for descriptor in range(3)]
     os.posix_spawn(
         sys.executable,
-        [sys.executable, "-I", "-S", child_watchdog.__file__, json.dumps(describe(conf))],
+        [sys.executable, "-I", "-S", child_watchdog.__file__, json.dumps(order)],
         os.environ,
         file_actions=nothing,
         setsigmask=[],
     )
+
+
+def fork_watchdog(order: dict[str, Any]) -> None:
+    """Be the watchdog in a copy of this process."""
+    if os.fork() == 0:
+        try:
+            child_watchdog.leave_task()
+            child_watchdog.end_task(order)
+        finally:
+            os._exit(0)
 
 
 def describe(conf: ConfigParser) -> dict[str, Any]:

@@ -45,16 +45,25 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def main(argument: str) -> None:
     """End the task that the argument describes."""
+    leave_task()
     order = json.loads(argument)
+    sys.path.append(order["path"])
+    stand_in_for_package()
+    end_task(order)
+
+
+def leave_task() -> None:
+    """Take no part in a task's end."""
     for signum in IGNORED:
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.setsid()
-    sys.path.append(order["path"])
-    stand_in_for_package()
+
+
+def end_task(order: dict[str, Any]) -> None:
+    """End the task that is described; to be called by a process of its own, which has inherited the task's marks."""
     tree = importlib.import_module(f"{PACKAGE}.child_tree")
     orphan = importlib.import_module(f"{PACKAGE}.child_orphan")
-    # It has inherited them, and is no part of the task.
     tree.lift_marks()
     orphan.end_orphans([make_tree(tree, order)], order["grace"])
 
@@ -71,6 +80,8 @@ def stand_in_for_package() -> None:
 def make_tree(module: Any, order: dict[str, Any]) -> Any:
     """Return the tree of the task."""
     pid, start = order["leader"]
+    if os.getppid() == pid and (runner := module.look_at(pid)):
+        start = runner.start
     tree = module.ProcessTree()
     tree.spared = frozenset(order["spared"])
     tree.ends = order["ends"]
