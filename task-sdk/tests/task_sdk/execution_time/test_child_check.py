@@ -329,6 +329,7 @@ class TestProof:
 
         def ignore() -> None:
             child_lifeline.ask_for_signal = lambda _lifeline: False
+            child_check.END_TIMEOUT = 1.0
 
         findings = find(change=ignore, warnings=1)
         assert findings.proof.orphaned == ["daemon without a supervisor", "task without a supervisor"]
@@ -398,6 +399,7 @@ class TestMeans:
 
         def remove() -> None:
             resource.setrlimit = resource.prlimit = refuse
+            child_check.END_TIMEOUT = 1.0
 
         findings = find(change=remove, warnings=2)
         assert findings.means.mark == "variable"

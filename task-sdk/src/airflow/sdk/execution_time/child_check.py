@@ -65,7 +65,7 @@ from airflow.sdk.execution_time.child_session import lead_session
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 DISTRIBUTION = "apache-airflow-task-sdk"
 
@@ -365,13 +365,13 @@ def hold_processes() -> Iterator[tuple[dict[str, Leash], ActivitySubprocess]]:
 
 
 @contextmanager
-def hold_orphans() -> Iterator[dict[str, Leash]]:
+def hold_orphans(others: Iterable[Leash]) -> Iterator[dict[str, Leash]]:
     """Start another task, with a supervisor of its own; whatever is left of them in the end is ended."""
     with ExitStack() as stack:
         leashes = {role: Leash(role) for role in (*ORPHANS, ORPHAN, SUPERVISOR)}
         pid = os.fork()
         if pid == 0:
-            be_supervisor(leashes)
+            be_supervisor(leashes, others)
         stack.callback(os.waitpid, pid, 0)
         for leash in leashes.values():
             stack.callback(leash.end)
@@ -381,10 +381,10 @@ def hold_orphans() -> Iterator[dict[str, Leash]]:
         yield leashes
 
 
-def be_supervisor(leashes: dict[str, Leash]) -> NoReturn:
+def be_supervisor(leashes: dict[str, Leash], others: Iterable[Leash]) -> NoReturn:
     """Be the supervisor of the other task, and wait to be killed."""
     try:
-        for leash in leashes.values():
+        for leash in (*leashes.values(), *others):
             leash.check_end.close()
         start_task(lambda: run_orphan(leashes))
         for role in (*ORPHANS, ORPHAN):
@@ -437,7 +437,7 @@ def prove() -> tuple[Means, Proof]:
     """
     # As whoever supervises tasks does first, from SDK 1.2 on; its tasks inherit that.
     getattr(supervisor, "_make_process_nondumpable", lambda: None)()
-    with ending_always(), hold_orphans() as orphans, hold_processes() as (leashes, task):
+    with ending_always(), hold_processes() as (leashes, task), hold_orphans(leashes.values()) as orphans:
         means = find_means(task)
         began = time.monotonic()
         task.kill(signal.SIGTERM, escalation_delay=PROOF_GRACE, force=True)
