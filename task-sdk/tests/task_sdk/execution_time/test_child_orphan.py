@@ -355,7 +355,9 @@ class TestEnd:
         leader, child = orphan(fork_session)
         send = child_tree.send_signals
         monkeypatch.setattr(
-            child_tree, "send_signals", lambda process, signals: process.pid == child or send(process, signals)
+            child_tree,
+            "send_signals",
+            lambda process, signals: process.pid == child or send(process, signals),
         )
         assert [process.pid for process in end_orphans([adopt(leader)], 0.1)] == [child]
 

@@ -91,7 +91,9 @@ class Lifeline:
         """Handle the signal that the parent has ended."""
         if os.getpid() == self._runner and self.is_cut and DEATH_SIGNAL is not None:
             signal.signal(DEATH_SIGNAL, signal.SIG_IGN)
-            with contextlib.suppress(Exception):  # no /proc, or no descriptor: what it says matters less than its end
+            with contextlib.suppress(
+                Exception
+            ):  # no /proc, or no descriptor: what it says matters less than its end
                 leave_sockets(self._supervisor)
             try:
                 start_watchdog(self._conf)
