@@ -290,7 +290,7 @@ class TestSweepOnce:
         assert run_in_fork(main)["events"] == ["Tasks whose supervisors have died could not be looked for"]
 
 
-class TestCommand:
+class TestSweepCommand:
     def test_dry_run(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
         """It lists orphans, and ends none."""
         assert run("--dry-run") == (0, [])
