@@ -30,6 +30,7 @@ SCENARIOS = (
     "teardown/test_stopping.py",
     "teardown/test_truth.py",
     "teardown/test_*leftovers.py",
+    "teardown/test_orphans.py",
     "teardown/test_runtimes.py",
     "teardown/test_session.py",
     "teardown/test_stolen_status.py",
@@ -75,14 +76,19 @@ NEED_NAMESPACES = {
         f"TestHidden::test_{what}"
         for what in (
             *("entries_that_are_closed", "processes_that_are_not_listed", "text"),
-            *("entries_that_open", "found_and_ended", "strangers", "without_pidfd", "zombie"),
+            *("entries_that_open", "found_and_ended", "strangers", "supervisor", "without_pidfd", "zombie"),
         )
     ),
     *(f"TestHidden::test_no_descriptor_left[{error}]" for error in ("EMFILE", "ENFILE", "ENOMEM")),
     *(f"TestRecycledNumber::test_{who}" for who in ("leader", "leftover")),
     "TestFind::test_proc_of_another_namespace",
+    "TestFindOrphans::test_namespace_within",
+    "TestFindOrphans::test_proc_of_another_namespace",
+    # Another user is had by root alone, too.
+    "TestFindOrphans::test_other_users",
     "TestFind::test_session_recycled_between_two_looks",
     "TestLook::test_namesakes_are_told_apart",
+    "TestMeansToFind::test_hidden",
 }
 
 Results = dict[str, "Result"]

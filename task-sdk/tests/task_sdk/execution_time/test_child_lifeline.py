@@ -158,7 +158,8 @@ class TestSignal:
             assert relay.hear() == "nothing"
 
     @pytest.mark.parametrize(
-        "lacking", [lambda: setattr(sys, "platform", "darwin"), lambda: setattr(child_lifeline, "DEATH_SIGNAL", None)]
+        "lacking",
+        [lambda: setattr(sys, "platform", "darwin"), lambda: setattr(child_lifeline, "DEATH_SIGNAL", None)],
     )
     def test_no_such_signal(self, relay: Relay, lacking: Callable[[], None]) -> None:
         """Where the kernel does not tell of a parent's end the runner runs, without a handler."""
@@ -333,9 +334,17 @@ class TestWatchdog:
             assert relay.hear() == "told to end"
             for signum in child_watchdog.IGNORED:
                 watchdog.send_signal(signum)
-            outcome = [os.getsid(watchdog.pid) == watchdog.pid, read_limits(watchdog.pid), read_origin(watchdog.pid)]
+            outcome = [
+                os.getsid(watchdog.pid) == watchdog.pid,
+                read_limits(watchdog.pid),
+                read_origin(watchdog.pid),
+            ]
             os.kill(leader, signal.SIGUSR1)
-            return {"outcome": outcome, "code": watchdog.wait(PATIENCE), "own": bool(read_limits(os.getpid()))}
+            return {
+                "outcome": outcome,
+                "code": watchdog.wait(PATIENCE),
+                "own": bool(read_limits(os.getpid())),
+            }
 
         leader = self.lead(relay)
         assert run_in_fork(run_in_tree) == {"outcome": [True, [], None], "code": 0, "own": True}

@@ -136,7 +136,7 @@ def be_root_or_skip() -> None:
         pytest.skip("only root may be another user")
 
 
-class TestFind:
+class TestFindOrphans:
     def test_leader(self) -> None:
         """A leader is an orphan when its supervisor has died, and not before; what it has started is not one."""
         with leading(fork_child) as (supervisor, leader, _):
@@ -239,7 +239,7 @@ class TestFind:
         assert run_in_namespace(main, own_proc=False) == {"found": []}
 
 
-class TestMeans:
+class TestMeansToFind:
     """What finds orphans where something is not there."""
 
     def test_without_proc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class TestMeans:
         assert ended_by(leader) == (signal.SIGKILL if main is ignore_sigterm else signal.SIGTERM)
 
 
-class TestEnd:
+class TestEndOrphans:
     def test_runner_goes_first(self) -> None:
         """What has left its group is asked to end when the runner has had its on_kill."""
 
@@ -355,7 +355,9 @@ class TestEnd:
         leader, child = orphan(fork_session)
         send = child_tree.send_signals
         monkeypatch.setattr(
-            child_tree, "send_signals", lambda process, signals: process.pid == child or send(process, signals)
+            child_tree,
+            "send_signals",
+            lambda process, signals: process.pid == child or send(process, signals),
         )
         assert [process.pid for process in end_orphans([adopt(leader)], 0.1)] == [child]
 

@@ -14,3 +14,331 @@
 # KIND, either express or implied.  See the License for the
 # specific language governing permissions and limitations
 # under the License.
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import io
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+import structlog
+from task_sdk.execution_time.teardown.faults import misbehave, run_in_fork
+from task_sdk.execution_time.teardown.supervised_task import (
+    PATIENCE,
+    Api,
+    Relay,
+    be_deaf,
+    be_polite,
+    detach,
+    end_task,
+    ending_all,
+    forked,
+    hear_ready,
+    keep_open,
+    kill_child,
+    leave_others_alone,
+    look_at_own_processes,
+    pause_for_ever,
+    set_grace,
+    start_task,
+    supervising,
+    wait_to_end,
+)
+
+from airflow.sdk.execution_time import child_orphan, child_sweep, child_tree, supervisor
+from airflow.sdk.execution_time.child_orphan import end_orphans
+from airflow.sdk.execution_time.child_tree import ProcessTree, condemn, is_condemned, read_origin
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess, conf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+PR_SET_NAME = 15
+MUTEX_BYTES = 64
+
+STARTING = 120
+"""Seconds that an interpreter which imports Airflow may take on a busy machine."""
+
+
+@pytest.fixture(autouse=True)
+def list_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
+    """End every process that a test has started, and no other; gives a function that lists those that live."""
+    leave_others_alone(monkeypatch)
+    look_at_own_processes(monkeypatch)
+    monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
+    monkeypatch.setattr(child_sweep, "end_orphans", functools.partial(end_orphans, grace=PATIENCE))
+    with ending_all() as list_left:
+        yield list_left
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    with contextlib.closing(Relay()) as relay:
+        yield relay
+
+
+def sweep() -> dict[str, Any]:
+    """Look for orphans once, in a process of its own; return what is logged."""
+
+    def main() -> dict[str, Any]:
+        with structlog.testing.capture_logs() as logs:
+            child_sweep.sweep_once(conf)
+        return {"logs": logs}
+
+    [entry, *others] = run_in_fork(main)["logs"] or [{}]
+    assert others == []
+    return dict(entry)
+
+
+def run(*arguments: str) -> tuple[int, list[str]]:
+    """Run the command in a process of its own; return its status, and the lines that it has printed."""
+
+    def main() -> dict[str, Any]:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = child_sweep.main(arguments)
+        return {"status": status, "out": out.getvalue().splitlines()}
+
+    outcome = run_in_fork(main)
+    return outcome["status"], outcome["out"]
+
+
+def be_runner_in_c() -> None:
+    """Wait in C for what never comes, a mutex that is locked already, and for no signal."""
+    mutex = ctypes.create_string_buffer(MUTEX_BYTES)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def leave(
+    relay: Relay, daemon: Callable[[Relay], None] = be_polite, *, in_c: bool = False
+) -> tuple[int, int]:
+    """Have the supervisor die of a task whose runner cannot notice it; return the PIDs of runner and daemon."""
+
+    def target() -> None:
+        detach(lambda: daemon(relay))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        relay.tell(["runner", os.getpid()])
+        be_runner_in_c() if in_c else pause_for_ever()
+
+    with supervising(target) as dying:
+        told = {type(pid): pid for pid in (relay.hear(), relay.hear())}
+        runner = told[list][1]
+        if not in_c:
+            # It comes before the signal of the supervisor's end, whose number is higher.
+            os.kill(runner, signal.SIGSTOP)
+        kill_child(dying)
+    return runner, told[int]
+
+
+def name_shared(relay: Relay) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
+    relay.tell(["shared", os.getpid()])
+
+
+class TestSweep:
+    @pytest.mark.parametrize("in_c", [False, True], ids=["stopped", "in C"])
+    @pytest.mark.parametrize("daemon", [be_polite, be_deaf], ids=lambda daemon: daemon.__name__)
+    def test_nothing_is_left(
+        self,
+        relay: Relay,
+        monkeypatch: pytest.MonkeyPatch,
+        list_left: Callable[[], list[int]],
+        daemon: Callable[[Relay], None],
+        *,
+        in_c: bool,
+    ) -> None:
+        """A task whose runner does not notice is ended with all that it has started, and the log says so."""
+        monkeypatch.setattr(child_sweep, "end_orphans", functools.partial(end_orphans, grace=0.3))
+        runner, _ = leave(relay, daemon, in_c=in_c)
+        name = psutil.Process(runner).name()
+        entry = sweep()
+        assert entry["runners"] == [{"pid": runner, "name": name}]
+        assert (entry["processes"], entry["survivors"]) == (1, [])
+        assert list_left() == []
+
+    @pytest.mark.parametrize(("policy", "stays"), [("killed", False), ("report", True), ("never", True)])
+    def test_policy(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any, policy: str, *, stays: bool
+    ) -> None:
+        """What the deployment has chosen for leftovers is heeded; the runner ends in any case."""
+        monkeypatch.setenv("AIRFLOW__WORKERS__LEFTOVER_POLICY", policy)
+        runner, daemon = leave(relay)
+        assert sweep()["runners"][0]["pid"] == runner
+        assert list_left() == [daemon] * stays
+
+    def test_living_supervisors(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """A task whose supervisor lives is left alone, be it stopped, and so is what a success has left."""
+
+        def succeed() -> None:
+            # It does not hold the sockets, for which the supervisor would wait.
+            detach(lambda: (keep_open(relay.writer), be_polite(relay)))
+
+        def supervise_success() -> None:
+            code = start_task(succeed).wait()
+            relay.tell(["code", code])
+            pause_for_ever()
+
+        with supervising(lambda: (relay.tell(os.getpid()), pause_for_ever())) as living:
+            stopped = relay.hear()
+            os.kill(stopped, signal.SIGSTOP)
+            with forked(supervise_success) as dying:
+                told = [relay.hear(), relay.hear()]
+                told.remove(["code", 0])
+                kill_child(dying)
+            assert sweep() == {}
+            assert sorted(list_left()) == sorted([living, stopped, *told])
+
+    @pytest.mark.parametrize("way", ["conflict", "failed"])
+    @pytest.mark.parametrize("runner_lives", [True, False])
+    def test_teardown_that_is_cut_off(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any, way: str, *, runner_lives: bool
+    ) -> None:
+        """What a supervisor has stopped that dies before it kills is killed, and who is spared is not."""
+        monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "shared")
+        monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
+        set_grace(monkeypatch, 0.3)
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            detach(lambda: be_deaf(relay))
+            detach(lambda: (signal.signal(signal.SIGTERM, signal.SIG_IGN), name_shared(relay)))
+            relay.tell({"runner": os.getpid()})
+            wait_to_end(relay)
+
+        def die_before_it_kills(tree: ProcessTree, processes: Any, *signals: int, **kwargs: Any) -> None:
+            if signal.SIGKILL in signals:
+                os.kill(os.getpid(), signal.SIGKILL)
+            send(tree, processes, *signals, **kwargs)
+
+        def supervise() -> None:
+            ProcessTree.signal = die_before_it_kills
+            api = Api()
+            # What the runner starts is to have its origin.
+            process = start_task(lambda: (start.hear(), target()), api)
+            start.tell("start")
+            order.hear()
+            end_task(way, process, api)
+
+        send = ProcessTree.signal
+        start, order = Relay(), Relay()
+        with contextlib.closing(start), contextlib.closing(order), forked(supervise) as dying:
+            told = {type(value): value for value in hear_ready(relay, 3)}
+            runner, daemon, shared = told[dict]["runner"], told[int], told[list][1]
+            order.tell("end it")
+            os.waitpid(dying, 0)
+        left = {runner, daemon} if way == "conflict" else {daemon}
+        assert set(list_left()) == {shared, *left}
+        assert {pid: is_condemned(read_origin(pid)) for pid in (shared, *left)} == {
+            shared: False,
+            **dict.fromkeys(left, True),
+        }
+        if way == "conflict" and not runner_lives:
+            kill_child(runner)
+        assert sweep()["survivors"] == []
+        assert list_left() == [shared]
+
+
+class TestSweepOnce:
+    def test_first_start(self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any) -> None:
+        """What is an orphan when a process starts its first task is gone when that runs; the task is not."""
+        monkeypatch.setattr(supervisor, "sweep_once", child_sweep.sweep_once)
+        leave(relay)
+
+        def start() -> dict[str, Any]:
+            process = start_task(pause_for_ever)
+            return {"left": [pid for pid in list_left() if pid != os.getpid()], "runner": process.pid}
+
+        outcome = run_in_fork(start)
+        assert outcome["left"] == [outcome["runner"]]
+
+    def test_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process looks once, and one that it forks looks for itself."""
+        looks: list[int] = []
+        monkeypatch.setattr(child_sweep, "find_orphans", lambda: looks.append(os.getpid()) or [])
+
+        def look_twice() -> dict[str, Any]:
+            child_sweep.sweep_once(conf)
+            child_sweep.sweep_once(conf)
+            return {"looks": len(looks), "own": looks[-1] == os.getpid()}
+
+        def fork_between() -> dict[str, Any]:
+            first = look_twice()
+            looks.clear()
+            return {"first": first, "second": run_in_fork(look_twice)}
+
+        assert set(map(str, run_in_fork(fork_between).values())) == {"{'looks': 1, 'own': True}"}
+
+    def test_failure(self) -> None:
+        """A task starts also where orphans cannot be looked for, which the log says."""
+
+        def main() -> dict[str, Any]:
+            child_orphan.list_pids = child_tree.list_pids
+            misbehave("os.scandir", errno.EMFILE)
+            with structlog.testing.capture_logs() as logs:
+                child_sweep.sweep_once(conf)
+            return {"events": [entry["event"] for entry in logs]}
+
+        assert run_in_fork(main)["events"] == ["Tasks whose supervisors have died could not be looked for"]
+
+
+class TestSweepCommand:
+    def test_dry_run(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """It lists orphans, and ends none."""
+        assert run("--dry-run") == (0, [])
+        runner, daemon = leave(relay)
+        name = psutil.Process(runner).name()
+        condemn(daemon)
+        assert is_condemned(read_origin(daemon))
+        status, lines = run("--dry-run")
+        assert status == 0
+        assert sorted(lines) == [
+            f"process that was about to be killed without a supervisor: PID {daemon} ({name})",
+            f"task runner without a supervisor: PID {runner} ({name})",
+        ]
+        assert sorted(list_left()) == sorted([runner, daemon])
+
+    def test_end(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """It names, and ends, what it finds."""
+        runner, _ = leave(relay)
+        status, [line, *_] = run()
+        assert status == 0
+        assert f"PID {runner} " in line
+        assert list_left() == []
+        assert run() == (0, [])
+
+    def test_survivors(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It fails if something could not be ended."""
+        leave(relay)
+        monkeypatch.setattr(
+            child_sweep, "end_orphans", lambda trees: [tree.leader for tree in trees if tree.leader]
+        )
+        assert run()[0] == 1
+
+    def test_unknown_argument(self) -> None:
+        """It is refused, and nothing is looked for."""
+        with pytest.raises(SystemExit) as refused:
+            child_sweep.main(["--unknown"])
+        assert refused.value.code == 2
+
+    def test_program(self, relay: Relay, tmp_path: Path) -> None:
+        """It runs as a program, with no more than an Airflow home."""
+        runner, _ = leave(relay)
+        done = subprocess.run(
+            [sys.executable, "-m", child_sweep.__name__, "--dry-run"],
+            env={"PATH": os.environ["PATH"], "AIRFLOW_HOME": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=STARTING,
+            check=True,
+        )
+        assert f"task runner without a supervisor: PID {runner} " in done.stdout

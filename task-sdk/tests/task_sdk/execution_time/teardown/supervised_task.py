@@ -396,14 +396,20 @@ def forked(main: Callable[[], Any]) -> Iterator[int]:
 
 @contextlib.contextmanager
 def supervising(target: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> Iterator[int]:
-    """Supervise a task in a process of its own; yields its PID. It runs ``prepare`` before, and ends only if killed."""
+    """
+    Supervise a task in a process of its own; yields its PID. It runs ``prepare`` before, and ends only if killed.
+
+    The task begins when its supervisor has done all that it does at its start.
+    """
+    started = Relay()
 
     def supervise() -> None:
         prepare()
-        start_task(target)
+        start_task(lambda: (started.hear(), target()))
+        started.tell("started")
         pause_for_ever()
 
-    with forked(supervise) as pid:
+    with contextlib.closing(started), forked(supervise) as pid:
         yield pid
 
 

@@ -67,7 +67,7 @@ def patient_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def short_orphan_grace(monkeypatch: pytest.MonkeyPatch, patient_watchdog: None) -> None:  # noqa: ARG001
+def short_orphan_grace(monkeypatch: pytest.MonkeyPatch, patient_watchdog: None) -> None:
     """Let what is deaf to SIGTERM be killed soon."""
     set_orphan_grace(monkeypatch, 0.3)
 
@@ -165,10 +165,10 @@ class TestRunner:
         """What on_kill says goes nowhere; it does not raise, nor wait for who has the other ends and reads nothing."""
 
         def target() -> None:
-            sockets = [1, 2, *list_sockets()]
+            sockets = {1, 2, *list_sockets()}.difference(others)
 
             def on_kill(*_: Any) -> None:
-                print("last words")
+                sys.stdout.write("last words\n")
                 written = {os.write(descriptor, bytes(1 << 20)) for descriptor in sockets}
                 relay.tell(["on_kill", *written])
                 os._exit(0)
@@ -177,6 +177,8 @@ class TestRunner:
             relay.tell("ready")
             pause_for_ever()
 
+        # Other tests may have left them in this process, and nobody at their other ends.
+        others = list_sockets()
         with forked(lambda: self.hold_sockets(target, relay)) if held else supervising(target) as supervisor:
             assert {relay.hear() for _ in range(1 + held)} == ({"ready", "held"} if held else {"ready"})
             kill_child(supervisor)
@@ -215,7 +217,9 @@ class TestBystanders:
             wait_until_left(list_left, others)
             assert sorted(list_left()) == sorted(others)
 
-    def test_task_of_another_thread(self, relay: Relay, tree: Tree, list_left: Callable[[], list[int]]) -> None:
+    def test_task_of_another_thread(
+        self, relay: Relay, tree: Tree, list_left: Callable[[], list[int]]
+    ) -> None:
         """When the thread ends that has started one task, both go on; when their process ends, both end."""
 
         def target() -> None:
