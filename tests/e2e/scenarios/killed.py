@@ -94,7 +94,5 @@ SCENARIOS = (
         kill_supervisors,
         shows_fault=True,
     ),
-    Scenario(
-        "worker-killed", "the Celery worker gets SIGKILL", ("celery",), kill_worker, shows_fault=True
-    ),
+    Scenario("worker-killed", "the Celery worker gets SIGKILL", ("celery",), kill_worker, shows_fault=True),
 )

@@ -63,7 +63,9 @@ from airflow.sdk.execution_time.child_tree import (
     ProcessTree,
     compute_mark,
     compute_origin,
+    give_mark,
     group_by_owner,
+    invent_mark,
     is_alive,
     is_condemned,
     is_origin_alive,
@@ -750,6 +752,21 @@ class TestOrphan:
         tree = self.adopt(leader)
         end(leader)
         assert find(tree) == [daemon]
+
+    def test_mark_from_before_its_number(self) -> None:
+        """What a leader started before its mark had its number is found, and so is that it is the leader."""
+        mark = invent_mark(0)
+
+        def main() -> list[int]:
+            os.setsid()
+            give_mark(os.getpid(), mark)
+            return [start_daemon()]
+
+        leader, [daemon] = start_waiting(main)
+        tree = ProcessTree()
+        tree.adopt(leader, mark)
+        assert read_limits(leader) == (mark | leader,)
+        assert find(tree) == find(self.adopt(leader)) == [daemon]
 
     def test_session_of_others(self) -> None:
         """A leader that could not open a session is in that of others, who are strangers."""

@@ -221,6 +221,10 @@ class ProcessTree:
         self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
         # A child may have been forked while the leader had the one of two.
         self._marks |= {mark, self._mark}
+        if not self._mark & PID_BITS:
+            # It took this mark before its number was known, by which a leader is told from those that inherit its mark.
+            self._mark = give_number(pid, self._mark)
+            self._marks.add(self._mark)
         self._read_marks = read_limits if self._mark in read_limits(pid) else read_variable
         if origin := give_origin(pid, self._mark):
             self._marks.add(origin)
@@ -245,7 +249,9 @@ class ProcessTree:
         self._foreign_sessions = {0, os.getsid(0), *([] if session == pid else [session])}
         self._foreign_marks = {*limits[1:], *read_limits(os.getpid())}
         self._mark = limits[0] if limits else None
-        self._marks = {*limits[:1], *([origin & ~CONDEMNED] if origin else [])}
+        # A child may have been forked before the leader's mark had its number.
+        self._marks = {number for mark in limits[:1] for number in (mark, mark & ~PID_BITS)}
+        self._marks |= {origin & ~CONDEMNED} if origin else set()
         self._read_marks = read_limits
 
     def remember(self) -> None:
@@ -672,6 +678,19 @@ def lift_marks() -> None:
     for limit in (resource.RLIMIT_RTTIME, RLIMIT_LOCKS, resource.RLIMIT_RSS):
         _, hard = resource.getrlimit(limit)
         resource.setrlimit(limit, (hard, hard))
+
+
+def give_number(pid: int, mark: int) -> int:
+    """Have a leader carry the mark that it took with its number in it, and return what it carries from now on."""
+    numbered = mark | pid
+    try:
+        former, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
+        if former != mark:
+            return mark
+        resource.prlimit(pid, resource.RLIMIT_RTTIME, (numbered, hard))
+    except (AttributeError, OSError, ValueError):  # the variable is its mark, or it is gone
+        return mark
+    return numbered
 
 
 def extend_variable(env: Mapping[str, str], mark: int) -> str:
