@@ -94,8 +94,8 @@ class Scene:
     def take_numbers(self) -> None:
         """Have strangers take the numbers of those of the task that have gone."""
         if self.strangers:
-            members = [member["pid"] for member in self.members[TASK]]
-            self.strangers.take({self.supervisors[TASK], self.runners[TASK], *members})
+            self.strangers.take({self.supervisors[TASK]}, may_exit=False)
+            self.strangers.take({self.runners[TASK], *(member["pid"] for member in self.members[TASK])})
 
     def follow(self, is_over: Callable[[], bool], deadline: float) -> None:
         """Hear what is told until something is over, and have strangers take numbers meanwhile."""

@@ -85,43 +85,46 @@ def choose_next(number: int) -> None:
 
 
 class Strangers:
-    """Daemons that have nothing to do with a task; every other one leads its session no more."""
+    """Processes that have nothing to do with a task, each in a session of its own."""
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
         self._taken: set[int] = set()
         self._retry_at: dict[int, float] = {}
 
-    def take(self, numbers: Iterable[int]) -> None:
-        """Have a stranger take each of the numbers that is free."""
+    def take(self, numbers: Iterable[int], *, may_exit: bool = True) -> None:
+        """Have a stranger take each of the numbers that is free.
+
+        `may_exit`: those of even numbers leave the session to another process, as daemon(3) does.
+        """
         free = {number for number in numbers if number not in self._taken and is_free(number)}
         now = time.monotonic()
         for number in sorted(free):
             if number not in self._taken and now >= self._retry_at.get(number, 0):
                 self._retry_at[number] = now + RETRY_INTERVAL
-                self._try_to_take(number, free - self._taken)
+                self._try_to_take(number, free - self._taken, may_exit=may_exit)
 
-    def _try_to_take(self, number: int, free: set[int]) -> None:
+    def _try_to_take(self, number: int, free: set[int], *, may_exit: bool) -> None:
         choose_next(number)
         stranger = os.fork()
         if stranger == 0:
             if os.getpid() not in free:
                 os._exit(0)
-            self._be_stranger()
+            self._be_stranger(may_exit=may_exit)
         if stranger in free:
             self._taken.add(stranger)
-        if stranger not in free or is_daemon(stranger):
+        if stranger not in free or (may_exit and is_even(stranger)):
             # One that was stopped is seen to be harmed.
             os.waitpid(stranger, os.WUNTRACED)
 
-    def _be_stranger(self) -> NoReturn:
+    def _be_stranger(self, *, may_exit: bool) -> NoReturn:
         try:
             number = os.getpid()
             Path("/proc/self/comm").write_text("stranger")
             os.setsid()
             if os.fork() == 0:
                 self._announce(f"a stranger in the session {number}")
-            elif is_daemon(number):
+            elif may_exit and is_even(number):
                 os._exit(0)
             else:
                 self._announce(f"the stranger {number}")
@@ -130,8 +133,7 @@ class Strangers:
             os._exit(1)
 
 
-def is_daemon(number: int) -> bool:
-    """Whether the stranger of that number starts another one and exits, as daemon(3) does."""
+def is_even(number: int) -> bool:
     return number % 2 == 0
 
 
