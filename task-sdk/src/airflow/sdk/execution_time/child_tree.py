@@ -245,7 +245,9 @@ class ProcessTree:
         self._foreign_sessions = {0, os.getsid(0), *([] if session == pid else [session])}
         self._foreign_marks = {*limits[1:], *read_limits(os.getpid())}
         self._mark = limits[0] if limits else None
-        self._marks = {*limits[:1], *([origin & ~CONDEMNED] if origin else [])}
+        # It may have lifted that limit, or set it for itself, when it had started something already.
+        given = [compute_mark(self._leader)] if start >= 0 else []
+        self._marks = {*limits[:1], *given, *([origin & ~CONDEMNED] if origin else [])}
         self._read_marks = read_limits
 
     def remember(self) -> None:
