@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
         with start_driver(options.version, bugs=options.bug) as driver:
+            if driver.refusal:
+                console.print(f"No strangers take numbers that are free: {driver.refusal}", markup=False)
             if options.example:
                 for _ in range(REPETITIONS):
                     check(driver, options.example)

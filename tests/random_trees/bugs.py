@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import psutil
 
-from airflow.sdk.execution_time import child_teardown, child_tree
+from airflow.sdk.execution_time import child_lifeline, child_orphan, child_sweep, child_teardown, child_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 send = child_tree.ProcessTree.signal
 find = child_tree.ProcessTree.find
@@ -68,6 +68,41 @@ def take_siblings() -> None:
     replace(child_tree.ProcessTree, "find", find_with_siblings)
 
 
+def count_collected() -> None:
+    """Take the session of the leader's number for the task's when the leader was collected."""
+    replace(child_tree, "is_uncollected", lambda _leader: True)
+
+
+def ignore_start_of_supervisor() -> None:
+    """Take whoever has got the number of a supervisor for it."""
+
+    def is_number_in_use(origin: int) -> bool:
+        process = child_tree.look_at(origin & child_tree.PID_BITS)
+        return process is not None and not process.dead
+
+    replace(child_orphan, "is_origin_alive", is_number_in_use)
+
+
+def never_notice() -> None:
+    replace(child_lifeline, "start_watchdog", lambda _conf: None)
+
+
+def never_sweep() -> None:
+    replace(child_sweep, "find_orphans", list)
+
+
+def sweep_successes() -> None:
+    """Take what a task has left for a task without a supervisor."""
+
+    def find_any(pid: int) -> Iterator[Any]:
+        origin = child_tree.read_origin(pid)
+        process = child_tree.read_process(pid)
+        if origin and process and not child_tree.is_origin_alive(origin):
+            yield child_orphan.Orphan(process, origin)
+
+    replace(child_orphan, "find_orphan", find_any)
+
+
 BUGS: dict[str, Callable[[], None]] = {
     "ignore-mark": ignore_mark,
     "ignore-descent": ignore_descent,
@@ -76,4 +111,9 @@ BUGS: dict[str, Callable[[], None]] = {
     "leave-stopped": leave_stopped,
     "never-kill": never_kill,
     "take-siblings": take_siblings,
+    "count-collected": count_collected,
+    "ignore-start": ignore_start_of_supervisor,
+    "never-notice": never_notice,
+    "never-sweep": never_sweep,
+    "sweep-successes": sweep_successes,
 }

@@ -1,7 +1,8 @@
 """Supervise random trees: `python -m tests.random_trees.driver COOKIE [BUG]`, by an interpreter that has the SDK.
 
 An example is a JSON line on stdin, and so is what came of it on stdout (examples.py has both). Each has a supervisor process
-of its own, and beside it a second one with the same tree. Orphans become children of the driver, which finds and ends all of
+of its own, and beside it a second one with the same tree. If that is allowed, all live in a PID namespace, where strangers take
+the numbers of those that have gone. Orphans become children of the driver, which finds and ends all of
 them; not of the supervisors, for those in production are no subreapers either. Python 3.9 and the packages of the environment.
 """
 
@@ -15,21 +16,24 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
-from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time import child_lifeline, child_orphan, child_sweep, child_watchdog, supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-from tests.harness.processes import Process, kill_if, read_state, set_subreaper, wait_for_exit
+from tests.harness.processes import Process, kill_if, read_state, read_strings, set_subreaper, wait_for_exit
 from tests.harness.scenario import EXITS, TaskInstances, describe_task, make_recorder
 from tests.harness.shapes import NOT_ENDED_EVENT
 from tests.random_trees.bugs import BUGS
-from tests.random_trees.member import Tree, announce, count_members, do_steps, stay
+from tests.random_trees.member import Tree, announce, count_members, do_steps, stay, stop
+from tests.random_trees.strangers import Strangers, enter_namespace, find_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Callable
 
 HEARTBEAT_INTERVAL = 0.05
 SOCKET_CLEANUP_TIMEOUT = 0.1
@@ -39,19 +43,25 @@ SETTLE_TIMEOUT = 20.0
 RETURN_TIMEOUT = 15.0
 """Seconds after which a supervisor hangs."""
 CLEANUP_TIMEOUT = 10.0
+POLL_INTERVAL = 0.002
+"""Seconds between looks for numbers that are free."""
 
 TASK, OTHER = "task", "other"
+ORDERS = {"409": "409", "exit-1": "exit-1", "success": "success", "success-orphaned": "success"}
+"""What a task, or its server, is ordered to do in the end, by the ending of the example."""
 BYSTANDERS = {"in the supervisor's group": False, "in a session of its own": True}
 
 
 class Scene:
     """What the processes of one example have told so far."""
 
-    def __init__(self, example: dict[str, Any], cookie: str) -> None:
+    def __init__(self, example: dict[str, Any], cookie: str, *, strangers: bool) -> None:
         self.example = example
         self.cookie = cookie
         self.reader, self.writer = os.pipe()
         self._unread = b""
+        self.strangers = Strangers(self.announce_stranger) if strangers else None
+        self.supervisors: dict[str, int] = {}
         self.runners: dict[str, int] = {}
         self.members: dict[str, list[dict[str, Any]]] = {TASK: [], OTHER: []}
         self.returned: dict[str, dict[str, Any]] = {}
@@ -71,51 +81,85 @@ class Scene:
         if "id" in told:
             self.members[told["tree"]].append(told)
         elif "runner" in told:
+            self.supervisors[told["tree"]] = told["supervisor"]
             self.runners[told["tree"]] = told["runner"]
         elif "returned_at" in told:
             self.returned[told["tree"]] = told
         else:
             self.bystanders[told["bystander"]] = told["pid"]
 
+    def announce_stranger(self, name: str) -> None:
+        self.tell(bystander=name, pid=os.getpid())
+
+    def take_numbers(self) -> None:
+        """Have strangers take the numbers of those of the task that have gone."""
+        if self.strangers:
+            self.strangers.take({self.supervisors[TASK]}, may_exit=False)
+            self.strangers.take({self.runners[TASK], *(member["pid"] for member in self.members[TASK])})
+
+    def follow(self, is_over: Callable[[], bool], deadline: float) -> None:
+        """Hear what is told until something is over, and have strangers take numbers meanwhile."""
+        while not is_over():
+            self.take_numbers()
+            try:
+                self.hear(min(deadline, time.monotonic() + POLL_INTERVAL))
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise
+
     def close(self) -> None:
         os.close(self.reader)
         os.close(self.writer)
 
 
-def run_example(example: dict[str, Any], cookie: str) -> dict[str, Any]:
+def run_example(example: dict[str, Any], cookie: str, *, strangers: bool) -> dict[str, Any]:
     """Let a task grow its tree beside another task with the same, end it, and tell what became of them."""
     size = count_members(example["script"])
-    with contextlib.closing(Scene(example, cookie)) as scene:
+    shorten_orphan_grace(example["grace"])
+    with contextlib.closing(Scene(example, cookie, strangers=strangers)) as scene:
         others_order = start_supervisor(scene, OTHER)
         settle(scene, OTHER, size)
         order = start_supervisor(scene, TASK)
         settle(scene, TASK, size - example["early"])
+        end = {"killed": kill_runner, "orphaned": kill_supervisor}.get(example["ending"], lambda _scene: None)
+        runner = os.pidfd_open(scene.runners[TASK])
         began = time.monotonic()
-        if example["ending"] == "killed":
-            os.kill(scene.runners[TASK], signal.SIGKILL)
+        end(scene)
         os.close(order)
-        answer = observe(scene, began)
+        answer = observe(scene, began, runner)
         os.close(others_order)
+        os.close(runner)
     return answer
+
+
+def shorten_orphan_grace(grace: float) -> None:
+    """Have watchdogs and sweeps give the same grace as a kill, in what this process forks from now on."""
+    child_lifeline.ORPHAN_GRACE = grace
+    child_sweep.end_orphans = partial(child_orphan.end_orphans, grace=grace)
 
 
 def start_supervisor(scene: Scene, name: str) -> int:
     """Return a descriptor; closing it is the task's order to end."""
     reader, writer = os.pipe()
-    if os.fork() == 0:
+    leader = os.fork()
+    if leader == 0:
         os.close(writer)
         try:
-            supervise(scene, name, {"ending": scene.example["ending"], "order": reader})
+            os.setsid()
+            # A supervisor that leads neither session nor group leaves its number to others when it dies.
+            if os.fork():
+                os._exit(0)
+            supervise(scene, name, {"ending": ORDERS.get(scene.example["ending"]), "order": reader})
         except BaseException:  # noqa: BLE001  # a forked copy of the driver must not go on driving
             traceback.print_exc()
         finally:
             os._exit(1)
     os.close(reader)
+    os.waitpid(leader, 0)
     return writer
 
 
 def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
-    os.setsid()
     os.environ["AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"] = str(scene.example["grace"])
     if name == TASK:
         start_bystanders(scene)
@@ -123,7 +167,7 @@ def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
     log: list[dict[str, Any]] = []
     task = describe_task(api, lambda: run_task(scene, name, plan), make_recorder(log))
     process = ActivitySubprocess.start(**task)
-    scene.tell(tree=name, runner=process.pid)
+    scene.tell(tree=name, runner=process.pid, supervisor=os.getpid())
     exception = None
     try:
         process.wait()
@@ -147,13 +191,37 @@ def start_bystanders(scene: Scene) -> None:
 def run_task(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
     # The kernel's own, for groups with stopped members whose last relative outside exits: setpgid(2).
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    tree = Tree(scene.cookie, name, scene.writer)
-    do_steps(scene.example["script"], tree)
-    announce(scene.example["script"], tree)
+    be_runner(scene.example["script"], Tree(scene.cookie, name, scene.writer, supervise_inner_task))
     if plan["ending"] in EXITS:
         os.read(plan["order"], 1)
         sys.exit(EXITS[plan["ending"]])
     stay()
+
+
+def be_runner(script: dict[str, Any], tree: Tree) -> None:
+    do_steps(script, tree)
+    announce(script, tree)
+    if script["then"] == "stop":
+        stop()
+
+
+def supervise_inner_task(script: dict[str, Any], tree: Tree) -> NoReturn:
+    """Supervise a task from within a task, until it ends or this process is told to stop."""
+
+    def run_inner_task() -> NoReturn:
+        be_runner(script, tree)
+        stay()
+
+    # A runner's own are closed when others replace them, and so are their descriptors, by then those of the inner one.
+    kept = sys.stdin, sys.stdout, sys.stderr
+    try:
+        task = describe_task(TaskInstances({"ending": None}), run_inner_task, make_recorder([]))
+        ActivitySubprocess.start(**task).wait()
+    except BaseException:  # noqa: BLE001  # a forked copy of the runner must not go on as such
+        traceback.print_exc()
+    finally:
+        del kept
+        os._exit(0)
 
 
 def settle(scene: Scene, name: str, members: int) -> None:
@@ -170,12 +238,28 @@ def settle(scene: Scene, name: str, members: int) -> None:
         raise TimeoutError
 
 
-def observe(scene: Scene, began: float) -> dict[str, Any]:
-    """Wait for the supervisor's return, and describe the scene at that moment."""
+def kill_runner(scene: Scene) -> None:
+    os.kill(scene.runners[TASK], signal.SIGKILL)
+
+
+def kill_supervisor(scene: Scene) -> None:
+    """Kill the supervisor, and have a stranger take its number."""
+    os.kill(scene.supervisors[TASK], signal.SIGKILL)
+    os.waitpid(scene.supervisors[TASK], 0)
+    scene.take_numbers()
+
+
+def observe(scene: Scene, began: float, runner: int) -> dict[str, Any]:
+    """Wait until the task is over, and describe the scene at that moment. `runner`: a pidfd."""
     deadline = time.monotonic() + RETURN_TIMEOUT
+    orphaned = scene.example["ending"] == "orphaned"
+    end: dict[str, Any] = {"exception": None, "told_of_rest": False}
     try:
-        while TASK not in scene.returned:
-            scene.hear(deadline)
+        if orphaned:
+            await_end_of_orphans(scene, runner, deadline)
+        else:
+            scene.follow(lambda: TASK in scene.returned, deadline)
+            end = scene.returned[TASK]
     except TimeoutError:
         return {
             "hung": True,
@@ -183,23 +267,75 @@ def observe(scene: Scene, began: float) -> dict[str, Any]:
             "harmed": list_harmed(scene),
             "seconds": RETURN_TIMEOUT,
         }
-    alive = list_alive()
-    end = scene.returned[TASK]
+    if scene.example["ending"] == "success-orphaned":
+        kill_supervisor(scene)
+        sweep(scene, deadline + RETURN_TIMEOUT)
     return {
         "hung": False,
-        "alive": alive,
+        "alive": list_alive(spares_dying=orphaned),
         "harmed": list_harmed(scene),
-        "seconds": end["returned_at"] - (end["conflict_at"] or began),
+        "seconds": end.get("returned_at", time.monotonic()) - (end.get("conflict_at") or began),
         "exception": end["exception"],
         "told_of_rest": end["told_of_rest"],
     }
 
 
-def list_alive() -> list[int]:
-    """Return the ids of the task's members that are alive, themselves or in what they forked."""
+def await_end_of_orphans(scene: Scene, runner: int, deadline: float) -> None:
+    """Wait until a runner without a supervisor has noticed, and has been ended; look for it if it cannot notice."""
+
+    def is_stopped() -> bool:
+        return read_state(scene.runners[TASK]) in {"T", "t"}
+
+    scene.follow(lambda: has_exited(runner) or is_stopped(), deadline)
+    if not has_exited(runner):
+        sweep(scene, deadline)
+    scene.follow(lambda: not list_watchdogs(), deadline)
+
+
+def has_exited(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def sweep(scene: Scene, deadline: float) -> None:
+    """Look for orphans as the next supervisor does, in a process that has not done so."""
+    sweeper = os.fork()
+    if sweeper == 0:
+        try:
+            child_sweep.sweep_once(child_sweep.airflow_conf)
+        finally:
+            os._exit(0)
+    scene.follow(lambda: os.waitpid(sweeper, os.WNOHANG)[0] == sweeper, deadline)
+
+
+def list_watchdogs() -> list[int]:
+    """Return what runners have executed to end them."""
     pids = [process.pid for process in psutil.Process().children(recursive=True)]
-    ids = {read_id(pid) for pid in pids if read_state(pid) not in {"Z", "X", "gone"}}
+    return [pid for pid in pids if os.fsencode(child_watchdog.__file__) in read_strings(pid, "cmdline")]
+
+
+def list_alive(*, spares_dying: bool = False) -> list[int]:
+    """Return the ids of the task's members that are alive, themselves or in what they forked.
+
+    `spares_dying`: not those that were sent SIGKILL, and wait for a processor to die. A supervisor tells of them; a watchdog
+    has nobody to tell.
+    """
+    pids = [process.pid for process in psutil.Process().children(recursive=True)]
+    ids = {
+        read_id(pid)
+        for pid in pids
+        if read_state(pid) not in {"Z", "X", "gone"} and not (spares_dying and is_dying(pid))
+    }
     return sorted(number for number in ids if number is not None)
+
+
+def is_dying(pid: int) -> bool:
+    """Whether SIGKILL is pending (proc_pid_status(5))."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    pending = [line.split()[1] for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(int(mask, 16) >> signal.SIGKILL - 1 & 1 for mask in pending)
 
 
 def read_id(pid: int) -> int | None:
@@ -245,6 +381,9 @@ def collect_children() -> None:
 
 
 def main() -> None:
+    refusal = find_refusal()
+    if not refusal:
+        enter_namespace()
     set_subreaper(wanted=True)
     # Whatever the SDK prints must not end up among the answers.
     answers = os.dup(1)
@@ -252,21 +391,24 @@ def main() -> None:
     supervisor.MIN_HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     ActivitySubprocess._upload_logs = lambda _self: None
-    for answer in drive(*sys.argv[1:]):
+    for answer in drive(refusal, *sys.argv[1:]):
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def drive(cookie: str, *bugs: str) -> Iterator[dict[str, Any]]:
-    """Plant bugs, and run the examples on stdin; yield that one is ready, and then what came of each."""
+def drive(refusal: str | None, cookie: str, *bugs: str) -> Iterator[dict[str, Any]]:
+    """Plant bugs, and run the examples on stdin; yield that one is ready, and then what came of each.
+
+    `refusal`: why no strangers take numbers that are free, if there are none.
+    """
     if unknown := set(bugs) - set(BUGS):
         yield {"failed": f"there is no bug {' or '.join(sorted(unknown))}: choose from {', '.join(BUGS)}"}
         return
     for bug in bugs:
         BUGS[bug]()
-    yield {}
+    yield {"refusal": refusal}
     for line in sys.stdin:
         try:
-            answer = run_example(json.loads(line), cookie)
+            answer = run_example(json.loads(line), cookie, strangers=not refusal)
         except TimeoutError:
             answer = {"failed": "the tree did not grow"}
         finally:

@@ -39,6 +39,8 @@ class Driver:
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self._process = process
         self._log = log
+        self.refusal: str | None = None
+        """Why no strangers take the numbers of processes that have gone, if none do."""
 
     def run(self, example: Example) -> Outcome:
         """Let the tree of an example grow, and end it."""
@@ -93,6 +95,7 @@ def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterato
             ready = driver.hear()  # it has imported the SDK
             if "failed" in ready:
                 raise DriverFailedError(f"No example was tried: {ready['failed']}.")
+            driver.refusal = ready["refusal"]
             yield driver
         finally:
             kill_marked(cookie)

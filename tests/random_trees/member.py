@@ -1,7 +1,7 @@
 """One process of a random tree: a fork that calls `live`, or `member.py COOKIE NAME WRITER SCRIPT`.
 
 A script is {"id": number, "steps": [...], "then": END}. A step is one of STEPS, "empty", or {"fork": SCRIPT}; "then" is one
-of ENDS. Each process announces itself as a JSON line in WRITER when it has done its steps, and is called NAME.ID, which what
+of ENDS, or "supervise", with {"inner": SCRIPT} for the runner of a task within the task. Each process announces itself as a JSON line in WRITER when it has done its steps, and is called NAME.ID, which what
 it forks later is called, too. Python 3.9, and the standard library alone: an emptied environment has nothing else.
 """
 
@@ -25,6 +25,8 @@ MARK_BITS = 62
 MARK_FLAG = 1 << MARK_BITS
 RLIMIT_LOCKS = 10
 """These as child_tree.py has them, which an emptied environment cannot import."""
+OWN_LIMIT = 200_000
+"""Microseconds, as rtkit sets it."""
 BROOD = 40
 BROOD_INTERVAL = 0.008
 """Seconds; together longer than the grace that deaf trees are given."""
@@ -36,18 +38,31 @@ class Tree(NamedTuple):
     cookie: str
     name: str
     writer: int
+    supervise: Callable[[dict[str, Any], Tree], NoReturn] | None = None
+    """Supervises a script as a task; None where the SDK cannot be imported, and it is just forked."""
 
 
 def live(script: dict[str, Any], tree: Tree) -> NoReturn:
     do_steps(script, tree)
     announce(script, tree)
-    ENDS[script["then"]]()
+    if "inner" not in script:
+        ENDS[script["then"]]()
+    elif tree.supervise:
+        tree.supervise(script["inner"], tree)
+    elif os.fork() == 0:
+        live(script["inner"], tree)
     stay()
 
 
 def count_members(script: Mapping[str, Any]) -> int:
     """Return the number of members, the runner included."""
-    return 1 + sum(count_members(step["fork"]) for step in script["steps"] if isinstance(step, dict))
+    return 1 + sum(map(count_members, list_children(script)))
+
+
+def list_children(script: Mapping[str, Any]) -> list[Any]:
+    """Return the scripts of those that a member starts."""
+    forked = [step["fork"] for step in script["steps"] if isinstance(step, dict)]
+    return [*forked, script["inner"]] if "inner" in script else forked
 
 
 def do_steps(script: dict[str, Any], tree: Tree) -> None:
@@ -104,6 +119,12 @@ def reset_mark() -> None:
     resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+def set_own_limit() -> None:
+    """Set the limit of the mark for oneself, as programs do that want to be scheduled in real time."""
+    _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+    resource.setrlimit(resource.RLIMIT_RTTIME, (OWN_LIMIT, hard))
+
+
 def lead_inner_tree() -> None:
     """Take a mark of one's own, as the runner of a supervisor that is in the tree does, and keep that around it."""
     around, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
@@ -147,6 +168,7 @@ STEPS: dict[str, Callable[[], None]] = {
     "orphan": lose_parent,
     "deaf": go_deaf,
     "reset": reset_mark,
+    "limit": set_own_limit,
     "nest": lead_inner_tree,
 }
 ENDS: dict[str, Callable[[], None]] = {

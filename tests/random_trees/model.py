@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,8 @@ class Mark:
 
 TASK = Mark()
 """That of the tree's runner."""
+ORIGIN = Mark()
+"""What tells that runner's supervisor."""
 
 
 @dataclass
@@ -38,19 +41,43 @@ class Member:
     mark: Mark | None
     """None if it has lifted the limit."""
     mark_around: Mark | None
+    origin: Mark
     then: str
     leads_group: bool = False
+    limited: bool = False
+    """Whether it has set the limit of the mark for itself."""
+    emptied: bool = False
+    """Whether it has gone on in an empty environment, which is without the SDK."""
     children: list[Member] = field(default_factory=list)
 
     @property
     def marked(self) -> bool:
         """Whether it can be told by itself for the task's."""
-        return TASK in self.marks
+        return bool({TASK, ORIGIN} & self.marks)
+
+    @property
+    def own_mark(self) -> Mark | None:
+        """Return what it shares with all of the innermost tree."""
+        return self.origin if self.limited else self.mark
 
     @property
     def marks(self) -> set[Mark]:
         """Return what it carries: whoever has no mark of its own has left the tree around, too."""
-        return set(filter(None, [self.mark, self.mark_around])) if self.mark else set()
+        return (
+            {self.mark, *filter(None, [self.mark_around])}
+            if self.mark
+            else set(filter(None, [self.own_mark]))
+        )
+
+    def fork(self, then: str) -> Member:
+        """Return a child, which has all that it inherits."""
+        child = dataclasses.replace(self, parent=self, then=then, leads_group=False, children=[])
+        self.children.append(child)
+        return child
+
+    def lead_inner_tree(self) -> None:
+        """Take a mark of its own, and keep that of the tree around it."""
+        self.mark, self.mark_around, self.limited = Mark(), self.mark, False
 
     def lose_children(self) -> None:
         """Leave them to init."""
@@ -71,7 +98,7 @@ def find_faults(example: Example, outcome: Outcome) -> list[str]:
             faults.append(f"member {member} is left")
         if fate == "lives" and member not in outcome.alive:
             faults.append(f"member {member} was harmed")
-    if example.ending != "success":
+    if not example.succeeds:
         limit = example.grace if example.polite else example.grace + OVERTIME + SLACK
         if outcome.seconds > limit:
             faults.append(f"it took {outcome.seconds:.2f} s instead of {limit:.2f} s at the most")
@@ -80,50 +107,78 @@ def find_faults(example: Example, outcome: Outcome) -> list[str]:
 
 def tell_fates(example: Example) -> dict[int, Fate]:
     """Return the fate of each member, and of what it starts of its own accord; the runner is 0."""
-    runner = Member(None, Session(), TASK, None, then="stay", leads_group=True)
+    runner = Member(None, Session(), TASK, None, ORIGIN, then="stay", leads_group=True)
     members: dict[int, Member] = {}
-    play(example.script, runner, members)
-    known = find_known(members, runner_lives=True)
-    known_after = known if example.ending == "409" else find_known(members, runner_lives=False)
+    inner: list[InnerTask] = []
+    play(example.script, runner, members, inner)
+    runs = {number: member for number, member in members.items() if member.then != "exit" and number}
+    known = find_known({**runs, 0: runner}, {TASK, ORIGIN}, runner)
+    # A supervisor remembers whom it has seen when the runner was there, and so does a watchdog.
+    looks_in_time = example.ending in {"409", "orphaned"}
+    known_after = known if looks_in_time else find_known(runs, {TASK, ORIGIN}, runner)
     fates = {
         number: tell_fate(member, example, members[0], known=number in known, surely=number in known_after)
         for number, member in members.items()
     }
+    if not example.succeeds:
+        for task in inner:
+            # Its supervisor may end what nobody else can tell for the task's, or be killed before it has.
+            if task.supervisor in known:
+                for number in find_known(runs, task.marks, task.runner):
+                    fates[number] = "either" if fates[number] == "lives" else fates[number]
     return {**fates, 0: "ends"}
 
 
-def play(script: Script, member: Member, members: dict[int, Member]) -> None:
+@dataclass
+class InnerTask:
+    """A task that a member supervises."""
+
+    supervisor: int
+    runner: Member
+    marks: set[Mark]
+
+
+def play(script: Script, member: Member, members: dict[int, Member], inner: list[InnerTask]) -> None:
     """Have a member do what its script says."""
     members[script["id"]] = member
     for step in script["steps"]:
         if isinstance(step, dict):
-            then = step["fork"]["then"]
-            child = Member(member, member.session, member.mark, member.mark_around, then)
-            member.children.append(child)
-            play(step["fork"], child, members)
-        elif step == "setsid" and not member.leads_group:
-            member.session, member.leads_group = Session(), True
-        elif step == "setpgid":
-            member.leads_group = True
-        elif step == "orphan":
-            member.lose_children()
-            member.parent, member.leads_group = None, False
-        elif step == "reset":
-            member.mark = None
-        elif step == "nest":
-            member.mark, member.mark_around = Mark(), member.mark
+            play(step["fork"], member.fork(step["fork"]["then"]), members, inner)
+        else:
+            take_step(step, member)
+    if "inner" in script:
+        runner = member.fork(script["inner"]["then"])
+        # Without the SDK it is just forked.
+        if not member.emptied:
+            runner.session, runner.leads_group, runner.origin = Session(), True, Mark()
+            runner.lead_inner_tree()
+            inner.append(InnerTask(script["id"], runner, {*filter(None, [runner.mark]), runner.origin}))
+        play(script["inner"], runner, members, inner)
     if member.then == "exit":
         member.lose_children()
 
 
-def find_known(members: dict[int, Member], *, runner_lives: bool) -> set[int]:
-    """Return the members that belong to the task by mark, session or descent, or are tied so to one that does."""
-    runner = members[0]
-    alive = {number: member for number, member in members.items() if member.then != "exit" and number}
-    if runner_lives:
-        alive[0] = runner
-    marks, sessions, known = {TASK}, {runner.session}, {0} & set(alive)
-    ids = {id(member): number for number, member in members.items()}
+def take_step(step: str, member: Member) -> None:
+    """Have a member take one of STEPS."""
+    if step == "setsid" and not member.leads_group:
+        member.session, member.leads_group = Session(), True
+    elif step == "setpgid":
+        member.leads_group = True
+    elif step == "orphan":
+        member.lose_children()
+        member.parent, member.leads_group = None, False
+    elif step in {"reset", "limit"}:
+        member.mark, member.limited = None, step == "limit"
+    elif step == "nest":
+        member.lead_inner_tree()
+    elif step == "empty":
+        member.emptied = True
+
+
+def find_known(alive: dict[int, Member], marks: set[Mark], runner: Member) -> set[int]:
+    """Return the members that belong to a task by mark, session or descent, or are tied so to one that does."""
+    ids = {id(member): number for number, member in alive.items()}
+    marks, sessions, known = set(marks), {runner.session}, {ids[id(runner)]} if id(runner) in ids else set()
     while found := {
         number
         for number, member in alive.items()
@@ -131,7 +186,7 @@ def find_known(members: dict[int, Member], *, runner_lives: bool) -> set[int]:
         and (member.marks & marks or member.session in sessions or ids.get(id(member.parent)) in known)
     }:
         known |= found
-        marks |= {mark for number in known if (mark := alive[number].mark)}
+        marks |= {mark for number in known if (mark := alive[number].own_mark)}
         sessions |= {alive[number].session for number in known}
     return known
 
@@ -141,7 +196,7 @@ def tell_fate(member: Member, example: Example, runner: Member, *, known: bool, 
 
     `known`: whether it belongs to the task while the runner lives; `surely`: also when the task is looked at.
     """
-    if example.ending == "success":
+    if example.succeeds:
         return "ends" if member.then == "exit" else "lives"
     if example.early:
         # Of those that can be recognised by descent alone, some had lost their parents already, and others had not.

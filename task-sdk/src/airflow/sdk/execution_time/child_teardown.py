@@ -91,6 +91,9 @@ KILL_TIME = 0.8
 KILL_WAIT = 0.2
 """Seconds that killed processes have to disappear before the next look."""
 
+LAST_LOOKS = 3
+"""Looks for what was started meanwhile, when everything has to be dead."""
+
 LOOK_INTERVAL = 0.5
 """Seconds between looks for what leftovers start while they end."""
 
@@ -286,11 +289,17 @@ class Teardown:
 
     def _kill_fresh(self, members: Sequence[Process]) -> list[Process]:
         """Kill what members that had not come to stop have started since they were found; return all of them."""
-        if fresh := [member for member in self._tree.find() if member not in members]:
+        found = list(members)
+        # On a machine that is busy, those may have started something themselves before they were killed.
+        for _ in range(LAST_LOOKS):
+            fresh = [member for member in self._tree.find() if member not in found]
+            if not fresh:
+                break
             self._tree.signal(fresh, signal.SIGKILL)
             self._deadline = time.monotonic() + POLL_INTERVAL
             self._wait_for(fresh, POLL_INTERVAL)
-        return [*members, *fresh]
+            found += fresh
+        return found
 
     def _wait_for(self, members: Sequence[Process], seconds: float) -> None:
         """Serve the task's sockets until all members have ended, or some seconds have passed, or the time is up."""

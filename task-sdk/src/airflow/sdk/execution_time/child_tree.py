@@ -249,8 +249,9 @@ class ProcessTree:
         self._foreign_sessions = {0, os.getsid(0), *([] if session == pid else [session])}
         self._foreign_marks = {*limits[1:], *read_limits(os.getpid())}
         self._mark = limits[0] if limits else None
-        # A child may have been forked before the leader's mark had its number.
-        self._marks = {number for mark in limits[:1] for number in (mark, mark & ~PID_BITS)}
+        # A child may have been forked before the leader's mark had its number, or lost it.
+        marks = [*limits[:1], *([compute_mark(self._leader)] if start >= 0 else [])]
+        self._marks = {number for mark in marks for number in (mark, mark & ~PID_BITS)}
         self._marks |= {origin & ~CONDEMNED} if origin else set()
         self._read_marks = read_limits
 
