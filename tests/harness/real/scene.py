@@ -74,7 +74,7 @@ def keep_sweeps_to_scene() -> None:
     """Have the supervisors of this scene find its own orphans alone: they would end those of others, which run meanwhile."""
     if importlib.util.find_spec(SWEEP) is None:  # a stock one
         return
-    child_sweep = importlib.import_module(SWEEP)
+    child_sweep: Any = importlib.import_module(SWEEP)
     find_orphans, scene = child_sweep.find_orphans, os.getpid()
 
     def find_own_orphans() -> list[Any]:

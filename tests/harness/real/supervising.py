@@ -142,9 +142,9 @@ def supervise_from_ended_thread(case: dict[str, Any], order: int) -> None:
         thread = threading.Thread(target=lambda: processes.append(start(cls, **arguments)))
         thread.start()
         thread.join()
-        while os.path.exists(
+        while Path(
             f"/proc/self/task/{thread.native_id}"
-        ):  # Python's thread ends before the kernel's
+        ).exists():  # Python's thread ends before the kernel's
             time.sleep(TICK)
         return processes[0]
 
@@ -216,7 +216,7 @@ def die_at_stop(count: int) -> None:
         if signum == signal.SIGSTOP and next(sent) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    signal.pidfd_send_signal = send_and_die  # type: ignore[assignment]
+    signal.pidfd_send_signal = send_and_die
 
 
 def take_no_notice(_signum: int, _frame: object) -> None:
