@@ -110,7 +110,7 @@ WAYS = {
     "supervised in a thread": Case("told", host="thread"),
     "two tasks in threads": Case("told", host="two threads", bystander="thread"),
     "SIGHUP of its group": Case("told", "SIGHUP", to="group", settings=STOP),
-    "when it starts": Case("told", at="started"),
+    "when it starts": Case("sleeps", at="started"),
     "with a crowd, stopped": Case("crowd", stopped=True, sweep=True),
     "stopped": Case("told", stopped=True, sweep=True),
     "in a teardown, at the first SIGSTOP": Case(

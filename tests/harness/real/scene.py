@@ -114,7 +114,7 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
     result = observe(case, told, host, pidfd, began=began, until=until, bystander=bystander)
     if case["bystander"]:
         free_bystander(told, bystander)
-    return {**result, "events": list_events(told.events)}
+    return {**describe(told.events, began), **result}
 
 
 def fork_host(order: int, case: dict[str, Any], folder: Path, *, not_theirs: Iterable[int] = ()) -> int:
@@ -172,7 +172,6 @@ def observe(
         left = wait_until_nothing_left(others, time.monotonic())
     told.hear_rest()
     return {
-        **describe(told.events, began),
         "hung": hung,
         "killed_by": killed_by,
         "seconds_to_death": ended - began,
@@ -186,11 +185,11 @@ def observe(
 
 
 def end_task(case: dict[str, Any], told: Told, order: int, host: int) -> None:
-    runner = find_runner(told, host) if case["stopped"] or case["to"] == "runner" else None
     if case["stopped"]:
-        stop(runner)
+        stop(find_runner(told, host))
     if case["end"].startswith("SIG"):
-        pid = {"runner": runner, "supervisor": host, "group": -host}[case["to"]]
+        pid = find_runner(told, host) if case["to"] == "runner" else host
+        pid = -pid if case["to"] == "group" else pid
         for number in range(case["count"]):
             time.sleep(case["gap"] if number else 0)
             os.kill(pid, getattr(signal, case["end"]))
@@ -220,12 +219,9 @@ def describe(events: list[dict[str, Any]], began: float) -> dict[str, Any]:
         "seconds": returned_at - began if returned_at else None,
         "states": list_states(events, accepted=True),
         "refused": list_states(events, accepted=False),
+        "events": [each for each in events if each["event"] not in {"state", "beat"}],
         **{key: find(events, "returned", key) for key in ("exit_code", "exception", "final_state")},
     }
-
-
-def list_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [each for each in events if each["event"] not in {"state", "beat"}]
 
 
 def list_states(events: list[dict[str, Any]], *, accepted: bool) -> list[str]:
