@@ -31,7 +31,9 @@ def install(version: str, dist: Path | None = None) -> Environment:
         pytest.skip(f"not run: {error}")
 
 
-def run_all(driver: Driver, cases: Mapping[str, Case]) -> dict[str, Result]:
+def run_all(
+    driver: Driver, cases: Mapping[str, Case], *, at_a_time: int = CASES_AT_A_TIME
+) -> dict[str, Result]:
     order = sorted(cases, key=lambda name: cases[name].grace)  # those that wait for its end begin first
-    with ThreadPoolExecutor(CASES_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(at_a_time) as pool:
         return dict(zip(order, pool.map(driver.run, [cases[name] for name in order]), strict=True))

@@ -71,8 +71,8 @@ CREDENTIALS = struct.Struct("3i")
 COMMS = 0
 """The descriptor over which the runner asks its supervisor."""
 
-DEATH_TIME = 5.0
-"""Seconds that a supervisor whose sockets are closed may take to die, on a machine that is busy."""
+DEATH_TIME = 2.0
+"""Seconds that a supervisor whose sockets close may take to die, on a machine that is busy."""
 
 POLL_INTERVAL = 0.01
 """Seconds between looks at a dying supervisor."""
@@ -99,6 +99,11 @@ class Lifeline:
     def is_cut(self) -> bool:
         """Whether the supervisor is gone. The signal comes also when only the thread ends that has forked the runner."""
         return os.getppid() != self._supervisor
+
+    @property
+    def is_weakening(self) -> bool:
+        """Whether the supervisor has closed a socket; one that dies closes all of them, one after the other."""
+        return any(has_hung_up(sock) for sock in list_sockets_of(self._supervisor))
 
     def handle(self, _signum: int, _frame: object) -> None:
         """Handle the signal that the parent has ended."""
@@ -166,7 +171,7 @@ def await_death() -> bool:
     if lifeline is None or not lifeline.is_own:
         return False
     deadline = time.monotonic() + DEATH_TIME
-    while not lifeline.is_cut and has_hung_up(COMMS) and time.monotonic() < deadline:
+    while not lifeline.is_cut and lifeline.is_weakening and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL)
     if lifeline.is_cut:
         lifeline.notice()
@@ -174,10 +179,10 @@ def await_death() -> bool:
     return False
 
 
-def has_hung_up(descriptor: int) -> bool:
+def has_hung_up(sock: socket.socket) -> bool:
     """Whether the other end of a socket is closed."""
     poll = select.poll()
-    poll.register(descriptor, 0)
+    poll.register(sock, 0)
     return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
@@ -202,21 +207,23 @@ def leave_sockets(supervisor: int) -> None:
     The other ends may be open in processes that were forked meanwhile.
     """
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in list(list_sockets_of(supervisor)):
-        if descriptor != COMMS:
-            os.dup2(nowhere, descriptor, inheritable=descriptor in (1, 2))
+    for sock in list_sockets_of(supervisor):
+        # Whoever waits at one wakes up.
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        if sock.fileno() != COMMS:
+            os.dup2(nowhere, sock.fileno(), inheritable=sock.fileno() in (1, 2))
     os.close(nowhere)
 
 
-def list_sockets_of(creator: int) -> Iterator[int]:
-    """Shut down the sockets that a process has made, and yield their descriptors: whoever waits at one wakes up."""
+def list_sockets_of(creator: int) -> Iterator[socket.socket]:
+    """Yield the sockets that a process has made, which stay open."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError, struct.error):  # no socket, or closed meanwhile
             sock = socket.socket(fileno=int(name))
             try:
                 if sock.family == socket.AF_UNIX and find_creator(sock) == creator:
-                    sock.shutdown(socket.SHUT_RDWR)
-                    yield int(name)
+                    yield sock
             finally:
                 sock.detach()
 
