@@ -38,9 +38,10 @@ SHORT_GRACE = 1
 FIRST_MOMENTS = 20
 """How often a supervisor dies in the first moments of its runner."""
 FIRST_SECONDS = 0.03
-FIRST_MOMENTS_OF_INTERPRETER = 6
+FIRST_MOMENTS_OF_INTERPRETER = 4
 FIRST_SECONDS_OF_INTERPRETER = 1.0
 SEED = 13
+FURTHER_ATTEMPTS = 2
 MEGABYTES = 256
 
 STOP = {"AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop"}
@@ -102,6 +103,8 @@ TASKS = {
     "sleeps_async": Expected(),
 }
 COVERING = ("told", "slow_on_kill", "prints", "blocked", "crowd")
+# An interpreter takes some seconds.
+IN_NEW_INTERPRETER = ("told", "prints", "crowd")
 SINCE = {"sleeps_async": ASYNC_TASKS}
 NEED_FULL_TABLE = {"1.1.8", "1.4.0b2"}
 LINES = [NO_HANDLER, *(release.version for release in last_of_lines())]
@@ -131,10 +134,13 @@ OTHERS = {
     "let out": Case("free_daemon", "SIGKILL", left_for=SOON, sweep=True),
     "ended thread": Case("finishes", "", free=True, host="ended thread"),
     "another thread": Case("told", "409", host="two threads", bystander="thread"),
+}
+"""What comes of them is no end of a task with its supervisor."""
+UNNOTICED = {
     "blocked for ever": Case("blocked", "SIGKILL", left_for=ORPHAN_GRACE + 1),
     "stopped for ever": Case("told", "SIGKILL", left_for=ORPHAN_GRACE + 1, stopped=True),
 }
-"""What comes of them is no end of a task with its supervisor."""
+"""Their runners do not notice, and nobody else starts."""
 SHORT_OF_MEMORY = Case("fills", "OOM", memory=MEGABYTES, left_for=TIME_TO_END)
 """The task has many small children, and one that takes all that there is."""
 
@@ -145,7 +151,9 @@ def select_cases(version: str) -> dict[str, Case]:
     if version in NEED_FULL_TABLE:
         cases |= WAYS
     if EXEC_LINES.contains(version):
-        cases |= {f"{task}, in a new interpreter": Case(task, settings=USE_EXEC) for task in COVERING}
+        cases |= {
+            f"{task}, in a new interpreter": Case(task, settings=USE_EXEC) for task in IN_NEW_INTERPRETER
+        }
     return {
         name: complete(case)
         for name, case in cases.items()
@@ -254,9 +262,10 @@ def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Run all cases of a release with the patched wheel."""
     with start_driver(install(request.param, tmp_path_factory.mktemp("dist"))) as driver:
         cases = select_cases(request.param)
-        results = run_all(driver, {**cases, **OTHERS}, at_a_time=CASES_AT_A_TIME)
-        others = {name: results.pop(name) for name in OTHERS}
-        yield Line(request.param, driver, cases, results, others)
+        others = {**OTHERS, **UNNOTICED}
+        results = run_all(driver, {**cases, **others}, at_a_time=CASES_AT_A_TIME)
+        others_results = {name: results.pop(name) for name in others}
+        yield Line(request.param, driver, cases, results, others_results)
 
 
 def test_supervisors_die(line: Line) -> None:
@@ -348,8 +357,6 @@ def test_next_supervisor_says_so(line: Line) -> None:
 
 def test_short_of_memory(line: Line) -> None:
     """A supervisor that the kernel kills for want of memory leaves nothing, however many there are in its cgroup."""
-    if line.version not in NEED_FULL_TABLE:
-        return
     try:
         with make_cgroup(MEGABYTES):
             pass
@@ -359,10 +366,14 @@ def test_short_of_memory(line: Line) -> None:
     assert (result.killed_by, result.left) == (9, [])
 
 
-@pytest.mark.parametrize("name", ["blocked for ever", "stopped for ever"])
+@pytest.mark.parametrize("name", UNNOTICED)
 def test_runner_that_does_not_notice(line: Line, name: str) -> None:
     """The README's limit: a runner that does not get to run Python code stays until the next supervisor starts."""
-    assert len(line.others[name].left) == 1
+    left = line.others[name].left
+    for _ in range(FURTHER_ATTEMPTS):
+        # Any supervisor that starts on this machine meanwhile ends it.
+        left = left or line.driver.run(UNNOTICED[name]).left
+    assert len(left) == 1
 
 
 # The stock lines
