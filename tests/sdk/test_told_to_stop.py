@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from patches.releases import find_release, last_of_lines
-from tests.harness.environments import NoInterpreterError, create_environment
+from patches.releases import last_of_lines
 from tests.harness.real.running import GRACE, Case, start_driver
-from tests.harness.wheels import build_patched_wheel
+from tests.sdk.real import install, run_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.harness.environments import Environment
     from tests.harness.real.running import Driver, Result
 
-CASES_AT_A_TIME = 8
 # Nothing to wait for takes some hundredths of a second; the rest is for a machine that is busy with as many cases.
 SOON = GRACE / 2
 SHORT_GRACE = 1
@@ -267,22 +264,6 @@ def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with start_driver(install(request.param, tmp_path_factory.mktemp("dist"))) as driver:
         cases = select_cases(request.param)
         yield Line(request.param, driver, cases, run_all(driver, cases))
-
-
-def install(version: str, dist: Path | None = None) -> Environment:
-    """Return a complete Airflow, with the patched wheel where there is a folder to build it in."""
-    release = find_release(version)
-    wheel = build_patched_wheel(release, dist) if dist else None
-    try:
-        return create_environment(release, wheel=wheel, complete=True)
-    except NoInterpreterError as error:
-        pytest.skip(f"not run: {error}")
-
-
-def run_all(driver: Driver, cases: dict[str, Case]) -> dict[str, Result]:
-    order = sorted(cases, key=lambda name: cases[name].grace)  # those that wait for its end begin first
-    with ThreadPoolExecutor(CASES_AT_A_TIME) as pool:
-        return dict(zip(order, pool.map(driver.run, [cases[name] for name in order]), strict=True))
 
 
 def test_supervisors_return(line: Line) -> None:

@@ -62,9 +62,9 @@ class Case:
     end: str = "SIGTERM"
     """A signal, the status of the answer to a heartbeat, or nothing: the task ends by itself."""
     at: str = "ready"
-    """The event that shows that it is time."""
+    """The event that shows that it is time; `forked`: the supervisor has just forked the runner."""
     to: str = "supervisor"
-    """Who gets the signal: the supervisor (or the loop that has forked it), or the runner."""
+    """Who gets the signal: the supervisor (or what has forked it), its process group, or the runner."""
     count: int = 1
     gap: float = 0
     """Seconds between signals."""
@@ -73,7 +73,8 @@ class Case:
     retries: bool = False
     grace: int = GRACE
     host: str = "process"
-    """What runs the supervisor: a process, a thread, or a process forked by an asyncio loop that passes SIGTERM on."""
+    """What runs the supervisor: a process, a thread, a process forked by an asyncio loop that passes SIGTERM on, or others of
+    supervising.py."""
     free: bool = False
     """Free a task that waits for it, once its end was asked for."""
     notice: bool = False
@@ -82,7 +83,15 @@ class Case:
     left_for: float = 0
     """Seconds that what is left has to end by itself; what there is then counts."""
     sweep: bool = False
-    """Have the next supervisor look for it after that."""
+    """Have the next supervisor start after that, when this one is dead."""
+    stopped: bool = False
+    """Stop the runner before."""
+    dies_at_stop: int = 0
+    """Kill the supervisor when it has sent so many SIGSTOPs."""
+    bystander: str = ""
+    """Where another task runs meanwhile: below another `supervisor`, or in another `thread` of the host."""
+    memory: int = 0
+    """Megabytes that the host, and all that it starts, may have."""
     settings: Mapping[str, str] = field(default_factory=dict)
 
 

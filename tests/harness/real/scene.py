@@ -7,6 +7,7 @@ nobody waits for its answer any more.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -14,22 +15,30 @@ import select
 import signal
 import time
 import traceback
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from airflow.sdk.execution_time.supervisor import conf
-from tests.harness.processes import set_subreaper
+from tests.harness.processes import read_state, set_subreaper
+from tests.harness.real import memory
 from tests.harness.real.api import ACKNOWLEDGED
-from tests.harness.real.supervising import be_host, fork
+from tests.harness.real.supervising import BYSTANDER, CGROUP_VARIABLE, be_host, fork, name_log
 from tests.harness.real.telling import Gone, Told, find
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 LOOK_INTERVAL = 0.02
+NEXT = Path("next")
 READY_TIMEOUT = 60.0
 """Seconds until a task must be where it is to be ended, on a machine that is busy."""
 BEATS = 2
 """Heartbeats after which a supervisor has noticed a signal that was sent before them."""
+NO_END = {"end": "", "at": "ready", "dies_at_stop": 0}
+SWEEP = "airflow.sdk.execution_time.child_sweep"
 CHATTER = b'"line '
 """Begins what a task logs all the time."""
 
@@ -45,32 +54,54 @@ def run_scene(case: dict[str, Any], folder: Path, answer: int) -> None:
     os.environ.update(case["settings"])
     os.environ["AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"] = str(case["grace"])
     os.environ["AIRFLOW__LOGGING__BASE_LOG_FOLDER"] = str(folder)
+    keep_sweeps_to_scene()
     try:
-        result = play(case, folder, answer)
+        with memory.make_cgroup(case["memory"]) if case["memory"] else nullcontext() as cgroup:
+            os.environ[CGROUP_VARIABLE] = str(cgroup or "")
+            try:
+                result = play(case, folder, answer)
+            finally:
+                end_descendants()
     except Gone:
         return
     except Exception:  # noqa: BLE001  # the other side raises it
         result = {"failed": traceback.format_exc()}
-    finally:
-        end_descendants()
     with open(answer, "wb") as file:
         file.write(json.dumps(result, default=str).encode())
+
+
+def keep_sweeps_to_scene() -> None:
+    """Have the supervisors of this scene find its own orphans alone: they would end those of others, which run meanwhile."""
+    if importlib.util.find_spec(SWEEP) is None:  # a stock one
+        return
+    child_sweep: Any = importlib.import_module(SWEEP)
+    find_orphans, scene = child_sweep.find_orphans, os.getpid()
+
+    def find_own_orphans() -> list[Any]:
+        return [orphan for orphan in find_orphans() if is_below(orphan.process.pid, scene)]
+
+    child_sweep.find_orphans = find_own_orphans
+
+
+def is_below(pid: int, ancestor: int) -> bool:
+    try:
+        return any(parent.pid == ancestor for parent in psutil.Process(pid).parents())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
     told = Told(folder, answer)
     os.environ.update(TOLD=str(told.path), FREED=str(told.freed_path))
     order_reader, order_writer = os.pipe()
-
-    def be() -> None:
-        os.close(answer)
-        os.close(order_writer)
-        be_host(case, folder, order_reader)
-        signal.pause()  # while somebody looks at what is left
-
-    host = fork(be)
+    begin = partial(fork_host, order_reader, not_theirs=(answer, order_writer))
+    host = bystander = begin(case, folder)
+    if case["bystander"] == "supervisor":
+        bystander = begin({**case, **NO_END, "host": "bystander"}, folder / "bystander")
     pidfd = os.pidfd_open(host)
     began = time.monotonic()
+    if case["bystander"]:
+        told.wait_for(BYSTANDER, until=time.monotonic() + READY_TIMEOUT, pidfd=pidfd)
     if wait_until_ready(case, told, pidfd):
         time.sleep(case["delay"])
         began = time.monotonic()
@@ -80,7 +111,28 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
         told.wait_for("beat", times=BEATS, after=len(told.events), until=until, pidfd=pidfd)
     if case["free"]:
         told.free()
-    return observe(case, told, host, pidfd, began=began, until=until)
+    result = observe(case, told, host, pidfd, began=began, until=until, bystander=bystander)
+    if case["bystander"]:
+        free_bystander(told, bystander)
+    return {**describe(told.events, began), **result}
+
+
+def fork_host(order: int, case: dict[str, Any], folder: Path, *, not_theirs: Iterable[int] = ()) -> int:
+    def be() -> None:
+        for descriptor in not_theirs:
+            os.close(descriptor)
+        folder.mkdir(exist_ok=True)
+        be_host(case, folder, order)
+        signal.pause()  # while somebody looks at what is left
+
+    return fork(be)
+
+
+def free_bystander(told: Told, host: int) -> None:
+    """Let the bystander end, and wait until its supervisor returns, if it lives."""
+    told.free()
+    pidfd, until = os.pidfd_open(host), time.monotonic() + READY_TIMEOUT
+    told.wait_for("bystander_returned", until=until, pidfd=pidfd, past_return=True)
 
 
 def wait_until_ready(case: dict[str, Any], told: Told, pidfd: int) -> bool:
@@ -96,37 +148,68 @@ def wait_until_ready(case: dict[str, Any], told: Told, pidfd: int) -> bool:
 
 
 def observe(
-    case: dict[str, Any], told: Told, host: int, pidfd: int, *, began: float, until: float
+    case: dict[str, Any],
+    told: Told,
+    host: int,
+    pidfd: int,
+    *,
+    began: float,
+    until: float,
+    bystander: int,
 ) -> dict[str, Any]:
     """Wait for the supervisor's return, or its death, and describe what has come of it at that moment."""
     returned = told.wait_for("returned", until=until, pidfd=pidfd)
     ended = time.monotonic()
-    hosts = {host, find(told.events, "supervisor", "supervisor")}
-    left = wait_until_nothing_left(hosts, ended + case["left_for"])
+    hung = not returned and not select.select([pidfd], [], [], 0)[0]
+    killed_by = None if returned else read_signal(pidfd)
+    others = {host, find(told.events, "supervisor", "supervisor")}
+    if bystander != host or returned:
+        others |= {bystander, find(told.events, BYSTANDER, "pid")}
+    left = wait_until_nothing_left(others, ended + case["left_for"])
     if case["sweep"]:
-        sweep()
-        left = wait_until_nothing_left(hosts, time.monotonic())
+        os.kill(host, signal.SIGKILL)
+        run_next_supervisor(case)
+        left = wait_until_nothing_left(others, time.monotonic())
     told.hear_rest()
     return {
-        **describe(told.events, began),
-        "hung": not returned and not select.select([pidfd], [], [], 0)[0],
-        "killed_by": None if returned else read_signal(pidfd),
+        "hung": hung,
+        "killed_by": killed_by,
         "seconds_to_death": ended - began,
         "left": left,
         "seconds_to_nothing": None if left else time.monotonic() - ended,
-        "log": read_log(Path("task.log")),
-        "output": Path("supervisor.log").read_text(),
+        "log": read_log(Path(name_log(case))),
+        "output": "".join(
+            path.read_text() for path in (Path("supervisor.log"), NEXT / "supervisor.log") if path.exists()
+        ),
     }
 
 
 def end_task(case: dict[str, Any], told: Told, order: int, host: int) -> None:
+    if case["stopped"]:
+        stop(find_runner(told, host))
     if case["end"].startswith("SIG"):
-        pid = {"runner": find(told.events, "started", "runner"), "supervisor": host}[case["to"]]
+        pid = find_runner(told, host) if case["to"] == "runner" else host
+        pid = -pid if case["to"] == "group" else pid
         for number in range(case["count"]):
             time.sleep(case["gap"] if number else 0)
             os.kill(pid, getattr(signal, case["end"]))
+    elif case["end"] == "OOM":
+        memory.make_first_victim(host)
+        told.free()  # what the task has started takes all that there is
     else:
         os.write(order, b".")
+
+
+def find_runner(told: Told, host: int) -> int:
+    """Return the runner's PID, which the supervisor may tell after the runner has told something."""
+    told.wait_for("started", until=time.monotonic() + READY_TIMEOUT, pidfd=os.pidfd_open(host))
+    return int(find(told.events, "started", "runner"))
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    while read_state(pid) != "T":
+        time.sleep(LOOK_INTERVAL)
 
 
 def describe(events: list[dict[str, Any]], began: float) -> dict[str, Any]:
@@ -154,12 +237,17 @@ def wait_until_nothing_left(hosts: set[int | None], until: float) -> list[tuple[
     return left
 
 
-def sweep() -> None:
-    """Do what the next supervisor does before its first task."""
-    # An unfixed one does not have it.
-    child_sweep = importlib.import_module("airflow.sdk.execution_time.child_sweep")
-    pid = fork(lambda: child_sweep.sweep_once(conf))
-    os.waitpid(pid, 0)
+def run_next_supervisor(case: dict[str, Any]) -> None:
+    """Run another task, which is none of the result, to its end; before it starts there is a look for orphans."""
+
+    def be() -> None:
+        os.environ["TOLD"] = os.devnull
+        NEXT.mkdir()
+        be_host(
+            {**case, **NO_END, "task": "returns", "host": "process"}, NEXT, os.open(os.devnull, os.O_RDONLY)
+        )
+
+    os.waitpid(fork(be), 0)
 
 
 def list_left(hosts: set[int | None]) -> list[tuple[int, str]]:

@@ -1,8 +1,9 @@
-"""Supervise a real task as executors do, in a process, a thread, or below an event loop; Python 3.9."""
+"""Supervise a real task as executors do, in a process, a thread, or below another process; Python 3.9."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import inspect
 import itertools
 import os
@@ -10,15 +11,14 @@ import signal
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, Callable, NoReturn
+from pathlib import Path
+from typing import Any, Callable, NoReturn
 
 from airflow.sdk.api.datamodels import _generated as models
 from airflow.sdk.execution_time import supervisor
+from tests.harness.real import memory
 from tests.harness.real.api import URL, Server, build_task_instance, make_client
 from tests.harness.real.telling import tell
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HEARTBEAT_INTERVAL = 0.1
 SOCKET_CLEANUP_TIMEOUT = 1.0
@@ -26,6 +26,10 @@ LOOP_LIMIT = 50
 """Signals after which a loop that answers each with another gives up."""
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 DAG = "told.py"
+PR_SET_PDEATHSIG = 1
+BYSTANDER = "stands_by"
+TICK = 0.01
+CGROUP_VARIABLE = "SCENE_CGROUP"
 
 run_supervisor: Callable[..., int] = getattr(supervisor, "supervise_task", supervisor.supervise)
 
@@ -36,20 +40,10 @@ class SoftTimeLimit(Exception):  # noqa: N818  # as Celery's is called
 
 def supervise(case: dict[str, Any], order: int) -> None:
     """Supervise the task as an executor does, and tell how it ended."""
-    processes = record_processes()
-    arguments = {
-        "ti": build_task_instance(case),
-        "bundle_info": models.BundleInfo(name="real", version=None),
-        "dag_rel_path": DAG,
-        "token": "",
-        "server": URL,
-        "client": make_client(Server(case, order)),
-        "log_path": "task.log",
-    }
+    processes = record_processes(case["task"])
     end: dict[str, Any] = {"exit_code": None, "exception": None}
     try:
-        known = inspect.signature(run_supervisor).parameters
-        end["exit_code"] = run_supervisor(**{name: arguments[name] for name in arguments if name in known})
+        end["exit_code"] = run_task(case, order)
     except Exception as error:  # noqa: BLE001  # whatever the supervisor raises is the result
         traceback.print_exc()
         end["exception"] = type(error).__name__
@@ -59,15 +53,35 @@ def supervise(case: dict[str, Any], order: int) -> None:
     tell("returned", returned_at=returned_at, **end)
 
 
-def record_processes() -> list[Any]:
-    """Have every process that is started appended to the list that is returned."""
+def run_task(case: dict[str, Any], order: int) -> int:
+    arguments = {
+        "ti": build_task_instance(case),
+        "bundle_info": models.BundleInfo(name="real", version=None),
+        "dag_rel_path": DAG,
+        "token": "",
+        "server": URL,
+        "client": make_client(Server(case, order)),
+        "log_path": name_log(case),
+    }
+    known = inspect.signature(run_supervisor).parameters
+    return run_supervisor(**{name: arguments[name] for name in arguments if name in known})
+
+
+def name_log(case: dict[str, Any]) -> str:
+    """Return where the task's log is, in the folder of logs."""
+    return f"{case['task']}.log"
+
+
+def record_processes(task: str) -> list[Any]:
+    """Have every process that is started for that task appended to the list that is returned."""
     processes: list[Any] = []
     start = supervisor.ActivitySubprocess.start.__func__
 
     def start_recorded(cls: Any, **arguments: Any) -> Any:
         process = start(cls, **arguments)
-        processes.append(process)
-        tell("started", runner=process.pid)
+        if arguments["what"].task_id == task:
+            processes.append(process)
+            tell("started", runner=process.pid)
         return process
 
     supervisor.ActivitySubprocess.start = classmethod(start_recorded)  # type: ignore[arg-type]
@@ -107,7 +121,60 @@ def supervise_below_loop(case: dict[str, Any], order: int) -> None:
     asyncio.run(run_loop())
 
 
-HOSTS = {"process": supervise, "thread": supervise_in_thread, "loop": supervise_below_loop}
+def supervise_below_parent(case: dict[str, Any], order: int) -> None:
+    """Fork the supervisor in a process that it dies with, as those of Celery's pool do."""
+
+    def be_supervisor() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        supervise(case, order)
+
+    pid = fork(be_supervisor)
+    tell("supervisor", supervisor=pid)
+    os.waitpid(pid, 0)
+
+
+def supervise_from_ended_thread(case: dict[str, Any], order: int) -> None:
+    """Have the thread end that has forked the runner, which the kernel tells the runner as an end of its parent."""
+    start = supervisor.ActivitySubprocess.start.__func__
+
+    def start_in_thread(cls: Any, **arguments: Any) -> Any:
+        processes: list[Any] = []
+        thread = threading.Thread(target=lambda: processes.append(start(cls, **arguments)))
+        thread.start()
+        thread.join()
+        while Path(
+            f"/proc/self/task/{thread.native_id}"
+        ).exists():  # Python's thread ends before the kernel's
+            time.sleep(TICK)
+        return processes[0]
+
+    supervisor.ActivitySubprocess.start = classmethod(start_in_thread)  # type: ignore[arg-type]
+    supervise(case, order)
+
+
+def supervise_beside_another(case: dict[str, Any], order: int) -> None:
+    """Supervise the task in one thread, and a bystander in another."""
+    bystander = threading.Thread(target=stand_by, args=(case, order))
+    bystander.start()
+    supervise_in_thread(case, order)
+    bystander.join()
+
+
+def stand_by(case: dict[str, Any], order: int) -> None:
+    """Supervise the bystander, whom nobody ends."""
+    exit_code = run_task({**case, "task": BYSTANDER, "end": ""}, order)
+    tell("bystander_returned", exit_code=exit_code)
+
+
+HOSTS = {
+    "process": supervise,
+    "thread": supervise_in_thread,
+    "loop": supervise_below_loop,
+    "parent": supervise_below_parent,
+    "ended thread": supervise_from_ended_thread,
+    "two threads": supervise_beside_another,
+    "bystander": stand_by,
+}
 
 
 def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
@@ -118,6 +185,8 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     for name in STOPPING:
         signal.signal(getattr(signal, name), former)
     signal.signal(signal.SIGUSR1, raise_limit)
+    if cgroup := os.environ.get(CGROUP_VARIABLE):
+        memory.enter(Path(cgroup))
     output = os.open(folder / "supervisor.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -125,7 +194,29 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     if hasattr(supervisor, "KILLED_TASK_CLEANUP_TIME"):
         supervisor.KILLED_TASK_CLEANUP_TIME = float(case["grace"])
+    if case["at"] == "forked":
+        tell_forks()
+    if case["dies_at_stop"]:
+        die_at_stop(case["dies_at_stop"])
     HOSTS[case["host"]](case, order)
+
+
+def tell_forks() -> None:
+    """Have this process tell when it has forked another one."""
+    host = os.getpid()
+    os.register_at_fork(after_in_parent=lambda: tell("forked") if os.getpid() == host else None)
+
+
+def die_at_stop(count: int) -> None:
+    """Have this process die when it has sent so many SIGSTOPs, before it can send one SIGKILL."""
+    send, sent = signal.pidfd_send_signal, itertools.count(1)
+
+    def send_and_die(pidfd: int, signum: int, *rest: Any) -> None:
+        send(pidfd, signum, *rest)
+        if signum == signal.SIGSTOP and next(sent) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    signal.pidfd_send_signal = send_and_die
 
 
 def take_no_notice(_signum: int, _frame: object) -> None:

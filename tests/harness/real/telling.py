@@ -28,14 +28,26 @@ class Told:
         self.events: list[dict[str, Any]] = []
         self._unread = b""
 
-    def wait_for(self, event: str, *, until: float, pidfd: int, times: int = 1, after: int = 0) -> bool:
-        """Return whether it was told so often, after the first events, by that time and before the end of the process."""
+    def wait_for(
+        self,
+        event: str,
+        *,
+        until: float,
+        pidfd: int,
+        times: int = 1,
+        after: int = 0,
+        past_return: bool = False,
+    ) -> bool:
+        """Return whether it was told so often, after the first events, by that time and before the end of the process.
+
+        :param past_return: the supervisor's return is no reason to stop.
+        """
         sources = select.poll()
         sources.register(self.reader, select.POLLIN)
         sources.register(pidfd, select.POLLIN)
         sources.register(self.answer, 0)  # POLLERR: its reader has closed
         while sum(each["event"] == event for each in self.events[after:]) < times:
-            if find(self.events, "returned", "at"):
+            if not past_return and find(self.events, "returned", "at"):
                 return False
             ready = dict(sources.poll(max(0, until - time.monotonic()) * 1000))
             if self.answer in ready:

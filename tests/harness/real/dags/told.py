@@ -10,16 +10,17 @@ import asyncio
 import atexit
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta, timezone
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 from threading import Thread, main_thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.providers.standard.triggers.temporal import DateTimeTrigger
@@ -29,6 +30,9 @@ try:
     from airflow.sdk.exceptions import TaskDeferred
 except ImportError:  # before SDK 1.2
     from airflow.exceptions import TaskDeferred
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LONG = 600
 """Seconds that nobody waits for."""
@@ -40,6 +44,27 @@ WARM_UP = 3
 """Requests or pokes after which a task is in its loop for certain."""
 # Waits for ever under a name of its own, and says when it has that name: `sh` opens a FIFO that nobody writes to.
 DAEMON = ["setsid", "--fork", "sh", "-c", 'echo; exec > /dev/null; read -r line < "$FREED"']
+
+# Likewise without a variable to read from.
+SLEEP = f"echo; exec > /dev/null; exec sleep {LONG}"
+DETACH = ["setsid", "--fork", "sh", "-c"]
+DAEMONS = {
+    "daemon": [*DETACH, SLEEP],
+    "daemon_without_env": ["env", "-i", *DETACH, SLEEP],
+    "deaf_daemon": [*DETACH, f"trap '' TERM HUP INT; {SLEEP}"],
+    "daemon_with_limit": ["prlimit", "--rttime=1000000000", *DETACH, SLEEP],
+}
+"""They have left the session, and lost their parents."""
+FREE_DAEMON = ["prlimit", "--rttime=unlimited", *DETACH, SLEEP]
+"""Has been let out of the tree."""
+PIPELINE = f"sleep {LONG} | sleep {LONG} & {SLEEP}"
+CHILDREN = {
+    "pipeline": ["bash", "-c", PIPELINE],
+    "pipeline_in_session": ["setsid", "bash", "-c", PIPELINE],
+    "job_control": ["bash", "-mc", PIPELINE],
+}
+SMALL_CHILDREN = 40
+CHUNK = 1 << 20
 
 
 def tell(event: str, **details: Any) -> None:
@@ -66,6 +91,20 @@ def ask(key: str) -> None:
 def ask_for_ever() -> None:
     for number in count():
         ask(f"v{number}")
+        if number == WARM_UP:
+            tell("ready")
+
+
+def print_for_ever(*, told: str = "ready") -> None:
+    for number in count():
+        print(f"line {number}", flush=True)  # noqa: T201  # what many tasks do
+        if number == WARM_UP:
+            tell(told)
+
+
+def log_for_ever(log: Any) -> None:
+    for number in count():
+        log.info("line %s", number)
         if number == WARM_UP:
             tell("ready")
 
@@ -163,10 +202,20 @@ class LogsOnKillOperator(ToldOperator):
         self.log.info("on_kill speaks")
 
     def execute(self, context: Any) -> Any:
-        for number in count():
-            self.log.info("line %s", number)
-            if number == WARM_UP:
-                tell("ready")
+        log_for_ever(self.log)
+
+
+class PrintsOperator(ToldOperator):
+    def execute(self, context: Any) -> Any:
+        print_for_ever()
+
+
+class PrintsOnKillOperator(SlowOnKillOperator):
+    """Prints in on_kill() all the time."""
+
+    def on_kill(self) -> None:
+        Thread(target=print_for_ever, kwargs={"told": "printing"}, daemon=True).start()
+        super().on_kill()
 
 
 class PostOperator(ToldOperator):
@@ -222,6 +271,42 @@ def start_daemon() -> None:
     tell("daemon")
 
 
+def start(command: list[str], *, detaches: bool = False) -> None:
+    """Start a command that says when it is there; one that detaches has left its parent then."""
+    devnull = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=devnull, stdout=subprocess.PIPE, stderr=devnull)
+    assert process.stdout
+    process.stdout.readline()
+    if detaches:
+        process.wait()
+
+
+def make_parent(name: str, command: list[str], *, detaches: bool) -> Any:
+    """Return a task that starts a command and sleeps."""
+
+    @task(task_id=name)
+    def parent() -> None:
+        start(command, detaches=detaches)
+        tell("ready")
+        time.sleep(LONG)
+
+    return parent
+
+
+def tell_once() -> Iterator[int]:
+    tell("ready")
+    yield 0
+
+
+def take_all_memory() -> None:
+    """Grow until the kernel ends this, once the task is freed."""
+    tell("ready")
+    wait_until_freed()
+    taken = []
+    while True:
+        taken.append(b"." * CHUNK)
+
+
 def crash() -> None:
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # Airflow handles it while it parses a Dag
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -250,6 +335,8 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     AsksOnKillOperator(task_id="asks_in_on_kill")
     AsksAlwaysOperator(task_id="asks_always")
     LogsOnKillOperator(task_id="logs")
+    PrintsOperator(task_id="prints")
+    PrintsOnKillOperator(task_id="prints_on_kill")
     PostOperator(task_id="post_execute")
     PreOperator(task_id="pre_execute")
     ToldOperator(task_id="has_timeout", execution_timeout=timedelta(seconds=LONG))
@@ -286,6 +373,17 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     def blocked() -> None:
         Thread(target=tell_when_busy, args=(read_cpu_clock(),), daemon=True).start()
         hashlib.pbkdf2_hmac("sha256", b"x", b"y", 80_000_000)
+
+    @task
+    def blocked_with_gil() -> None:
+        sum(chain(tell_once(), repeat(0)))
+
+    @task
+    def asks_with_default() -> None:
+        for number in count():
+            Variable.get(f"v{number}", default="nothing")
+            if number == WARM_UP:
+                tell("ready")
 
     @task
     def swallows_all() -> str:
@@ -336,6 +434,44 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
         time.sleep(LONG)
 
     @task
+    def crowd() -> None:
+        for command in CHILDREN.values():
+            start(command)
+        for command in DAEMONS.values():
+            start(command, detaches=True)
+        tell("ready")
+        time.sleep(LONG)
+
+    @task
+    def prints_beside_daemon() -> None:
+        start(DAEMONS["deaf_daemon"], detaches=True)
+        print_for_ever()
+
+    @task
+    def logs_beside_daemon() -> None:
+        start(DAEMONS["deaf_daemon"], detaches=True)
+        log_for_ever(logging.getLogger("airflow.task"))
+
+    @task
+    def asks_beside_daemon() -> None:
+        start(DAEMONS["deaf_daemon"], detaches=True)
+        ask_for_ever()
+
+    @task
+    def fills() -> None:
+        for _ in range(SMALL_CHILDREN):
+            subprocess.Popen(["sleep", str(LONG)])
+        if os.fork() == 0:
+            take_all_memory()
+        time.sleep(LONG)
+
+    @task
+    def stands_by() -> None:
+        tell("stands_by")
+        wait_until_freed()
+        tell("stood_by")
+
+    @task
     def finishes() -> str:
         tell("ready")
         wait_until_freed()
@@ -344,6 +480,11 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     @task
     def returns() -> str:
         tell("ready")
+        return "done"
+
+    @task
+    def leaves_daemon() -> str:
+        start_daemon()
         return "done"
 
     @task
@@ -390,6 +531,11 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
 
     for each in (
         *(sleeps, has_finally, asks, blocked, swallows_all, swallows_errors, deaf, pool, forks),
+        *(blocked_with_gil, prints_beside_daemon, logs_beside_daemon, asks_beside_daemon),
+        *(asks_with_default, crowd, fills, stands_by, leaves_daemon),
+        *(make_parent(name, command, detaches=True) for name, command in DAEMONS.items()),
+        *(make_parent(name, command, detaches=False) for name, command in CHILDREN.items()),
+        make_parent("free_daemon", FREE_DAEMON, detaches=True),
         *(finishes, returns, fails, sleeps_with_daemon, asks_in_vain),
         *(crashes_after_success, exits_after_success, defers, times_out),
     ):

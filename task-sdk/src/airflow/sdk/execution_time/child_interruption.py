@@ -69,6 +69,9 @@ __all__ = [
 
 log = structlog.get_logger(logger_name="task")
 
+ORDER_TIME = 5.0
+"""Seconds that an order to stop which is on its way may take, on a machine that is busy."""
+
 SIGNAL_DELAY = 0.002
 """Seconds until the task that runs an interrupted one in its own process is told."""
 
@@ -103,8 +106,9 @@ class Phase(enum.Enum):
 class Interruption:
     """What a runner knows of the order to stop its task."""
 
-    def __init__(self, ti: Any, outer: Interruption | None) -> None:
+    def __init__(self, ti: Any, outer: Interruption | None, is_ordered: Callable[[], bool] | None) -> None:
         self._ti = ti
+        self._is_ordered = is_ordered
         self._pid = os.getpid()
         self._outer = outer if outer is not None and outer.is_executing else None
         self._phase = Phase.PREPARING
@@ -174,6 +178,9 @@ class Interruption:
                 self._phase = Phase.EXECUTING
                 if not self._requested:
                     result = call(*args, **kwargs)
+            except Exception:
+                self._await_order()
+                raise
             finally:
                 self._phase = Phase.FINISHED
                 restore_outer(self._outer)
@@ -184,6 +191,11 @@ class Interruption:
         if self._requested:
             self._end()
         return result
+
+    def _await_order(self) -> None:
+        """Wait to be interrupted, if the order is on its way: ``on_kill`` is to run also if ``execute()`` has failed before."""
+        if not self._requested and self._is_ordered is not None and self._is_ordered():
+            time.sleep(ORDER_TIME)
 
     def _end(self, error: BaseException | None = None) -> NoReturn:
         """Tell of the interruption, in the task's log and to whoever runs the task."""
@@ -203,15 +215,16 @@ _requests_in_flight = 0
 """Requests to the supervisor that the main thread has begun, and whose answers it has not got."""
 
 
-def interrupt_on_sigterm(ti: Any) -> None:
+def interrupt_on_sigterm(ti: Any, is_ordered: Callable[[], bool] | None = None) -> None:
     """
     Have SIGTERM end a task of this process from now on; in another thread than the main one, which gets no signals, not.
 
     :param ti: the ``RuntimeTaskInstance``, whose ``task`` may be replaced by a mapped one later.
+    :param is_ordered: tells, when ``execute()`` has failed, whether SIGTERM is on its way.
     """
     global _current  # signal handlers belong to the process, too
     if threading.current_thread() is threading.main_thread():
-        _current = Interruption(ti, _current)
+        _current = Interruption(ti, _current, is_ordered)
         signal.signal(signal.SIGTERM, handle_sigterm)
 
 

@@ -22,6 +22,9 @@ So the kernel sends the runner a real-time signal when its parent ends (prctl(2)
 the watchdog executed (child_watchdog), which ends the task as the supervisor would have: ``on_kill`` runs, and what
 is left of the tree when the grace is over is killed. While the supervisor lives nothing runs and nothing is open.
 
+The sockets of a dying supervisor close before the kernel signals its end. A task that fails for that, as one that prints
+does, waits for the signal: ``on_kill`` would not run, and what a runner has started that is gone by then would stay.
+
 Python runs the handler between two instructions of the main thread. While that is in C code that does not return, and
 while the runner is stopped, nothing happens; child_sweep finds these.
 
@@ -32,12 +35,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
+import select
 import signal
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +60,10 @@ from airflow.sdk.execution_time.child_policy import (
 from airflow.sdk.execution_time.child_tree import look_at, read_limits, read_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from configparser import ConfigParser
 
-__all__ = ["follow_spawner", "follow_supervisor"]
+__all__ = ["await_death", "follow_spawner", "follow_supervisor", "follow_to_death"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -70,6 +76,12 @@ CREDENTIALS = struct.Struct("3i")
 COMMS = 0
 """The descriptor over which the runner asks its supervisor."""
 
+DEATH_TIME = 2.0
+"""Seconds that a supervisor whose sockets close may take to die, on a machine that is busy."""
+
+POLL_INTERVAL = 0.01
+"""Seconds between looks at a dying supervisor."""
+
 RUNNER_FAILED = 124
 """Exit status of a runner that could not begin, as upstream has it."""
 
@@ -81,24 +93,43 @@ class Lifeline:
         self._supervisor = supervisor
         self._conf = conf
         self._runner = os.getpid()
+        self._noticed = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process is the runner, and no copy of it."""
+        return os.getpid() == self._runner
 
     @property
     def is_cut(self) -> bool:
         """Whether the supervisor is gone. The signal comes also when only the thread ends that has forked the runner."""
         return os.getppid() != self._supervisor
 
+    @property
+    def is_weakening(self) -> bool:
+        """Whether the supervisor has closed a socket; one that dies closes all of them, one after the other."""
+        return any(has_hung_up(sock) for sock in list_sockets_of(self._supervisor))
+
     def handle(self, _signum: int, _frame: object) -> None:
         """Handle the signal that the parent has ended."""
-        if os.getpid() == self._runner and self.is_cut and DEATH_SIGNAL is not None:
-            signal.signal(DEATH_SIGNAL, signal.SIG_IGN)
-            with contextlib.suppress(
-                Exception
-            ):  # no /proc, or no descriptor: what it says matters less than its end
+        if self.is_own and self.is_cut:
+            self.notice()
+
+    def notice(self) -> None:
+        """Have the watchdog started, once."""
+        if not self._noticed:
+            self._noticed = True
+            # No /proc, or no descriptor: what the task says matters less than its end.
+            with contextlib.suppress(Exception):
                 leave_sockets(self._supervisor)
             try:
                 start_watchdog(describe(self._conf))
             except Exception:  # whatever it is, the task has to be told
                 os.kill(self._runner, signal.SIGTERM)
+
+
+_lifeline: Lifeline | None = None
+"""Of this process, if it is a runner."""
 
 
 def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
@@ -108,11 +139,13 @@ def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
     :param supervisor: its PID. If it is gone already, so is this process.
     :param conf: Airflow's configuration.
     """
+    global _lifeline
     lifeline = Lifeline(supervisor, conf)
     if not ask_for_signal(lifeline):
         return
     if lifeline.is_cut:
         os._exit(RUNNER_FAILED)
+    _lifeline = lifeline
 
 
 def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
@@ -124,6 +157,40 @@ def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
     if os.getsid(0) == os.getpid():
         with contextlib.suppress(OSError, AttributeError):  # no such option (macOS)
             follow_supervisor(find_creator(comms), conf)
+
+
+def follow_to_death(target: Callable[[], Any]) -> Callable[[], Any]:
+    """Have what a process runs not end before its supervisor does, if this is a runner whose supervisor is dying."""
+
+    @functools.wraps(target)
+    def run() -> Any:
+        try:
+            return target()
+        finally:
+            await_death()
+
+    return run
+
+
+def await_death() -> bool:
+    """Wait until a supervisor that is dying is dead, and notice; False if it lives, or this is no runner."""
+    lifeline = _lifeline
+    if lifeline is None or not lifeline.is_own:
+        return False
+    deadline = time.monotonic() + DEATH_TIME
+    while not lifeline.is_cut and lifeline.is_weakening and time.monotonic() < deadline:
+        time.sleep(POLL_INTERVAL)
+    if lifeline.is_cut:
+        lifeline.notice()
+        return True
+    return False
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether the other end of a socket is closed."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
 def ask_for_signal(lifeline: Lifeline) -> bool:
@@ -147,21 +214,23 @@ def leave_sockets(supervisor: int) -> None:
     The other ends may be open in processes that were forked meanwhile.
     """
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in list(list_sockets_of(supervisor)):
-        if descriptor != COMMS:
-            os.dup2(nowhere, descriptor, inheritable=descriptor in (1, 2))
+    for sock in list_sockets_of(supervisor):
+        # Whoever waits at one wakes up.
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        if sock.fileno() != COMMS:
+            os.dup2(nowhere, sock.fileno(), inheritable=sock.fileno() in (1, 2))
     os.close(nowhere)
 
 
-def list_sockets_of(creator: int) -> Iterator[int]:
-    """Shut down the sockets that a process has made, and yield their descriptors: whoever waits at one wakes up."""
+def list_sockets_of(creator: int) -> Iterator[socket.socket]:
+    """Yield the sockets that a process has made, which stay open."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError, struct.error):  # no socket, or closed meanwhile
             sock = socket.socket(fileno=int(name))
             try:
                 if sock.family == socket.AF_UNIX and find_creator(sock) == creator:
-                    sock.shutdown(socket.SHUT_RDWR)
-                    yield int(name)
+                    yield sock
             finally:
                 sock.detach()
 

@@ -1,0 +1,39 @@
+"""Run many cases of Airflow's own task runner in the environment of a release."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from patches.releases import find_release
+from tests.harness.environments import NoInterpreterError, create_environment
+from tests.harness.wheels import build_patched_wheel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from tests.harness.environments import Environment
+    from tests.harness.real.running import Case, Driver, Result
+
+CASES_AT_A_TIME = 8
+
+
+def install(version: str, dist: Path | None = None) -> Environment:
+    """Return a complete Airflow, with the patched wheel where there is a folder to build it in."""
+    release = find_release(version)
+    wheel = build_patched_wheel(release, dist) if dist else None
+    try:
+        return create_environment(release, wheel=wheel, complete=True)
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")
+
+
+def run_all(
+    driver: Driver, cases: Mapping[str, Case], *, at_a_time: int = CASES_AT_A_TIME
+) -> dict[str, Result]:
+    order = sorted(cases, key=lambda name: cases[name].grace)  # those that wait for its end begin first
+    with ThreadPoolExecutor(at_a_time) as pool:
+        return dict(zip(order, pool.map(driver.run, [cases[name] for name in order]), strict=True))
