@@ -136,6 +136,8 @@ def leave(
             # It comes before the signal of the supervisor's end, whose number is higher.
             os.kill(runner, signal.SIGSTOP)
         kill_child(dying)
+        if not in_c:
+            os.waitid(os.P_PID, runner, os.WSTOPPED)
     return runner, told[int]
 
 
