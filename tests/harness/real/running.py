@@ -62,7 +62,7 @@ class Case:
     end: str = "SIGTERM"
     """A signal, the status of the answer to a heartbeat, or nothing: the task ends by itself."""
     at: str = "ready"
-    """The event that shows that it is time; `forked`: the supervisor has just forked the runner."""
+    """The event that shows that it is time."""
     to: str = "supervisor"
     """Who gets the signal: the supervisor (or what has forked it), its process group, or the runner."""
     count: int = 1
@@ -86,6 +86,8 @@ class Case:
     """Have the next supervisor start after that, when this one is dead."""
     stopped: bool = False
     """Stop the runner before."""
+    dies_after_fork: float | None = None
+    """Kill the supervisor so many seconds after it has forked the runner, whatever `end` says."""
     dies_at_stop: int = 0
     """Kill the supervisor when it has sent so many SIGSTOPs."""
     bystander: str = ""

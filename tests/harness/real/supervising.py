@@ -194,17 +194,23 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     if hasattr(supervisor, "KILLED_TASK_CLEANUP_TIME"):
         supervisor.KILLED_TASK_CLEANUP_TIME = float(case["grace"])
-    if case["at"] == "forked":
-        tell_forks()
+    if case["dies_after_fork"] is not None:
+        die_after_fork(case["dies_after_fork"])
     if case["dies_at_stop"]:
         die_at_stop(case["dies_at_stop"])
     HOSTS[case["host"]](case, order)
 
 
-def tell_forks() -> None:
-    """Have this process tell when it has forked another one."""
+def die_after_fork(delay: float) -> None:
+    """Have this process die some seconds after it has forked a runner."""
     host = os.getpid()
-    os.register_at_fork(after_in_parent=lambda: tell("forked") if os.getpid() == host else None)
+
+    def die() -> None:
+        if os.getpid() == host:
+            time.sleep(delay)
+            os.kill(host, signal.SIGKILL)
+
+    os.register_at_fork(after_in_parent=die)
 
 
 def die_at_stop(count: int) -> None:
