@@ -23,7 +23,7 @@ DEAF_GRACE = 0.2
 
 IMPOLITE = {"deaf", "breed"}
 
-OWN_WORDS = ["reset", "deaf"]
+OWN_WORDS = ["reset", "limit", "deaf"]
 """Steps of a runner."""
 
 MAX_STEPS = 4

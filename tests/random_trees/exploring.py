@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Flaky
 
+from tests.random_trees.driving import DriverFailedError
 from tests.random_trees.examples import examples
 from tests.random_trees.model import find_faults
 
@@ -37,6 +38,7 @@ def explore(
     Raises WrongEndError with the simplest example found that goes wrong.
     """
     errors: list[WrongEndError] = []
+    failures: list[DriverFailedError] = []
 
     @seed(first)
     @settings(
@@ -48,9 +50,15 @@ def explore(
     )
     @given(example=examples())
     def end_as_told(example: Example) -> None:
+        if failures:
+            # Hypothesis looks for a simpler one that fails so.
+            raise failures[0]
         count()
         try:
             check(driver, example)
+        except DriverFailedError as error:
+            failures.append(error)
+            raise
         except WrongEndError as error:
             errors.append(error)
             raise

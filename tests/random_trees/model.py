@@ -46,6 +46,8 @@ class Member:
     leads_group: bool = False
     limited: bool = False
     """Whether it has set the limit of the mark for itself."""
+    has_opted_out: bool = False
+    """Whether it, or whoever has forked it, was without any mark for a while."""
     emptied: bool = False
     """Whether it has gone on in an empty environment, which is without the SDK."""
     children: list[Member] = field(default_factory=list)
@@ -169,6 +171,7 @@ def take_step(step: str, member: Member) -> None:
         member.parent, member.leads_group = None, False
     elif step in {"reset", "limit"}:
         member.mark, member.limited = None, step == "limit"
+        member.has_opted_out |= step == "reset"
     elif step == "nest":
         member.lead_inner_tree()
     elif step == "empty":
@@ -212,5 +215,10 @@ def tell_fate(member: Member, example: Example, runner: Member, *, known: bool, 
 
 
 def keeps_a_sign(member: Member, runner: Member) -> bool:
-    """Tell whether a member, and all that it starts of its own accord, can be recognised whoever its parent is."""
-    return member.marked or (member.session is runner.session and member.then not in {"heir", "breed"})
+    """Tell whether a member, and all that it starts of its own accord, can be recognised whoever its parent is.
+
+    That has to be so at any moment while it grows: who has lifted the limit has no sign until it sets another one.
+    """
+    return (member.marked and not member.has_opted_out) or (
+        member.session is runner.session and member.then not in {"heir", "breed"}
+    )

@@ -37,14 +37,17 @@ from typing import TYPE_CHECKING
 import psutil
 
 from airflow.sdk.execution_time.child_tree import (
+    CONDEMNED,
     PID_BITS,
     Process,
     ProcessTree,
     compute_mark,
+    find_session,
     is_alive,
     is_condemned,
     is_in_own_namespace,
     is_origin_alive,
+    is_origin_of,
     is_own_proc,
     list_pids,
     look_at,
@@ -107,7 +110,9 @@ def find_orphan(pid: int) -> Iterator[Orphan]:
     condemned = is_condemned(origin)
     marks = read_limits(pid)
     leads = bool(marks) and marks[0] & PID_BITS == pid
-    if not (leads or condemned) or is_origin_alive(origin):
+    # A runner may have set the limit of its mark for itself.
+    may_lead = marks == (origin & ~CONDEMNED,) and find_session(pid) == pid
+    if not (leads or may_lead or condemned) or is_origin_alive(origin):
         return
     if not (is_ours(pid) and is_in_own_namespace(pid)):
         return
@@ -115,8 +120,14 @@ def find_orphan(pid: int) -> Iterator[Orphan]:
     if process is None or process.dead:
         return
     # Where /proc hides when it has started, it was given a mark that has its number alone.
-    if condemned or process.start < 0 or marks[0] == compute_mark(process):
+    if condemned or (leads if process.start < 0 else is_leader(process, marks[0], origin)):
         yield Orphan(process, origin)
+
+
+def is_leader(process: Process, mark: int, origin: int) -> bool:
+    """Whether a process is the runner that was given a mark, or an origin: one in half a million may be taken for it."""
+    given = compute_mark(process)
+    return mark == given or (mark == origin and is_origin_of(origin, given))
 
 
 def is_ours(pid: int) -> bool:

@@ -636,13 +636,25 @@ def compute_origin(supervisor: Process, mark: int) -> int:
     bits = [
         (supervisor.pid, PID_BITS),
         (int(supervisor.start), ORIGIN_START_BITS),
-        (mark ^ mark >> PID_BITS.bit_length(), ORIGIN_TREE_BITS),
+        (fold_mark(mark), ORIGIN_TREE_BITS),
     ]
     origin, shift = MARK_FLAG, 0
     for number, mask in bits:
         origin |= (number & mask) << shift
         shift += mask.bit_length()
     return origin
+
+
+def fold_mark(mark: int) -> int:
+    """Return the part of an origin that tells the tree of a mark."""
+    return (mark ^ mark >> PID_BITS.bit_length()) & ORIGIN_TREE_BITS
+
+
+def is_origin_of(origin: int, mark: int) -> bool:
+    """Whether an origin and a mark may be those of the same leader."""
+    return origin >> (PID_BITS.bit_length() + ORIGIN_START_BITS.bit_length()) & ORIGIN_TREE_BITS == fold_mark(
+        mark
+    )
 
 
 def is_condemned(origin: int) -> bool:
