@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -39,7 +39,10 @@ from airflow.sdk.execution_time.child_status import has_reported
 from airflow.sdk.execution_time.child_stop import find_detail
 from airflow.sdk.execution_time.comms import ErrorResponse
 
-__all__ = ["expects_answer", "handle_request", "tell_state"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["bear_refusal", "expects_answer", "handle_request", "tell_state"]
 
 STATE_REPORTS = (
     "TaskState",
@@ -128,37 +131,45 @@ def tell_state(process: Any) -> None:
     """
     Tell the API server how a task has ended, also that it is up for retry where its runner was killed.
 
-    Upstream leaves the latter out, and the server learns of it by the heartbeat timeout. And a server that has ended the
-    task meanwhile, as a user may at any time, refuses its state: up to 1.3 that was an exception of the supervisor, and
-    the logs were not uploaded.
+    Upstream leaves the latter out, and the server learns of it by the heartbeat timeout.
+    """
+    with bear_refusal(process):
+        process.update_task_state_if_needed()
+        untold = getattr(process, "_pending_terminal_state_msg", None)
+        if process.final_state == UP_FOR_RETRY and not has_reported(process) and untold is None:
+            tell_retry(process)
+
+
+def tell_retry(process: Any) -> None:
+    """Tell the API server that a task is up for retry."""
+    try:
+        process.client.task_instances.retry(
+            id=process.id,
+            end_date=datetime.now(tz=UTC),
+            rendered_map_index=process._rendered_map_index,
+        )
+    except Exception:
+        # The server may know already, by the heartbeat timeout, or be away. The logs are still to be uploaded.
+        log.exception("The server could not be told that the task is up for retry", ti_id=process.id)
+
+
+@contextlib.contextmanager
+def bear_refusal(process: Any) -> Iterator[None]:
+    """
+    Have it said in the task's log, and be no failure, if the server refuses a state because it has ended the task before.
+
+    A user may do that at any time. Up to 1.3 it was an exception of the supervisor, and the logs were not uploaded.
     """
     try:
-        process.update_task_state_if_needed()
+        yield
     except ServerResponseError as error:
         if error.response.status_code not in ENDED_STATUSES:
             raise
-        note_refused_state(process, error)
-        return
-    untold = getattr(process, "_pending_terminal_state_msg", None)
-    if process.final_state == UP_FOR_RETRY and not has_reported(process) and untold is None:
-        try:
-            process.client.task_instances.retry(
-                id=process.id,
-                end_date=datetime.now(tz=UTC),
-                rendered_map_index=process._rendered_map_index,
-            )
-        except Exception:
-            # The server may know already, by the heartbeat timeout, or be away. The logs are still to be uploaded.
-            log.exception("The server could not be told that the task is up for retry", ti_id=process.id)
-
-
-def note_refused_state(process: Any, error: ServerResponseError) -> None:
-    """Say in the task's log that the server does not take the state of a task that it has ended before."""
-    detail = find_detail(error.detail)
-    process.process_log.warning(
-        "The API server does not take the state of the task, which it has ended before",
-        refused=process.final_state,
-        status=error.response.status_code,
-        reason=detail.get("reason"),
-        state=detail.get("current_state"),
-    )
+        detail = find_detail(error.detail)
+        process.process_log.warning(
+            "The API server does not take the state of the task, which it has ended before",
+            refused=process.final_state,
+            status=error.response.status_code,
+            reason=detail.get("reason"),
+            state=detail.get("current_state"),
+        )
