@@ -1068,12 +1068,12 @@ IN_THE_REST = [
         ("test_child_requests.py",),
     ),
     Mutant(
-        "policy-takes-names-whole",
-        "child_policy.py",
-        "name[:COMM_LENGTH] for name in names if name",
-        "name for name in names if name",
+        "tree-takes-names-whole",
+        "child_tree.py",
+        "names = set(map(shorten_name, self.spared))",
+        "names = set(self.spared)",
         "a program with a long name cannot be spared",
-        ("test_child_policy.py",),
+        ("test_child_tree.py",),
     ),
 ]
 

@@ -24,7 +24,6 @@ import structlog
 
 from airflow.sdk.execution_time import child_policy
 from airflow.sdk.execution_time.child_policy import (
-    COMM_LENGTH,
     GRACE,
     MAX_GRACE,
     MIN_GRACE,
@@ -187,8 +186,3 @@ class TestSparedNames:
     def test_not_set(self, conf: Conf) -> None:
         """Nobody is spared unless the deployment says so."""
         assert find_spared_names(conf) == set()
-
-    def test_long_name(self, conf: Conf) -> None:
-        """A name is what the kernel keeps of it."""
-        set_workers(conf, spared_leftovers="a-program-with-a-long-name")
-        assert find_spared_names(conf) == {"a-program-with-a-long-name"[:COMM_LENGTH]}

@@ -82,9 +82,6 @@ STOP_OPTION = "stop_signal_policy"
 LEFTOVER_OPTION = "leftover_policy"
 SPARED_OPTION = "spared_leftovers"
 
-COMM_LENGTH = 15
-"""Characters that the kernel keeps of a program's name (proc_pid_comm(5))."""
-
 
 class StopPolicy(Enum):
     """What a signal to the supervisor means for its task."""
@@ -149,9 +146,9 @@ def find_leftover_policy(conf: ConfigParser) -> LeftoverPolicy:
 
 
 def find_spared_names(conf: ConfigParser) -> frozenset[str]:
-    """Return the names of programs that are never ended, as the kernel keeps them."""
+    """Return the names of programs that are never ended."""
     names = (name.strip() for name in read_option(conf, SPARED_OPTION).split(","))
-    return frozenset(name[:COMM_LENGTH] for name in names if name)
+    return frozenset(filter(None, names))
 
 
 def read_policy(conf: ConfigParser, option: str, default: _Policy) -> _Policy:

@@ -221,8 +221,7 @@ def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Itera
             if process._stop.told:
                 # The task may have ended before the loop has come to it.
                 hear_stop_signal(process, conf)
-            if process.selector.get_map() is not None:
-                unregister(process.selector, caught.reader)
+            unregister(process.selector, caught.reader)
 
 
 def tell_if_busy(process: _SupervisedProcess, grace: float) -> None:
