@@ -6,6 +6,7 @@ import os
 import pwd
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.harness.environments import Environment
+    from tests.harness.processes import Process
     from tests.harness.supervised import Ending, Outcome
 
 pytestmark = [
@@ -56,6 +58,8 @@ MARGIN = 1 + 6
 # More than both together: who waits for sockets that the task's processes hold is late.
 SOCKET_CLEANUP_TIMEOUT = 15
 PATIENCE = 30
+# What a task without a supervisor has.
+ORPHAN_GRACE = 5
 ATTEMPTS = 3
 
 
@@ -105,6 +109,21 @@ def run_as(
                 ancestors = [process for process in find_marked(cookie) if process.pid not in staying]
                 assert wait_for_exit(ancestors, PATIENCE)
             return observe(supervisor, end_task(supervisor, runner, ending), RETURN_TIMEOUT)
+
+
+def kill_supervisor_as(user: str, environment: Environment, place: Path, shape: Shape) -> list[Process]:
+    """Kill the supervisor of a task, as whom it runs, and return what is left after the grace of an orphan."""
+    with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
+        folder = Path(name)
+        launch = make_launch(user, environment, place, cookie, folder)
+        with watch_supervisor(launch, Plan(shape, "409"), cookie=cookie, folder=folder) as supervisor:
+            wait_for_tree(supervisor, shape.processes)
+            supervisor.process.kill()
+            deadline = time.monotonic() + ORPHAN_GRACE + MARGIN
+            # What ends them comes later, and goes last.
+            while (left := find_marked(cookie)) and time.monotonic() < deadline:
+                wait_for_exit(left, deadline - time.monotonic())
+            return left
 
 
 def run_to_end(user: str, environment: Environment, place: Path, shape: Shape, ending: Ending) -> Outcome:
@@ -172,6 +191,19 @@ def test_forbidden_by_sudoers(environment: Environment, place: Path, ending: End
     assert error["level"] == "error"
     assert {process["pid"] for process in error["processes"]} == left != set()
     assert "sudoers must permit `sudo -n kill`" in error["reason"]
+
+
+def test_supervisor_dies(environment: Environment, place: Path) -> None:
+    """What runs as another user ends with the supervisor, too, if the sudoers permit it."""
+    with permit("ALL"):
+        assert kill_supervisor_as(WORKER, environment, place, make_shape(environment, place, "deaf")) == []
+
+
+def test_supervisor_dies_and_sudoers_forbid(environment: Environment, place: Path) -> None:
+    """The README's limit: what runs as another user, and may not be signalled, outlives the supervisor."""
+    with permit(str(environment.python)):
+        left = kill_supervisor_as(WORKER, environment, place, make_shape(environment, place, "deaf"))
+    assert [Path(f"/proc/{process.pid}").owner() for process in left] == [OTHER]
 
 
 @pytest.mark.parametrize("ending", ["409", "runner-killed"])

@@ -38,8 +38,9 @@ SHORT_GRACE = 1
 FIRST_MOMENTS = 20
 """How often a supervisor dies in the first moments of its runner."""
 FIRST_SECONDS = 0.03
-AT_ONCE = 5
-"""How often it does so before the runner has come to anything."""
+SLOW_FORK = 0.5
+"""Seconds until a runner begins, by when its supervisor has told it of its task and died."""
+SLOW_FORKS = 3
 FIRST_MOMENTS_OF_INTERPRETER = 4
 FIRST_SECONDS_OF_INTERPRETER = 1.0
 SEED = 13
@@ -298,10 +299,15 @@ def test_nobody_tells_of_it(line: Line) -> None:
 def test_first_moments(line: Line) -> None:
     """Whenever the supervisor dies after the fork, its runner ends."""
     draw = random.Random(SEED)  # noqa: S311  # no secret
-    delays = [0.0] * AT_ONCE + [draw.uniform(0, FIRST_SECONDS) for _ in range(FIRST_MOMENTS)]
     cases = {
-        f"{number}": Case("told", "", dies_after_fork=delay, left_for=TIME_TO_END)
-        for number, delay in enumerate(delays)
+        f"{number}": Case("told", "", dies_after_fork=draw.uniform(0, FIRST_SECONDS), left_for=TIME_TO_END)
+        for number in range(FIRST_MOMENTS)
+    }
+    cases |= {
+        f"before the runner begins {number}": Case(
+            "told", "", dies_after_fork=FIRST_SECONDS, slow_fork=SLOW_FORK, left_for=TIME_TO_END
+        )
+        for number in range(SLOW_FORKS)
     }
     if EXEC_LINES.contains(line.version):  # a new interpreter is not forked, and takes longer
         cases |= {

@@ -88,6 +88,8 @@ class Case:
     """Stop the runner before."""
     dies_after_fork: float | None = None
     """Kill the supervisor so many seconds after it has forked the runner, whatever `end` says."""
+    slow_fork: float = 0
+    """Seconds that the runner takes to begin."""
     dies_at_stop: int = 0
     """Kill the supervisor when it has sent so many SIGSTOPs."""
     bystander: str = ""

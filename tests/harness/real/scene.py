@@ -37,7 +37,7 @@ READY_TIMEOUT = 60.0
 """Seconds until a task must be where it is to be ended, on a machine that is busy."""
 BEATS = 2
 """Heartbeats after which a supervisor has noticed a signal that was sent before them."""
-NO_END = {"end": "", "at": "ready", "dies_at_stop": 0, "dies_after_fork": None}
+NO_END = {"end": "", "at": "ready", "dies_at_stop": 0, "dies_after_fork": None, "slow_fork": 0}
 SWEEP = "airflow.sdk.execution_time.child_sweep"
 CHATTER = b'"line '
 """Begins what a task logs all the time."""

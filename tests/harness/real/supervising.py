@@ -196,6 +196,8 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
         supervisor.KILLED_TASK_CLEANUP_TIME = float(case["grace"])
     if case["dies_after_fork"] is not None:
         die_after_fork(case["dies_after_fork"])
+    if case["slow_fork"]:
+        delay_runner(case["slow_fork"])
     if case["dies_at_stop"]:
         die_at_stop(case["dies_at_stop"])
     HOSTS[case["host"]](case, order)
@@ -207,10 +209,15 @@ def die_after_fork(delay: float) -> None:
 
     def die() -> None:
         if os.getpid() == host:
-            time.sleep(delay)
-            os.kill(host, signal.SIGKILL)
+            threading.Timer(delay, os.kill, (host, signal.SIGKILL)).start()
 
     os.register_at_fork(after_in_parent=die)
+
+
+def delay_runner(seconds: float) -> None:
+    """Have what this process forks take so many seconds to begin."""
+    host = os.getpid()
+    os.register_at_fork(after_in_child=lambda: time.sleep(seconds if os.getppid() == host else 0))
 
 
 def die_at_stop(count: int) -> None:
