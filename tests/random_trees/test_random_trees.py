@@ -15,7 +15,7 @@ import pytest
 from patches.releases import ROOT
 from tests.random_trees.__main__ import UNUSABLE, main
 from tests.random_trees.driving import Driver, DriverFailedError, start_driver
-from tests.random_trees.examples import Example, Outcome
+from tests.random_trees.examples import Example, Outcome, Script, Step
 from tests.random_trees.exploring import WrongEndError, check, explore
 
 if TYPE_CHECKING:
@@ -43,6 +43,22 @@ def test_trees_end_as_told() -> None:
     """Every tree ends as the model says, and the bystanders live on."""
     with start_driver() as driver:
         explore(driver, EXAMPLES, SEED)
+
+
+DETACHED: Step = {"fork": {"id": 1, "steps": ["setsid", "orphan"], "then": "stay"}}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param({"id": 0, "steps": [DETACHED, "reset"], "then": "stay"}, id="runner-lifts-mark"),
+        pytest.param({"id": 0, "steps": ["limit", DETACHED], "then": "stop"}, id="stopped-runner-sets-limit"),
+    ],
+)
+def test_orphan_that_was_left(script: Script) -> None:
+    """What the trees have found once: a runner without a supervisor, and without the mark that it was given."""
+    with start_driver() as driver:
+        check(driver, Example(script, "orphaned"))
 
 
 @pytest.mark.parametrize(("bug", "fault", "seed"), FAULTS_OF_BUGS)
