@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import json
 import os
 import select
@@ -63,7 +62,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from configparser import ConfigParser
 
-__all__ = ["await_death", "follow_spawner", "follow_supervisor", "follow_to_death"]
+__all__ = ["await_death", "follow_spawner", "follow_supervisor", "run_to_death"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -154,22 +153,18 @@ def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
 
     :param comms: one of the sockets that the supervisor has made, by which alone it is known here.
     """
-    if os.getsid(0) == os.getpid():
+    is_known = _lifeline is not None and _lifeline.is_own
+    if not is_known and os.getsid(0) == os.getpid():
         with contextlib.suppress(OSError, AttributeError):  # no such option (macOS)
             follow_supervisor(find_creator(comms), conf)
 
 
-def follow_to_death(target: Callable[[], Any]) -> Callable[[], Any]:
-    """Have what a process runs not end before its supervisor does, if this is a runner whose supervisor is dying."""
-
-    @functools.wraps(target)
-    def run() -> Any:
-        try:
-            return target()
-        finally:
-            await_death()
-
-    return run
+def run_to_death(target: Callable[[], Any]) -> None:
+    """Run what a process is for, and have it not end before its supervisor does, if that is a runner's and is dying."""
+    try:
+        target()
+    finally:
+        await_death()
 
 
 def await_death() -> bool:
