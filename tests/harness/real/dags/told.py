@@ -229,6 +229,17 @@ class PostOperator(ToldOperator):
         tell("finished")
 
 
+class PrintsAfterwardsOperator(ToldOperator):
+    """Prints all the time when it has succeeded, and has left a daemon."""
+
+    def execute(self, context: Any) -> Any:
+        start(DAEMONS["deaf_daemon"], detaches=True)
+        return "done"
+
+    def post_execute(self, context: Any, result: Any = None) -> None:
+        print_for_ever()
+
+
 class PreOperator(ToldOperator):
     """Is told to end before it has begun."""
 
@@ -338,6 +349,7 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     PrintsOperator(task_id="prints")
     PrintsOnKillOperator(task_id="prints_on_kill")
     PostOperator(task_id="post_execute")
+    PrintsAfterwardsOperator(task_id="prints_afterwards")
     PreOperator(task_id="pre_execute")
     ToldOperator(task_id="has_timeout", execution_timeout=timedelta(seconds=LONG))
     PokeSensor(task_id="sensor", poke_interval=TICK, mode="poke", timeout=LONG)
