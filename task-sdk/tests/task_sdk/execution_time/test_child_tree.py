@@ -672,6 +672,15 @@ class TestOrigin:
         os.waitpid(pid, 0)
         assert not is_origin_alive(origin)
 
+    def test_both_give_the_same(self) -> None:
+        """A leader gives itself what its supervisor gives it, and before: what it starts at once has it, too."""
+        leader, [child] = start_waiting(lambda: (os.setsid(), mark_process(), [start_child()])[-1])
+        given = read_origin(leader)
+        assert given == read_origin(child)
+        ProcessTree().adopt(leader)
+        assert read_origin(leader) == given
+        assert is_origin_alive(given)
+
     def test_recycled_supervisor(self) -> None:
         """Whoever has got its number since is not the supervisor."""
         supervisor = look_at(os.getpid())

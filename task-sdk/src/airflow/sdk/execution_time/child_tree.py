@@ -226,7 +226,7 @@ class ProcessTree:
             self._mark = give_number(pid, self._mark)
             self._marks.add(self._mark)
         self._read_marks = read_limits if self._mark in read_limits(pid) else read_variable
-        if origin := give_origin(pid, self._mark):
+        if origin := give_origin(pid, self._mark, supervisor=os.getpid()):
             self._marks.add(origin)
 
     def adopt_orphan(
@@ -586,8 +586,13 @@ def mark_process() -> None:
         return
     mark = compute_mark(own)
     # It may carry that of its supervisor, which is in a tree itself.
-    if give_mark(own.pid, mark, inherited=read_limits(os.getppid())) is None:
+    given = give_mark(own.pid, mark, inherited=read_limits(os.getppid()))
+    if given is None:
         os.environ[MARK_VARIABLE] = extend_variable(os.environ, mark)
+    else:
+        # What it starts before its supervisor does this, who may be hidden from it, is to have it, too.
+        with contextlib.suppress(OSError):
+            give_origin(own.pid, given, supervisor=os.getppid())
 
 
 def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | None:
@@ -617,12 +622,12 @@ def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | Non
     return mark
 
 
-def give_origin(pid: int, mark: int) -> int | None:
-    """Have a leader, a child of ours, carry its origin as a limit, and return it; None where that cannot be set."""
-    own = read_process(os.getpid())
-    if own is None:
+def give_origin(pid: int, mark: int, *, supervisor: int) -> int | None:
+    """Have a leader carry its origin as a limit, and return it; None where that cannot be told, or set."""
+    parent = read_process(supervisor)
+    if parent is None or parent.start < 0:
         return None
-    origin = compute_origin(own, mark)
+    origin = compute_origin(parent, mark)
     try:
         _, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
         resource.prlimit(pid, resource.RLIMIT_RSS, (origin, hard))
