@@ -50,7 +50,7 @@ IN_TREE = [
     Mutant(
         "tree-trusts-a-collected-leader",
         "child_tree.py",
-        'session = [("session", leader.pid)] if is_uncollected(leader) else []',
+        'session = [("session", leader.pid)] if self._has_number(leader) else []',
         'session = [("session", leader.pid)]',
         "a stranger that gets the number of a session that is gone is killed",
         ("test_child_tree.py",),
