@@ -217,6 +217,17 @@ class TestSurvivors:
         [call] = process.process_log.calls
         assert [named["pid"] for named in call.kwargs["processes"]] == [STUBBORN.pid, late.pid]
 
+    def test_survivor_that_a_late_one_has_started(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """On a busy machine a late one, too, starts something before it is killed; the time is kept all the same."""
+        crowd = [replace(STUBBORN, pid=STUBBORN.pid + number) for number in range(3)]
+        looks = iter([crowd[:2], crowd, crowd])
+        process._tree.find.side_effect = lambda: next(looks) if process._tree.kill_all.called else [STUBBORN]
+        end_leftovers(process, -9, conf)
+        process._tree.signal.assert_called_with(crowd[2:], signal.SIGKILL)
+        [call] = process.process_log.calls
+        assert [named["pid"] for named in call.kwargs["processes"]] == [member.pid for member in crowd]
+        assert clock.passed <= GRACE + 1
+
     def test_time(self, conf: Conf, process: Any, clock: Clock) -> None:
         """A second after the grace nobody is waited for any longer."""
         end_leftovers(process, -9, conf)
