@@ -976,6 +976,14 @@ class TestStop:
         assert look.call_count == len(looks)
         send.assert_called_once_with(process, (signal.SIGSTOP,))
 
+    def test_one_look_that_finds_nobody_is_not_enough(self, mocker: MockerFixture) -> None:
+        """Who has started a successor and exited, after the list was read and before its own turn, shows neither."""
+        stopped = [replace(read_process(os.getpid()), stopped=True)]
+        looks = [[], stopped, stopped, stopped]
+        mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=looks)
+        mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
+        assert ProcessTree().stop(PATIENCE) == stopped
+
     def test_what_is_started_meanwhile_is_stopped(self, mocker: MockerFixture) -> None:
         """What a member starts between the look and its SIGSTOP is looked for, and stopped, as well."""
 

@@ -376,7 +376,9 @@ class ProcessTree:
         self._stopped.clear()
         all_stopped = False
         deadline = time.monotonic() + time_limit
-        while members := self.find(with_leader=with_leader):
+        # Who starts a successor and exits, once the processes are listed and before its own turn to be read, leaves nobody
+        # in sight: that nobody is there takes two looks.
+        while members := self.find(with_leader=with_leader) or self.find(with_leader=with_leader):
             fresh = [member for member in members if member not in sent]
             # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
             # child appears. So the last look is one that began when all had been seen stopped.
