@@ -82,14 +82,14 @@ class Runner:
     def note(self, what: str) -> None:
         self.notes.append(what)
 
-    def prepare(self, name: str = "on_kill") -> None:
+    def prepare(self, name: str = "on_kill", is_ordered: Callable[[], bool] | None = None) -> None:
         """Be a runner that has a task."""
 
         def on_kill() -> None:
             self.note(name)
             self.on_kill()
 
-        interrupt_on_sigterm(SimpleNamespace(task=SimpleNamespace(on_kill=on_kill)))
+        interrupt_on_sigterm(SimpleNamespace(task=SimpleNamespace(on_kill=on_kill)), is_ordered)
 
     def run(self, execute: Callable[[], Any]) -> list[str]:
         """Run a task that is interrupted; return what it has noted."""
@@ -109,6 +109,50 @@ def runner() -> Iterator[Runner]:
 def stop() -> None:
     """Have SIGTERM come here and now."""
     signal.raise_signal(signal.SIGTERM)
+
+
+def fail() -> None:
+    raise ConnectionError("nobody listens")
+
+
+class TestOrder:
+    """A task that fails, for its supervisor is dying, a moment before it is told to stop."""
+
+    def test_on_its_way(self, runner: Runner) -> None:
+        """It is waited for, and on_kill runs."""
+
+        def order() -> bool:
+            runner.note("ordered")
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            return True
+
+        runner.prepare(is_ordered=order)
+        with pytest.raises(TaskInterrupted):
+            run_interruptibly(fail)
+        assert runner.notes == ["ordered", "on_kill"]
+
+    def test_that_does_not_come(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is not waited for without an end; the task has failed by itself then."""
+        monkeypatch.setattr(child_interruption, "ORDER_TIME", 0.01)
+        runner.prepare(is_ordered=lambda: True)
+        with pytest.raises(ConnectionError):
+            run_interruptibly(fail)
+        assert runner.notes == []
+
+    def test_none(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A task whose supervisor lives fails at once."""
+        monkeypatch.setattr(child_interruption.time, "sleep", lambda _seconds: runner.note("waited"))
+        runner.prepare(is_ordered=lambda: False)
+        with pytest.raises(ConnectionError):
+            run_interruptibly(fail)
+        assert runner.notes == []
+
+    def test_that_has_come(self, runner: Runner) -> None:
+        """One that was told to stop already is not asked."""
+        runner.prepare(is_ordered=lambda: runner.note("asked"))
+        with pytest.raises(TaskInterrupted):
+            run_interruptibly(lambda: (contextlib.suppress(BaseException).__enter__(), stop()))
+        assert runner.notes == ["on_kill"]
 
 
 class TestExecute:

@@ -18,10 +18,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -50,7 +53,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 from task_sdk.execution_time.teardown.test_leftovers import DAEMONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PR_SET_NAME = 15
 
@@ -248,3 +251,57 @@ class TestBystanders:
                 assert relay.hear() == "runs"
             kill_child(supervisor)
             wait_until_left(list_left)
+
+
+class TestDyingSupervisor:
+    """It closes its sockets, one after the other, before the kernel tells of its end; a runner may fail for that."""
+
+    def close_sockets(self, order: Relay, target: Callable[[], Any], relay: Relay) -> None:
+        """Supervise a task, and be as a supervisor that dies slowly."""
+        process = start_task(target)
+        assert order.hear() == "close"
+        for key in list(process.selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+        process.stdin.close()
+        relay.tell("closed")
+        pause_for_ever()
+
+    def start_to_fail(self, relay: Relay) -> None:
+        """Be a runner that ends when nobody hears it any more."""
+        detach(lambda: be_polite(relay))
+        relay.tell("ready")
+        while os.read(0, 1 << 16):
+            continue  # what the supervisor had said before
+        raise ConnectionError("nobody listens")
+
+    @contextlib.contextmanager
+    def supervising(self, relay: Relay) -> Iterator[tuple[int, Relay]]:
+        """Yield the PID of such a supervisor, and what tells it to close its sockets."""
+        with contextlib.closing(Relay()) as order:
+            with forked(lambda: self.close_sockets(order, lambda: self.start_to_fail(relay), relay)) as pid:
+                yield pid, order
+
+    def test_runner_that_fails_for_it(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """It does not end before its supervisor does, and so nothing is left."""
+        with self.supervising(relay) as (supervisor, order):
+            [daemon] = hear_ready(relay)
+            order.tell("close")
+            assert relay.hear() == "closed"
+            assert len(list_left()) == 3, "the supervisor, its runner, which waits, and the daemon"
+            assert daemon in list_left()
+            kill_child(supervisor)
+            wait_until_left(list_left)
+
+    def test_supervisor_that_lives(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """A runner does not wait long for a supervisor that has closed its sockets to die; it is not told to stop."""
+        lifeline = importlib.import_module("airflow.sdk.execution_time.child_lifeline")
+        monkeypatch.setattr(lifeline, "DEATH_TIME", 0.1)
+        with self.supervising(relay) as (supervisor, order):
+            daemons = hear_ready(relay)
+            order.tell("close")
+            assert relay.hear() == "closed"
+            wait_until_left(list_left, [supervisor, *daemons])
+            assert sorted(list_left()) == sorted([supervisor, *daemons])
