@@ -248,6 +248,29 @@ class TestSweep:
         assert sweep()["survivors"] == []
         assert list_left() == [shared]
 
+    def test_death_in_the_grace(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """What a failed task has left, and was asked to end when the supervisor died, does not stay."""
+
+        def ask_and_die(tree: ProcessTree, processes: Any, *signals: int, **kwargs: Any) -> None:
+            ask(tree, processes, *signals, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def supervise() -> None:
+            ProcessTree.signal = ask_and_die
+            process = start_task(lambda: (detach(lambda: be_deaf(relay)), wait_to_end(relay)))
+            order.hear()
+            end_task("failed", process, Api())
+
+        ask = ProcessTree.signal
+        order = Relay()
+        with contextlib.closing(order), forked(supervise) as dying:
+            daemons = hear_ready(relay)
+            order.tell("end it")
+            os.waitpid(dying, 0)
+        assert list_left() == daemons
+        assert sweep()["survivors"] == []
+        assert list_left() == []
+
 
 class TestSweepOnce:
     def test_first_start(self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any) -> None:

@@ -269,6 +269,8 @@ class Teardown:
             if not members:
                 return
             fresh = [member for member in members if member not in asked]
+            # Its runner is gone, by which nobody could tell the tree of a dead supervisor from what a success has left.
+            self._tree.condemn(fresh)
             self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)
             asked.update(fresh)
             self._wait_for(members, LOOK_INTERVAL)

@@ -388,14 +388,18 @@ class ProcessTree:
             all_stopped = not fresh and all(member.stopped for member in members)
             sent.update(fresh)
             self._stopped.extend(fresh)
-            for member in fresh:
-                condemn(member.pid)
+            self.condemn(fresh)
             self._send(fresh, signal.SIGSTOP, deadline=deadline)
             if not fresh and not all_stopped:
                 # Let those run that are to stop.
                 time.sleep(STOP_POLL_INTERVAL)
         # A look that failed has found nobody, which does not continue those that the looks before have stopped.
         return sort_to_kill(sent) if self.look_failure else []
+
+    def condemn(self, processes: Iterable[Process]) -> None:
+        """Note at each process that it is to end, for whoever finds it without a supervisor."""
+        for process in processes:
+            condemn(process.pid)
 
     def kill_all(
         self, time_limit: float, *, with_leader: bool = False, deadline: float = math.inf

@@ -278,9 +278,13 @@ class TestDyingSupervisor:
     @contextlib.contextmanager
     def supervising(self, relay: Relay) -> Iterator[tuple[int, Relay]]:
         """Yield the PID of such a supervisor, and what tells it to close its sockets."""
-        with contextlib.closing(Relay()) as order:
-            with forked(lambda: self.close_sockets(order, lambda: self.start_to_fail(relay), relay)) as pid:
-                yield pid, order
+
+        def supervise() -> None:
+            self.close_sockets(order, lambda: self.start_to_fail(relay), relay)
+
+        order = Relay()
+        with contextlib.closing(order), forked(supervise) as pid:
+            yield pid, order
 
     def test_runner_that_fails_for_it(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
         """It does not end before its supervisor does, and so nothing is left."""
