@@ -946,6 +946,17 @@ class TestSpared:
         assert sorted(process.pid for process in tree.find(with_leader=True)) == sorted([leader, child])
 
 
+class TestNumberOfTheLeader:
+    @pytest.mark.parametrize(("older", "found"), [(0, False), (1, True)])
+    def test_member_that_has_got_it(self, mocker: MockerFixture, older: int, found: bool) -> None:
+        """A look leaves out the leader, but not a member that was started when the leader's number was free."""
+        member = read_process(os.getpid())
+        mocker.patch.object(ProcessTree, "_look", autospec=True, return_value={member.pid: member})
+        tree = ProcessTree()
+        tree._leader = replace(member, start=member.start - older)
+        assert tree.find() == ([member] if found else [])
+
+
 class TestStop:
     def test_all_are_stopped(self) -> None:
         """When it returns, none of them can start another process; the leader runs unless told otherwise."""

@@ -284,8 +284,11 @@ class ProcessTree:
             return []
         self._remembered.update((pid, process.start) for pid, process in members.items())
         left_out = set(self._find_spared(members, self._leader)) if self.spared else set()
-        if not with_leader:
-            left_out.add(self._leader.pid)
+        namesake = members.get(self._leader.pid)
+        # What a member has started may get the leader's number when that is collected. Where the start is hidden, an
+        # exec changes it.
+        if not with_leader and namesake and (namesake == self._leader or namesake.start < 0):
+            left_out.add(namesake.pid)
         return [process for pid, process in members.items() if pid not in left_out]
 
     def _look(self, leader: Process) -> dict[int, Process]:
