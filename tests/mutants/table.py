@@ -1231,8 +1231,8 @@ IN_ORPHANS = [
     Mutant(
         "tree-condemns-nobody",
         "child_tree.py",
-        "                condemn(member.pid)\n",
-        "                pass\n",
+        "            condemn(process.pid)\n",
+        "            pass\n",
         "what a supervisor has stopped that dies then stays stopped for ever",
         (
             "test_child_tree.py",

@@ -103,7 +103,8 @@ def run(*arguments: str) -> tuple[int, list[str]]:
     """Run the command in a process of its own; return its status, and the lines that it has printed."""
 
     def main() -> dict[str, Any]:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
+        # A logger may have kept a stream of an earlier test, which is closed.
+        with structlog.testing.capture_logs(), contextlib.redirect_stdout(io.StringIO()) as out:
             status = child_sweep.main(arguments)
         return {"status": status, "out": out.getvalue().splitlines()}
 
