@@ -103,10 +103,12 @@ def run(*arguments: str) -> tuple[int, list[str]]:
     """Run the command in a process of its own; return its status, and the lines that it has printed."""
 
     def main() -> dict[str, Any]:
-        # A logger may have kept a stream of an earlier test, which is closed.
-        with structlog.testing.capture_logs(), contextlib.redirect_stdout(io.StringIO()) as out:
+        out = io.BytesIO()
+        text = io.TextIOWrapper(out, write_through=True)
+        # A logger may have kept a stream of an earlier test, which is closed, or want one for bytes.
+        with structlog.testing.capture_logs(), contextlib.redirect_stdout(text):
             status = child_sweep.main(arguments)
-        return {"status": status, "out": out.getvalue().splitlines()}
+        return {"status": status, "out": out.getvalue().decode().splitlines()}
 
     outcome = run_in_fork(main)
     return outcome["status"], outcome["out"]
