@@ -622,8 +622,17 @@ def examine(run_as_user: str | None, *, strict: bool = False) -> Findings:
         problems.append(f"the proof failed with {type(error).__name__}: {error}")
     users = find_users(run_as_user)
     problems += find_problems(means, users, proof)
-    orphans = [orphan.process.pid for orphan in find_orphans()]
-    warnings = list(find_warnings(means, proof, orphans))
+    orphans: list[int] = []
+    warnings = list(find_warnings(means, proof))
+    try:
+        orphans += [orphan.process.pid for orphan in find_orphans()]
+    except OSError as error:
+        warnings.append(f"tasks without a supervisor could not be looked for: {error.strerror}")
+    if orphans:
+        pids = ", ".join(map(str, orphans))
+        warnings.append(
+            f"tasks run on without their supervisors, until the next one starts or child_sweep is run: PID {pids}"
+        )
     if strict:
         problems, warnings = problems + warnings, []
     return Findings(
@@ -640,15 +649,12 @@ def examine(run_as_user: str | None, *, strict: bool = False) -> Findings:
     )
 
 
-def find_warnings(means: Means | None, proof: Proof | None, orphans: Sequence[int]) -> Iterator[str]:
+def find_warnings(means: Means | None, proof: Proof | None) -> Iterator[str]:
     """Yield what is poorer than it could be."""
     if means and means.mark == "variable":
         yield "what a task starts with an empty environment, and detaches, is not found: RLIMIT_RTTIME cannot be set"
     if proof and proof.orphaned:
         yield f"left running by a task whose supervisor was killed: {', '.join(proof.orphaned)}"
-    if orphans:
-        pids = ", ".join(map(str, orphans))
-        yield f"tasks run on without their supervisors, until the next one starts or child_sweep is run: PID {pids}"
 
 
 def find_problems(means: Means | None, users: Users, proof: Proof | None) -> Iterator[str]:

@@ -194,7 +194,10 @@ class Interruption:
 
     def _await_order(self) -> None:
         """Wait to be interrupted, if the order is on its way: ``on_kill`` is to run also if ``execute()`` has failed before."""
-        if not self._requested and self._is_ordered is not None and self._is_ordered():
+        ordered = False
+        with contextlib.suppress(Exception):  # the task's own exception is what counts
+            ordered = not self._requested and self._is_ordered is not None and self._is_ordered()
+        if ordered:
             time.sleep(ORDER_TIME)
 
     def _end(self, error: BaseException | None = None) -> NoReturn:

@@ -34,14 +34,16 @@ Nothing here imports Airflow outside this package.
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib
 import json
 import os
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +61,7 @@ from airflow.sdk.execution_time.child_policy import (
 from airflow.sdk.execution_time.child_tree import look_at, read_limits, read_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from configparser import ConfigParser
 
 __all__ = ["await_death", "follow_spawner", "follow_supervisor", "run_to_death"]
@@ -67,7 +69,7 @@ __all__ = ["await_death", "follow_spawner", "follow_supervisor", "run_to_death"]
 PR_SET_PDEATHSIG = 1
 
 DEATH_SIGNAL: int | None = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else None
-"""A real-time signal, which nobody else sends; the last ones are used by Python's and the C library's relatives."""
+"""A real-time signal, which nobody else sends; one that comes all the same finds the supervisor alive."""
 
 CREDENTIALS = struct.Struct("3i")
 """``struct ucred`` (unix(7)): PID, uid and gid."""
@@ -81,6 +83,12 @@ DEATH_TIME = 2.0
 POLL_INTERVAL = 0.01
 """Seconds between looks at a dying supervisor."""
 
+INTERRUPTING = (*child_watchdog.IGNORED, signal.SIGALRM)
+"""Signals whose handlers may raise, which would keep the watchdog from being started."""
+
+WATCHDOG_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
+"""All that the watchdog needs of an environment, which may hold secrets, and can be read as long as it runs."""
+
 RUNNER_FAILED = 124
 """Exit status of a runner that could not begin, as upstream has it."""
 
@@ -93,6 +101,7 @@ class Lifeline:
         self._conf = conf
         self._runner = os.getpid()
         self._noticed = False
+        self._sockets: list[tuple[int, int]] = []
 
     @property
     def is_own(self) -> bool:
@@ -104,10 +113,18 @@ class Lifeline:
         """Whether the supervisor is gone. The signal comes also when only the thread ends that has forked the runner."""
         return os.getppid() != self._supervisor
 
+    def note_sockets(self, descriptors: Iterable[int]) -> None:
+        """Note the runner's own sockets, by descriptor and inode; it inherits those of other tasks of its supervisor."""
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                status = os.fstat(descriptor)
+                if stat.S_ISSOCK(status.st_mode):
+                    self._sockets.append((descriptor, status.st_ino))
+
     @property
     def is_weakening(self) -> bool:
         """Whether the supervisor has closed a socket; one that dies closes all of them, one after the other."""
-        return any(has_hung_up(sock) for sock in list_sockets_of(self._supervisor))
+        return any(has_hung_up(descriptor, inode) for descriptor, inode in self._sockets)
 
     def handle(self, _signum: int, _frame: object) -> None:
         """Handle the signal that the parent has ended."""
@@ -116,15 +133,21 @@ class Lifeline:
 
     def notice(self) -> None:
         """Have the watchdog started, once."""
-        if not self._noticed:
+        if self._noticed:
+            return
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
+        try:
             self._noticed = True
             # No /proc, or no descriptor: what the task says matters less than its end.
             with contextlib.suppress(Exception):
                 leave_sockets(self._supervisor)
             try:
-                start_watchdog(describe(self._conf))
+                watchdog = start_watchdog(describe(self._conf))
+                threading.Thread(target=replace_watchdog, args=(watchdog,), daemon=True).start()
             except Exception:  # whatever it is, the task has to be told
                 os.kill(self._runner, signal.SIGTERM)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 _lifeline: Lifeline | None = None
@@ -140,11 +163,10 @@ def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
     """
     global _lifeline
     lifeline = Lifeline(supervisor, conf)
-    if not ask_for_signal(lifeline):
-        return
-    if lifeline.is_cut:
-        os._exit(RUNNER_FAILED)
-    _lifeline = lifeline
+    if ask_for_signal(lifeline):
+        _lifeline = lifeline
+        if lifeline.is_cut:
+            os._exit(RUNNER_FAILED)
 
 
 def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
@@ -155,12 +177,21 @@ def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
     """
     is_known = _lifeline is not None and _lifeline.is_own
     if not is_known and os.getsid(0) == os.getpid():
-        with contextlib.suppress(OSError, AttributeError):  # no such option (macOS)
-            follow_supervisor(find_creator(comms), conf)
+        with contextlib.suppress(OSError, AttributeError):  # no such option (macOS), or no such process
+            supervisor = find_creator(comms)
+            # gVisor answers with who asks, and an interpreter may be started by a program of its own.
+            if supervisor == os.getppid() or not is_there(supervisor):
+                follow_supervisor(supervisor, conf)
 
 
-def run_to_death(target: Callable[[], Any]) -> None:
-    """Run what a process is for, and have it not end before its supervisor does, if that is a runner's and is dying."""
+def run_to_death(target: Callable[[], Any], log_descriptor: int) -> None:
+    """
+    Run what a process is for, and have it not end before its supervisor does, if that is a runner's and is dying.
+
+    :param log_descriptor: the socket of its log; the others are its standard streams.
+    """
+    if _lifeline is not None and _lifeline.is_own:
+        _lifeline.note_sockets({0, 1, 2, log_descriptor})
     try:
         target()
     finally:
@@ -181,19 +212,40 @@ def await_death() -> bool:
     return False
 
 
-def has_hung_up(sock: socket.socket) -> bool:
-    """Whether the other end of a socket is closed."""
+def has_hung_up(descriptor: int, inode: int) -> bool:
+    """Whether the other end of a socket is closed; False if the descriptor is another file's by now."""
+    try:
+        if os.fstat(descriptor).st_ino != inode:
+            return False
+    except OSError:
+        return False
     poll = select.poll()
-    poll.register(sock, 0)
+    poll.register(descriptor, 0)
     return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
+def is_there(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def ask_for_signal(lifeline: Lifeline) -> bool:
     """Have the kernel signal the end of the parent; False where it cannot."""
     if DEATH_SIGNAL is None or not sys.platform.startswith("linux"):
         return False
-    signal.signal(DEATH_SIGNAL, lifeline.handle)
-    return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, DEATH_SIGNAL, 0, 0, 0) == 0)
+    try:
+        # An interpreter may have been built without it.
+        ctypes = importlib.import_module("ctypes")
+        signal.signal(DEATH_SIGNAL, lifeline.handle)
+        return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, DEATH_SIGNAL, 0, 0, 0) == 0)
+    except Exception:  # a task has to start without it, too
+        return False
 
 
 def find_creator(sock: socket.socket) -> int:
@@ -222,47 +274,60 @@ def list_sockets_of(creator: int) -> Iterator[socket.socket]:
     """Yield the sockets that a process has made, which stay open."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError, struct.error):  # no socket, or closed meanwhile
+            # With a default timeout set, the socket would be made non-blocking, whoever's it is.
+            blocking = os.get_blocking(int(name))
             sock = socket.socket(fileno=int(name))
             try:
+                os.set_blocking(int(name), blocking)
                 if sock.family == socket.AF_UNIX and find_creator(sock) == creator:
                     yield sock
             finally:
                 sock.detach()
 
 
-def start_watchdog(order: dict[str, Any]) -> None:
+def start_watchdog(order: dict[str, Any]) -> int:
     """
-    Start what ends this process, a runner, and all that it has started.
+    Start what ends this process, a runner, and all that it has started; return its PID.
 
     :raises OSError: if that cannot be had.
     """
     try:
-        execute_watchdog(order)
-    except OSError:
-        # The interpreter is gone, or not for this user to execute. A copy of this process needs none.
-        fork_watchdog(order)
+        return execute_watchdog(order)
+    except (OSError, TypeError, ValueError):
+        # The interpreter is not known, or gone, or not for this user to execute. A copy of this process needs none.
+        return fork_watchdog(order)
 
 
-def execute_watchdog(order: dict[str, Any]) -> None:
-    """Execute the watchdog."""
+def replace_watchdog(pid: int) -> None:
+    """Tell the task to stop if its watchdog ends before it does, which is to end it: it did not come up, or was killed."""
+    with contextlib.suppress(ChildProcessError):  # the task has collected it
+        os.waitpid(pid, 0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def execute_watchdog(order: dict[str, Any]) -> int:
+    """Execute the watchdog, and return its PID."""
     nothing = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_RDWR, 0) for descriptor in range(3)]
-    os.posix_spawn(
+    return os.posix_spawn(
         sys.executable,
         [sys.executable, "-I", "-S", child_watchdog.__file__, json.dumps(order)],
-        os.environ,
+        {name: os.environ[name] for name in WATCHDOG_VARIABLES if name in os.environ},
         file_actions=nothing,
-        setsigmask=[],
+        # Until it ignores them.
+        setsigmask=child_watchdog.IGNORED,
     )
 
 
-def fork_watchdog(order: dict[str, Any]) -> None:
-    """Be the watchdog in a copy of this process."""
-    if os.fork() == 0:
+def fork_watchdog(order: dict[str, Any]) -> int:
+    """Be the watchdog in a copy of this process; return its PID."""
+    pid = os.fork()
+    if pid == 0:
         try:
             child_watchdog.leave_task()
             child_watchdog.end_task(order)
         finally:
             os._exit(0)
+    return pid
 
 
 def describe(conf: ConfigParser) -> dict[str, Any]:

@@ -99,17 +99,20 @@ def find_orphans() -> list[Orphan]:
     """
     if not is_own_proc():
         return []
-    return [orphan for pid, _ in list_pids() for orphan in find_orphan(pid)]
+    found = [pid for pid, _ in list_pids() if any(find_orphan(pid))]
+    # A runner that is just starting may have shown the origin of another task, which it has inherited.
+    return [orphan for pid in found for orphan in find_orphan(pid)]
 
 
 def find_orphan(pid: int) -> Iterator[Orphan]:
     """Yield the process of that number if it is an orphan."""
     origin = read_origin(pid)
-    if not origin or pid == os.getpid():
+    # Whoever has lifted its mark has left the tree, and keeps the rest.
+    marks = read_limits(pid) if origin else ()
+    if not origin or not marks or pid == os.getpid():
         return
     condemned = is_condemned(origin)
-    marks = read_limits(pid)
-    leads = bool(marks) and marks[0] & PID_BITS == pid
+    leads = marks[0] & PID_BITS == pid
     # A runner may have set the limit of its mark for itself.
     may_lead = marks == (origin & ~CONDEMNED,) and find_session(pid) == pid
     if not (leads or may_lead or condemned) or is_origin_alive(origin):
@@ -170,7 +173,8 @@ def tell_runner(tree: ProcessTree) -> None:
     """Send SIGTERM to the group of a runner, and have those continue that are stopped."""
     # A descendant that has lost its mark can only be found while its parent is alive.
     stopped = [member for member in tree.find(with_leader=True) if member.stopped and member.start >= 0]
-    tree.signal_group(signal.SIGTERM)
+    if not tree.signal_group(signal.SIGTERM):
+        tree.signal_leader(signal.SIGTERM)
     tree.signal(stopped, signal.SIGCONT)
 
 
@@ -188,8 +192,11 @@ def terminate(trees: Sequence[ProcessTree], deadline: float) -> None:
                 deadline=deadline,
             )
             members += found
-        if not members:
+        if not members and not any(tree.look_failure for tree in trees):
             return
+        if not members:
+            # Nobody was seen, which does not mean that nobody is there.
+            time.sleep(POLL_INTERVAL)
         asked.update(members)
         wait_until_gone(members, min(deadline, time.monotonic() + LOOK_INTERVAL))
 
@@ -198,13 +205,15 @@ def kill(trees: Sequence[ProcessTree], deadline: float) -> list[Process]:
     """Kill all that is left until nothing is, or the time is up; return what is there then."""
     killed: list[Process] = []
     for tree in trees:
-        while members := tree.kill_all(
-            max(0, deadline - time.monotonic()), with_leader=True, deadline=deadline
-        ):
+        while True:
+            members = tree.kill_all(max(0, deadline - time.monotonic()), with_leader=True, deadline=deadline)
             killed += members
             wait_until_gone(members, deadline)
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or not (members or tree.look_failure):
                 break
+            if not members:
+                time.sleep(POLL_INTERVAL)
+        killed += [tree.leader] if tree.leader and tree.look_failure else []
     return [process for process in killed if is_alive(process)]
 
 

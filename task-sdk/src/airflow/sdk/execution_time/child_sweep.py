@@ -32,11 +32,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import psutil
 import structlog
 
 from airflow.sdk.execution_time.child_orphan import end_orphans, find_orphans, kill_condemned
 from airflow.sdk.execution_time.child_policy import LeftoverPolicy, find_leftover_policy, find_spared_names
-from airflow.sdk.execution_time.child_tree import ProcessTree
+from airflow.sdk.execution_time.child_tree import ProcessTree, read_limits, shorten_name
 
 try:
     from airflow.sdk.configuration import conf as airflow_conf
@@ -77,8 +78,12 @@ def sweep_once(conf: ConfigParser) -> None:
 
 def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
     """End orphans, and say so; return those that are there all the same."""
+    orphans = [orphan for orphan in orphans if not is_around(orphan)]
     runners = [orphan for orphan in orphans if not orphan.condemned]
-    condemned = pick_oldest(orphan for orphan in orphans if orphan.condemned)
+    spared = {shorten_name(name) for name in find_spared_names(conf)}
+    condemned = pick_oldest(
+        orphan for orphan in orphans if orphan.condemned and shorten_name(orphan.process.name) not in spared
+    )
     survivors: list[Process] = []
     for group, end in ((condemned, kill_condemned), (runners, end_orphans)):
         if group:
@@ -89,9 +94,19 @@ def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
     return survivors
 
 
+def is_around(orphan: Orphan) -> bool:
+    """Whether this process is part of the orphan's tree itself, as the supervisor of a task within a task is."""
+    pid = orphan.process.pid
+    return (
+        os.getsid(0) == pid
+        or not set(read_limits(os.getpid())).isdisjoint(read_limits(pid)[:1])
+        or pid in [parent.pid for parent in psutil.Process().parents()]
+    )
+
+
 def pick_oldest(orphans: Iterable[Orphan]) -> list[Orphan]:
     """Return one orphan of each tree, which finds all others: whoever is older is none of its tree."""
-    by_age = sorted(orphans, key=lambda orphan: orphan.process.start, reverse=True)
+    by_age = sorted(orphans, key=lambda orphan: (orphan.process.start, orphan.process.pid), reverse=True)
     return list({orphan.origin: orphan for orphan in by_age}.values())
 
 
@@ -125,7 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="list them, and end none")
     options = parser.parse_args(arguments)
-    orphans = find_orphans()
+    try:
+        orphans = find_orphans()
+    except OSError as error:
+        parser.exit(
+            1, f"Tasks without a supervisor could not be looked for: {error.strerror}. Run it again.\n"
+        )
     for orphan in orphans:
         print(describe(orphan))
     if options.dry_run or not orphans:

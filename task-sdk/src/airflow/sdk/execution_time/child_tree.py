@@ -217,16 +217,19 @@ class ProcessTree:
         # Nor have marked itself.
         self._foreign_marks = {*read_limits(os.getpid()), *parse_variable(os.environ)}
         mark = mark or self._mark or (invent_mark(pid) if leader.start < 0 else compute_mark(leader))
+        origin = give_origin(pid, mark, supervisor=os.getpid())
         # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
         self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
         # A child may have been forked while the leader had the one of two.
         self._marks |= {mark, self._mark}
         if not self._mark & PID_BITS:
             # It took this mark before its number was known, by which a leader is told from those that inherit its mark.
-            self._mark = give_number(pid, self._mark)
+            self._mark = replace_mark(pid, self._mark, compute_mark(leader))
             self._marks.add(self._mark)
         self._read_marks = read_limits if self._mark in read_limits(pid) else read_variable
-        if origin := give_origin(pid, self._mark, supervisor=os.getpid()):
+        if self._mark != mark:
+            origin = give_origin(pid, self._mark, supervisor=os.getpid())
+        if origin:
             self._marks.add(origin)
 
     def adopt_orphan(
@@ -249,9 +252,8 @@ class ProcessTree:
         self._foreign_sessions = {0, os.getsid(0), *([] if session == pid else [session])}
         self._foreign_marks = {*limits[1:], *read_limits(os.getpid())}
         self._mark = limits[0] if limits else None
-        # A child may have been forked before the leader's mark had its number, or lost it.
-        marks = [*limits[:1], *([compute_mark(self._leader)] if start >= 0 else [])]
-        self._marks = {number for mark in marks for number in (mark, mark & ~PID_BITS)}
+        # It may have lifted that limit, or set it for itself, when it had started something already.
+        self._marks = {*limits[:1], *([compute_mark(self._leader)] if start >= 0 else [])}
         self._marks |= {origin & ~CONDEMNED} if origin else set()
         self._read_marks = read_limits
 
@@ -594,14 +596,15 @@ def mark_process() -> None:
     if own is None:
         return
     mark = compute_mark(own)
+    inherited = read_limits(os.getppid())
+    if any(is_mark_of(former, own.pid) and former not in inherited for former in read_limits(own.pid)[:1]):
+        return  # its supervisor was first
+    # What it starts before its supervisor does this, who may be hidden from it, is to have it, too. It goes first: who
+    # leads a tree, and has inherited the origin of another, would be taken for a task of that one's supervisor.
+    give_origin(own.pid, mark, supervisor=os.getppid())
     # It may carry that of its supervisor, which is in a tree itself.
-    given = give_mark(own.pid, mark, inherited=read_limits(os.getppid()))
-    if given is None:
+    if give_mark(own.pid, mark, inherited=inherited) is None:
         os.environ[MARK_VARIABLE] = extend_variable(os.environ, mark)
-    else:
-        # What it starts before its supervisor does this, who may be hidden from it, is to have it, too.
-        with contextlib.suppress(OSError):
-            give_origin(own.pid, given, supervisor=os.getppid())
 
 
 def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | None:
@@ -619,7 +622,7 @@ def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | Non
         former, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME, (mark, hard))
         if former == mark:
             return mark
-        if is_mark(former) and former & PID_BITS == pid and former not in inherited:
+        if is_mark_of(former, pid) and former not in inherited:
             resource.prlimit(pid, resource.RLIMIT_RTTIME, (former, hard))
             return former
         _, hard = resource.prlimit(pid, RLIMIT_LOCKS)
@@ -632,14 +635,17 @@ def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | Non
 
 
 def give_origin(pid: int, mark: int, *, supervisor: int) -> int | None:
-    """Have a leader carry its origin as a limit, and return it; None where that cannot be told, or set."""
-    parent = read_process(supervisor)
-    if parent is None or parent.start < 0:
-        return None
-    origin = compute_origin(parent, mark)
+    """Have a leader carry its origin as a limit, and no other's; return it, None where it cannot be told, or set."""
+    parent = None
+    with contextlib.suppress(OSError):
+        parent = read_process(supervisor)
+    is_known = parent is not None and parent.start >= 0
+    origin = compute_origin(parent, mark) if parent is not None and is_known else None
     try:
-        _, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
-        resource.prlimit(pid, resource.RLIMIT_RSS, (origin, hard))
+        former, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
+        if origin is None and is_mark(former) and is_origin_of(former, mark):
+            return former & ~CONDEMNED
+        resource.prlimit(pid, resource.RLIMIT_RSS, (hard if origin is None else origin, hard))
     except (AttributeError, OSError, ValueError):  # as of a mark
         return None
     return origin
@@ -707,17 +713,16 @@ def lift_marks() -> None:
         resource.setrlimit(limit, (hard, hard))
 
 
-def give_number(pid: int, mark: int) -> int:
-    """Have a leader carry the mark that it took with its number in it, and return what it carries from now on."""
-    numbered = mark | pid
+def replace_mark(pid: int, mark: int, other: int) -> int:
+    """Have a leader carry another mark than the one that it took, and return what it carries from now on."""
     try:
         former, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
         if former != mark:
             return mark
-        resource.prlimit(pid, resource.RLIMIT_RTTIME, (numbered, hard))
+        resource.prlimit(pid, resource.RLIMIT_RTTIME, (other, hard))
     except (AttributeError, OSError, ValueError):  # the variable is its mark, or it is gone
         return mark
-    return numbered
+    return other
 
 
 def extend_variable(env: Mapping[str, str], mark: int) -> str:
@@ -739,6 +744,11 @@ def invent_mark(pid: int) -> int:
 def is_mark(limit: int) -> bool:
     """Whether a limit is a mark. One that is not set is negative."""
     return limit >= MARK_FLAG
+
+
+def is_mark_of(limit: int, leader: int) -> bool:
+    """Whether a limit is the mark of a leader of that number."""
+    return is_mark(limit) and limit & PID_BITS == leader
 
 
 def read_limits(pid: int) -> tuple[int, ...]:

@@ -56,6 +56,8 @@ def leave_task() -> None:
     """Take no part in a task's end."""
     for signum in IGNORED:
         signal.signal(signum, signal.SIG_IGN)
+    # Whoever has started this has blocked them until here.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     with contextlib.suppress(OSError):
         os.setsid()
 
