@@ -149,6 +149,16 @@ class TestOrder:
             run_interruptibly(fail)
         assert runner.notes == []
 
+    def test_that_cannot_be_told(self, runner: Runner) -> None:
+        """What goes wrong in asking does not take the place of the task's own exception."""
+
+        def fail_to_tell() -> bool:
+            raise OSError("no descriptor is left")
+
+        runner.prepare(is_ordered=fail_to_tell)
+        with pytest.raises(ConnectionError):
+            run_interruptibly(fail)
+
     def test_that_has_come(self, runner: Runner) -> None:
         """One that was told to stop already is not asked."""
         runner.prepare(is_ordered=lambda: runner.note("asked"))

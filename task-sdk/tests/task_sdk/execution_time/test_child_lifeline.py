@@ -227,6 +227,55 @@ class TestFaults:
             kill_child(supervisor)
             assert relay.hear() == "on_kill"
 
+    def test_watchdog_that_does_not_come_up(self, relay: Relay) -> None:
+        """The runner is told to end when its watchdog has ended before it."""
+
+        def prepare() -> None:
+            child_watchdog.__file__ = "/nowhere"
+
+        with supervising(lambda: tell_when_told(relay), prepare) as supervisor:
+            relay.hear()
+            kill_child(supervisor)
+            assert relay.hear() == "on_kill"
+
+    def test_handler_that_raises(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """A signal whose handler raises comes in the middle, and does not keep the watchdog from being started."""
+
+        def interrupt(*_: Any) -> None:
+            signal.raise_signal(signal.SIGALRM)
+
+        def target() -> None:
+            detach(lambda: be_polite(relay))
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(5))
+            child_lifeline.leave_sockets = interrupt
+            relay.tell("ready")
+            pause_for_ever()
+
+        with supervising(target) as supervisor:
+            assert {type(relay.hear()), type(relay.hear())} == {int, str}
+            kill_child(supervisor)
+            wait_until_left(list_left)
+
+    @pytest.mark.parametrize("missing", ["ctypes", "prctl", "handler"])
+    def test_signal_that_cannot_be_asked_for(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, missing: str
+    ) -> None:
+        """A task starts without it, too."""
+
+        def refuse(*_: Any) -> None:
+            raise ImportError(missing)
+
+        def lack_means() -> None:
+            if missing == "ctypes":
+                sys.modules["ctypes"] = None  # type: ignore[assignment]
+            elif missing == "prctl":
+                child_lifeline.importlib.import_module = refuse
+            else:
+                child_lifeline.Lifeline.handle = property(refuse)
+
+        with supervising(lambda: relay.tell("started"), lack_means):
+            assert relay.hear() == "started"
+
     def test_bad_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A setting that means nothing is warned of another time: the log may be in use where the signal has come."""
         monkeypatch.setenv("AIRFLOW__WORKERS__LEFTOVER_POLICY", "nonsense")
@@ -262,7 +311,13 @@ class TestSpawner:
             wait_until_left(list_left)
 
     @pytest.mark.parametrize(
-        "prepare", [lambda: None, lambda: (os.setsid(), lack("socket.SO_PEERCRED"))], ids=["none", "unknown"]
+        "prepare",
+        [
+            lambda: None,
+            lambda: (os.setsid(), lack("socket.SO_PEERCRED")),
+            lambda: (os.setsid(), setattr(child_lifeline, "find_creator", lambda _sock: os.getpid())),
+        ],
+        ids=["none", "unknown", "itself"],
     )
     def test_not_followed(self, relay: Relay, prepare: Callable[[], Any]) -> None:
         """Who leads no session is no runner, and a supervisor that cannot be told is not followed."""
@@ -321,6 +376,25 @@ class TestWatchdog:
         assert "psutil" in imported
         assert not {"site", "structlog", "attrs", "pydantic", "asyncio"} & imported
         assert watchdog.returncode == 0
+
+    def test_signal_while_it_starts(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """Whoever ends all processes of a service does not end it before it can ignore that."""
+        leader = self.lead(relay)
+        order = {
+            "leader": (leader, child_tree.look_at(leader).start),
+            "limits": read_limits(leader),
+            "origin": read_origin(leader),
+            "grace": 0.2,
+            "ends": True,
+            "spared": [],
+            "path": child_lifeline.describe(conf)["path"],
+        }
+        watchdog = child_lifeline.execute_watchdog(order)
+        os.kill(watchdog, signal.SIGTERM)
+        assert relay.hear() == "told to end"
+        assert ended_by(leader) == signal.SIGKILL
+        os.waitpid(watchdog, 0)
+        assert list_left() == []
 
     def test_is_on_its_own(self, relay: Relay) -> None:
         """It leads a session, carries no marks, and does not heed who ends all processes of a service at once."""

@@ -184,6 +184,14 @@ class TestFindOrphans:
         resource.prlimit(child, resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert find() == [leader]
 
+    def test_opt_out_of_the_condemned(self) -> None:
+        """So has who was condemned before, as what a task starts while it is ended."""
+        leader, child = orphan(fork_session)
+        condemn(child)
+        assert set(find()) == {leader, child}
+        resource.prlimit(child, resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert find() == [leader]
+
     def test_never_ourselves(self) -> None:
         """Who looks is no orphan, though the supervisor of its own task be dead."""
 
@@ -273,6 +281,20 @@ class TestMeansToFind:
     def test_without_the_limit(self, what: str) -> None:
         """Where there is no origin there are no orphans."""
         assert run_in_fork(lambda: (lack(what), orphan(fork_child), {"found": find()})[-1]) == {"found": []}
+
+    def test_failing_looks_while_it_ends(self) -> None:
+        """A runner that could not be looked for is not taken for gone, and is told to end all the same."""
+
+        def main() -> dict[str, Any]:
+            leader, *_ = orphan(ignore_sigterm)
+            tree = adopt(leader)
+            child_tree.KILL_TIME = child_orphan.KILL_TIME = 0.1
+            misbehave("os.scandir", errno.EMFILE)
+            left = end_orphans([tree], 0.1)
+            return {"left": [process.pid for process in left], "leader": leader}
+
+        outcome = run_in_fork(main)
+        assert outcome["left"] == [outcome["leader"]]
 
     def test_failing_look(self) -> None:
         """A list that cannot be had is not one without orphans."""

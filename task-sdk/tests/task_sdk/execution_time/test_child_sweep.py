@@ -40,6 +40,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     detach,
     end_task,
     ending_all,
+    fork,
     forked,
     hear_ready,
     keep_open,
@@ -147,6 +148,11 @@ def leave(
 def name_shared(relay: Relay) -> None:
     ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
     relay.tell(["shared", os.getpid()])
+
+
+def name_and_tell(relay: Relay) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
+    be_polite(relay)
 
 
 class TestSweep:
@@ -273,6 +279,46 @@ class TestSweep:
         assert list_left() == daemons
         assert sweep()["survivors"] == []
         assert list_left() == []
+
+    @pytest.mark.parametrize("detaches", [False, True])
+    def test_tree_around(self, relay: Relay, list_left: Callable[[], list[int]], *, detaches: bool) -> None:
+        """A supervisor that is part of an orphaned tree, for it supervises a task within a task, leaves that alone."""
+
+        def look() -> None:
+            if detaches:
+                os.setsid()
+            order.hear()
+            child_sweep.sweep_once(conf)
+            relay.tell("looked")
+            pause_for_ever()
+
+        def target() -> None:
+            fork(look)
+            relay.tell(os.getpid())
+            pause_for_ever()
+
+        order = Relay()
+        with contextlib.closing(order), supervising(target) as dying:
+            runner = relay.hear()
+            os.kill(runner, signal.SIGSTOP)
+            kill_child(dying)
+            os.waitid(os.P_PID, runner, os.WSTOPPED)
+            order.tell("look")
+            assert relay.hear() == "looked"
+            assert runner in list_left()
+            assert [entry["pid"] for entry in sweep()["runners"]] == [runner]
+            assert list_left() == []
+
+    def test_spared_program_that_is_condemned(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """What has become a program to be spared while it was ended is spared."""
+        runner, daemon = leave(relay, name_and_tell)
+        condemn(daemon)
+        monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "shared")
+        kill_child(runner)
+        assert sweep() == {}
+        assert list_left() == [daemon]
 
 
 class TestSweepOnce:

@@ -28,6 +28,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -309,3 +310,22 @@ class TestDyingSupervisor:
             assert relay.hear() == "closed"
             wait_until_left(list_left, [supervisor, *daemons])
             assert sorted(list_left()) == sorted([supervisor, *daemons])
+
+    def test_sibling_that_has_ended(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The sockets of another task of the same supervisor, which are closed when that ends, are not a runner's own."""
+        lifeline = importlib.import_module("airflow.sdk.execution_time.child_lifeline")
+        monkeypatch.setattr(lifeline, "DEATH_TIME", PATIENCE)
+
+        def supervise_two() -> None:
+            first = start_task(lambda: first_order.hear())
+            second = start_task(lambda: second_order.hear())
+            first_order.tell("end")
+            first.wait()
+            second_order.tell("end")
+            relay.tell(second.wait())
+
+        first_order, second_order = Relay(), Relay()
+        with contextlib.closing(first_order), contextlib.closing(second_order), forked(supervise_two):
+            began = time.monotonic()
+            assert relay.hear() == 0
+            assert time.monotonic() - began < PATIENCE / 2
