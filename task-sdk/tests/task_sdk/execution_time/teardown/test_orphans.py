@@ -317,8 +317,8 @@ class TestDyingSupervisor:
         monkeypatch.setattr(lifeline, "DEATH_TIME", PATIENCE)
 
         def supervise_two() -> None:
-            first = start_task(lambda: first_order.hear())
-            second = start_task(lambda: second_order.hear())
+            first = start_task(first_order.hear)
+            second = start_task(second_order.hear)
             first_order.tell("end")
             first.wait()
             second_order.tell("end")
