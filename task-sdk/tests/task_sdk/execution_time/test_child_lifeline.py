@@ -212,17 +212,22 @@ class TestFaults:
             assert relay.hear() == "on_kill"
             wait_until_left(list_left)
 
-    @pytest.mark.parametrize("missing", [False, True])
-    def test_watchdog_that_cannot_be_had(self, relay: Relay, *, missing: bool) -> None:
-        """The runner tells itself to end, where memory is wanting, or there is no interpreter."""
+    @pytest.mark.parametrize("missing", ["interpreter", "name of it", "memory for it", "any memory"])
+    def test_watchdog_that_cannot_be_had(self, relay: Relay, missing: str) -> None:
+        """It is forked, where there is no interpreter; where memory is wanting the runner tells itself to end."""
 
-        def prepare() -> None:
-            if missing:
+        def target() -> None:
+            if missing == "interpreter":
                 sys.executable = ""
+            elif missing == "name of it":
+                sys.executable = None  # type: ignore[assignment]
             else:
-                misbehave("os.posix_spawn", errno.ENOMEM, spares_children=False)
+                misbehave("os.posix_spawn", errno.ENOMEM)
+            if missing == "any memory":
+                misbehave("os.fork", errno.ENOMEM)
+            tell_when_told(relay)
 
-        with supervising(lambda: tell_when_told(relay), prepare) as supervisor:
+        with supervising(target) as supervisor:
             relay.hear()
             kill_child(supervisor)
             assert relay.hear() == "on_kill"
