@@ -111,7 +111,11 @@ class TestTree:
             be_deaf_runner()
             wait_to_end(relay)
 
-        with supervising(target) as supervisor:
+        def heed_signal() -> None:
+            if signum != signal.SIGKILL:
+                signal.signal(signum, signal.SIG_DFL)  # nohup has it ignored
+
+        with supervising(target, heed_signal) as supervisor:
             hear_ready(relay, 0)
             kill_child(supervisor, signum)
             wait_until_left(list_left)
