@@ -33,10 +33,11 @@ FAULTS_OF_BUGS = [
     ("take-siblings", "was harmed", SEED),
     ("never-notice", "hangs", SEED),
     ("sweep-successes", "was harmed", SEED),
-    ("count-collected", "a stranger .* was harmed", SEED),
     ("ignore-start", "is left", 3),
 ]
-NEED_STRANGERS = {"count-collected", "ignore-start"}
+NEED_STRANGERS = {"ignore-start"}
+TRIES = 20
+"""Of an example whose end depends on who gets a number first; one in three or so shows the fault."""
 
 
 def test_trees_end_as_told() -> None:
@@ -74,6 +75,18 @@ def test_planted_bug_is_found(bug: str, fault: str, seed: int) -> None:
 LEFT = Outcome(hung=False, alive=[0], harmed=[], seconds=0.5)
 TOLD = replace(LEFT, told_of_rest=True)
 ENDED = replace(LEFT, alive=[])
+
+
+def test_harmed_stranger_is_found() -> None:
+    """An SDK that takes the session of a collected runner for the task's harms whoever has got that number."""
+    heir: Step = {"fork": {"id": 1, "steps": ["setsid"], "then": "heir"}}
+    example = Example({"id": 0, "steps": [heir], "then": "stay"}, "409", grace=10.0)
+    with start_driver(bugs=["count-collected"]) as driver:
+        if driver.refusal:
+            pytest.skip(f"not run: there are no strangers, {driver.refusal}")
+        with pytest.raises(WrongEndError, match="stranger .* was harmed"):
+            for _ in range(TRIES):
+                check(driver, example)
 
 
 @pytest.mark.parametrize(
