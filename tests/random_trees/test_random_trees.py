@@ -80,13 +80,17 @@ ENDED = replace(LEFT, alive=[])
 def test_harmed_stranger_is_found() -> None:
     """An SDK that takes the session of a collected runner for the task's harms whoever has got that number."""
     heir: Step = {"fork": {"id": 1, "steps": ["setsid"], "then": "heir"}}
-    example = Example({"id": 0, "steps": [heir], "then": "stay"}, "409", grace=10.0)
+    example = Example({"id": 0, "steps": [heir], "then": "stay"}, "409")
     with start_driver(bugs=["count-collected"]) as driver:
         if driver.refusal:
             pytest.skip(f"not run: there are no strangers, {driver.refusal}")
-        with pytest.raises(WrongEndError, match="stranger .* was harmed"):
-            for _ in range(TRIES):
-                check(driver, example)
+        with pytest.raises(WrongEndError, match=r"stranger .* was harmed"):
+            check_often(driver, example)
+
+
+def check_often(driver: Driver, example: Example) -> None:
+    for _ in range(TRIES):
+        check(driver, example)
 
 
 @pytest.mark.parametrize(
