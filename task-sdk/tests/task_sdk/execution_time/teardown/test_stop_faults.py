@@ -64,10 +64,7 @@ if TYPE_CHECKING:
 
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
-pytestmark = pytest.mark.usefixtures("faulty_surroundings")
-
-
-pytestmark = pytest.mark.usefixtures("stop_policy")
+pytestmark = pytest.mark.usefixtures("faulty_surroundings", "stop_policy")
 
 
 class TestSignals:
