@@ -1248,7 +1248,7 @@ IN_ORPHANS = [
     Mutant(
         "sweep-spares-nobody",
         "child_sweep.py",
-        "    tree.spared = find_spared_names(conf)\n",
+        "    configure_tree(tree, conf)\n",
         "",
         "a daemon that tasks share is ended by the next worker",
         ("test_child_sweep.py",),

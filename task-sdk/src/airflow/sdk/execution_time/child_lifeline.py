@@ -53,12 +53,11 @@ import psutil
 from airflow.sdk.execution_time import child_watchdog
 from airflow.sdk.execution_time.child_orphan import ORPHAN_GRACE
 from airflow.sdk.execution_time.child_policy import (
-    LeftoverPolicy,
     find_leftover_policy,
     find_spared_names,
     without_warnings,
 )
-from airflow.sdk.execution_time.child_tree import look_at, read_limits, read_origin
+from airflow.sdk.execution_time.child_tree import is_there, look_at, read_limits, read_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -224,17 +223,6 @@ def has_hung_up(descriptor: int, inode: int) -> bool:
     return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
-def is_there(pid: int) -> bool:
-    """Whether there is a process of that number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def ask_for_signal(lifeline: Lifeline) -> bool:
     """Have the kernel signal the end of the parent; False where it cannot."""
     if DEATH_SIGNAL is None or not sys.platform.startswith("linux"):
@@ -338,7 +326,7 @@ def describe(conf: ConfigParser) -> dict[str, Any]:
         own = look_at(pid)
     # The signal may have come in the middle of a log call, which holds the lock that a warning would wait for.
     with without_warnings():
-        ends = find_leftover_policy(conf) in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED)
+        ends = find_leftover_policy(conf).ends_what_is_killed
         spared = sorted(find_spared_names(conf))
     return {
         "leader": (pid, own.start if own else 0),

@@ -153,9 +153,7 @@ def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> li
     deadline = time.monotonic() + grace
     for tree in trees:
         tell_runner(tree)
-    for tree in trees:
-        if tree.leader is not None:
-            wait_until_gone([tree.leader], deadline)
+    wait_until_gone([tree.leader for tree in trees if tree.leader], deadline)
     for tree in trees:
         if not tree.ends:
             tree.signal_group(signal.SIGKILL)

@@ -98,6 +98,11 @@ class LeftoverPolicy(Enum):
     REPORT = "report"
     NEVER = "never"
 
+    @property
+    def ends_what_is_killed(self) -> bool:
+        """Whether what a task that is killed has started ends with it."""
+        return self in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED)
+
 
 _Policy = TypeVar("_Policy", bound=Enum)
 

@@ -36,7 +36,8 @@ import psutil
 import structlog
 
 from airflow.sdk.execution_time.child_orphan import end_orphans, find_orphans, kill_condemned
-from airflow.sdk.execution_time.child_policy import LeftoverPolicy, find_leftover_policy, find_spared_names
+from airflow.sdk.execution_time.child_policy import find_spared_names
+from airflow.sdk.execution_time.child_teardown import configure_tree
 from airflow.sdk.execution_time.child_tree import ProcessTree, read_limits, shorten_name
 
 try:
@@ -114,11 +115,8 @@ def make_tree(orphan: Orphan, conf: ConfigParser) -> ProcessTree:
     """Return the tree that an orphan leads, or is part of."""
     tree = ProcessTree()
     tree.adopt_orphan(orphan.process.pid, orphan.process.start)
-    tree.spared = find_spared_names(conf)
-    tree.ends = orphan.condemned or find_leftover_policy(conf) in (
-        LeftoverPolicy.ALWAYS,
-        LeftoverPolicy.KILLED,
-    )
+    configure_tree(tree, conf)
+    tree.ends = orphan.condemned or tree.ends
     return tree
 
 

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from configparser import ConfigParser
 
 __all__ = [
+    "configure_tree",
     "end_leftovers",
     "end_on_exception",
     "end_unless_started",
@@ -136,7 +137,7 @@ def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
 def configure_tree(tree: ProcessTree, conf: ConfigParser) -> None:
     """Tell a tree what the deployment has chosen."""
     tree.spared = find_spared_names(conf)
-    tree.ends = find_leftover_policy(conf) in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED)
+    tree.ends = find_leftover_policy(conf).ends_what_is_killed
 
 
 def signal_tree(process: Any, sig: int) -> bool:

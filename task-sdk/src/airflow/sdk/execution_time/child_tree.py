@@ -688,13 +688,18 @@ def is_origin_alive(origin: int) -> bool:
     supervisor = look_at(pid)
     if supervisor is not None and supervisor.start >= 0:
         return not supervisor.dead and int(supervisor.start) & ORIGIN_START_BITS == start
+    # It may be there, but hidden.
+    return is_there(pid)
+
+
+def is_there(pid: int) -> bool:
+    """Whether there is a process of that number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    # It is there, but hidden.
     return True
 
 
