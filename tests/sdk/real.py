@@ -12,11 +12,14 @@ from tests.harness.environments import NoInterpreterError, create_environment
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from tests.harness.environments import Environment
     from tests.harness.real.running import Case, Driver, Result
+
+    Check = Callable[[Case, Result], str | None]
+    """Says what is wrong, None if nothing is."""
 
 CASES_AT_A_TIME = 8
 
@@ -37,3 +40,14 @@ def run_all(
     order = sorted(cases, key=lambda name: cases[name].grace)  # those that wait for its end begin first
     with ThreadPoolExecutor(at_a_time) as pool:
         return dict(zip(order, pool.map(driver.run, [cases[name] for name in order]), strict=True))
+
+
+def find_faults_by(
+    known: Mapping[str, Check], cases: Mapping[str, Case], results: Mapping[str, Result], *checks: str
+) -> dict[str, list[str]]:
+    """Return what the checks, or all that are known, find wrong, by the names of the cases."""
+    faults = {
+        name: [fault for check in checks or known if (fault := known[check](case, results[name]))]
+        for name, case in cases.items()
+    }
+    return {name: found for name, found in faults.items() if found}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from patches.releases import last_of_lines
 from tests.harness.real.memory import NoMemoryCgroupError, make_cgroup
 from tests.harness.real.running import Case, start_driver
-from tests.sdk.real import install, run_all
+from tests.sdk.real import find_faults_by, install, run_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -240,13 +241,7 @@ CHECKS: dict[str, Callable[[Case, Result], str | None]] = {
 }
 
 
-def find_faults(cases: dict[str, Case], results: dict[str, Result], *checks: str) -> dict[str, list[str]]:
-    """Return what is wrong, by the names of the cases."""
-    faults = {
-        name: [fault for check in checks or CHECKS if (fault := CHECKS[check](case, results[name]))]
-        for name, case in cases.items()
-    }
-    return {name: found for name, found in faults.items() if found}
+find_faults = partial(find_faults_by, CHECKS)
 
 
 # The patched lines
