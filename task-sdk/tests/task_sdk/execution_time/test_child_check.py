@@ -25,6 +25,7 @@ import json
 import os
 import pwd
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -79,6 +80,9 @@ STUBBORN = ["daemon", "child deaf to SIGTERM", "stopped child"]
 
 REFUSED = 71
 """The status of a check whose surroundings the kernel does not allow."""
+
+SLOWNESS = 0.5
+"""Seconds that a process of the task takes to start, more than the check takes to fail."""
 
 STARTING = 120
 """Seconds that a busy machine may take to import Airflow for the first time, and check it."""
@@ -467,8 +471,17 @@ class TestHidden:
         workers_hide = hasattr(supervisor, "_make_process_nondumpable")
         assert ("for /proc hides them" in result.out) == workers_hide
 
-    def test_processes_that_are_not_listed(self) -> None:
-        """With hidepid=2 no supervisor that is not dumpable can start a task, and the check fails."""
+    def test_processes_that_are_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With hidepid=2 no supervisor that is not dumpable can start a task, and the check fails, and leaves nothing."""
+
+        def be_slow(leash: child_check.Leash) -> None:
+            if leash.role == child_check.STOPPED:
+                # The check has failed by the time that it stops itself.
+                select.select([], [], [], SLOWNESS)
+            announce(leash)
+
+        announce = child_check.Leash.announce
+        monkeypatch.setattr(child_check.Leash, "announce", be_slow)
         if hasattr(supervisor, "_make_process_nondumpable"):
             findings = find_wrong(change=lambda: self.hide(b"hidepid=2"))
             assert [problem.partition(":")[0] for problem in findings.problems] == [

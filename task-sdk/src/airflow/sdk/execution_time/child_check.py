@@ -206,7 +206,12 @@ class Leash:
             return False
 
     def end(self) -> None:
-        """Be the check: end the process, should it still be there."""
+        """Be the check: end the process, should it still be there, or be about to start."""
+        self.process_end.close()
+        if not self.pid:
+            # One that stops itself, once its task is gone, would stay.
+            with suppress(CheckFailedError):
+                self.hear()
         # As long as it holds its socket, the number is its own. One that is stopped would not notice the close.
         if self.pid and not self.is_gone():
             os.kill(self.pid, signal.SIGKILL)
