@@ -22,9 +22,12 @@ import errno
 import functools
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -61,10 +64,12 @@ from airflow.sdk.execution_time.supervisor import ActivitySubprocess, conf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 PR_SET_NAME = 15
 MUTEX_BYTES = 64
+
+POLL_INTERVAL = 0.01
+"""Seconds between looks at another thread."""
 
 STARTING = 120
 """Seconds that an interpreter which imports Airflow may take on a busy machine."""
@@ -115,11 +120,24 @@ def run(*arguments: str) -> tuple[int, list[str]]:
     return outcome["status"], outcome["out"]
 
 
-def be_runner_in_c() -> None:
-    """Wait in C for what never comes, a mutex that is locked already, and for no signal."""
+def be_runner_in_c(tell: Callable[[], None]) -> None:
+    """Wait in C for what never comes, a mutex that is locked already, and for no signal; ``tell`` runs once it waits."""
     mutex = ctypes.create_string_buffer(MUTEX_BYTES)
+    threading.Thread(target=tell_when_waiting, args=(ctypes.addressof(mutex), tell), daemon=True).start()
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def tell_when_waiting(mutex: int, tell: Callable[[], None]) -> None:
+    """Run ``tell`` once the main thread waits for a mutex, whose address is the first argument of its futex(2)."""
+    while not is_within(mutex, Path(f"/proc/self/task/{os.getpid()}/syscall").read_text().split()):
+        select.select([], [], [], POLL_INTERVAL)
+    tell()
+
+
+def is_within(mutex: int, call: list[str]) -> bool:
+    """Whether a system call's first argument is an address within a mutex; a thread that runs has none."""
+    return len(call) > 1 and 0 <= int(call[1], 16) - mutex < MUTEX_BYTES
 
 
 def leave(
@@ -130,8 +148,13 @@ def leave(
     def target() -> None:
         detach(lambda: daemon(relay))
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        if in_c:
+            be_runner_in_c(tell)
+        tell()
+        pause_for_ever()
+
+    def tell() -> None:
         relay.tell(["runner", os.getpid()])
-        be_runner_in_c() if in_c else pause_for_ever()
 
     with supervising(target) as dying:
         told = {type(pid): pid for pid in (relay.hear(), relay.hear())}
