@@ -82,6 +82,7 @@ TASKS = {
     "blocked": KILLED,
     "swallows_all": Expected(tells=("swallowed",)),
     "swallows_errors": Expected(),
+    "finalizes": Expected(),
     "deaf": KILLED,
     "pool": Expected(ends="within the grace", callback=None),
     "forks": Expected(ends="within the grace"),

@@ -25,6 +25,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +196,49 @@ class TestExecute:
         with pytest.raises(ZeroDivisionError):
             run_interruptibly(lambda: 1 / 0)
         assert runner.notes == []
+
+    def test_finalizer(self, runner: Runner) -> None:
+        """Python ignores what is raised in a finalizer, so it is raised again when that is over, be it by and by."""
+
+        class Finalized:
+            def __del__(self) -> None:
+                runner.note("finalizer")
+                # No more, so that a signal may come outside.
+                stop() if runner.notes.count("finalizer") < 3 else None
+
+        def execute() -> None:
+            try:
+                while time.monotonic() < deadline:
+                    Finalized()
+                runner.note("unreachable")
+            finally:
+                runner.note("interrupted")
+
+        deadline = time.monotonic() + PATIENCE
+        hook = sys.unraisablehook
+        assert runner.run(execute)[:2] == ["finalizer", "on_kill"]
+        assert runner.notes.count("on_kill") == 1
+        assert runner.notes[-1] == "interrupted"
+        assert "unreachable" not in runner.notes
+        assert sys.unraisablehook is hook
+
+    def test_other_unraisable(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What else is ignored is told as ever."""
+
+        class Finalized:
+            def __del__(self) -> None:
+                raise ValueError("told")
+
+        def execute() -> None:
+            try:
+                stop()
+            finally:
+                Finalized()
+
+        told: list[Any] = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+        assert runner.run(execute) == ["on_kill"]
+        assert told == ["told"]
 
     def test_many_signals(self, runner: Runner) -> None:
         """``on_kill`` runs once, however many signals come, also while it runs, and is not cut short by the next one."""

@@ -136,6 +136,14 @@ def be_worker(started: int) -> None:
     spin()
 
 
+class Finalized:
+    """Is ended in its finalizer, where Python ignores what is raised."""
+
+    def __del__(self) -> None:
+        tell("ready")
+        time.sleep(LONG)
+
+
 class ToldOperator(BaseOperator):
     """Tells when on_kill() is called."""
 
@@ -416,6 +424,11 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
                 tell("swallowed")
 
     @task
+    def finalizes() -> None:
+        Finalized()
+        time.sleep(LONG)
+
+    @task
     def deaf() -> None:
         while True:
             try:
@@ -542,7 +555,8 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
         time.sleep(LONG)
 
     for each in (
-        *(sleeps, has_finally, asks, blocked, swallows_all, swallows_errors, deaf, pool, forks),
+        *(sleeps, has_finally, asks, blocked, swallows_all, swallows_errors, finalizes),
+        *(deaf, pool, forks),
         *(blocked_with_gil, prints_beside_daemon, logs_beside_daemon, asks_beside_daemon),
         *(asks_with_default, crowd, fills, stands_by, leaves_daemon),
         *(make_parent(name, command, detaches=True) for name, command in DAEMONS.items()),

@@ -27,6 +27,8 @@ What may not be interrupted is waited for:
 - A request to the supervisor. Answers are not matched to requests, so the next request would get the answer to this one.
 - A log call. It holds the lock of the log's file, and an ``on_kill`` that logs would wait for that lock for ever.
 
+Python ignores what a finalizer or a weak reference's callback raises. If the exception is lost there, it is raised again.
+
 Before ``execute()`` the signal lets ``on_kill`` run, as it may have been prepared for, and ``execute()`` does not
 begin. After ``execute()`` it changes nothing: the result stands.
 
@@ -35,6 +37,7 @@ Imports nothing of Airflow but exceptions.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import enum
 import functools
@@ -73,7 +76,7 @@ ORDER_TIME = 5.0
 """Seconds that an order to stop which is on its way may take, on a machine that is busy."""
 
 SIGNAL_DELAY = 0.002
-"""Seconds until the task that runs an interrupted one in its own process is told."""
+"""Seconds until a task is interrupted that could not be at once."""
 
 LOG_WRITER = "structlog._output"
 """The module whose functions hold the lock of a log's file, which is not reentrant."""
@@ -114,6 +117,8 @@ class Interruption:
         self._phase = Phase.PREPARING
         self._requested = False
         self._delivered = False
+        self._on_kill_called = False
+        self._unraisable_hook: Callable[[Any], Any] | None = None
         self._on_kill_error: Exception | None = None
 
     @property
@@ -152,6 +157,9 @@ class Interruption:
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._run_on_kill()
         if self.is_executing:
+            if self._unraisable_hook is None:
+                self._unraisable_hook = sys.unraisablehook
+                sys.unraisablehook = self._handle_unraisable
             interrupt()
 
     def _deliver_after_log_call(self, frame: FrameType, event: str, _value: object) -> None:
@@ -161,10 +169,25 @@ class Interruption:
             self.deliver(frame.f_back)
 
     def _run_on_kill(self) -> None:
+        if self._on_kill_called:
+            return
+        self._on_kill_called = True
         try:
             self._ti.task.on_kill()
         except Exception as error:  # whatever it is, the task ends; run() logs it
             self._on_kill_error = error
+
+    def _handle_unraisable(self, unraisable: Any) -> None:
+        """Interrupt again where the exception was ignored, as in a finalizer; a ``sys.unraisablehook``."""
+        if self.is_executing and isinstance(unraisable.exc_value, AirflowTaskTerminated):
+            self._delivered = False
+            signal_soon(self)
+        elif self._unraisable_hook is not None:
+            self._unraisable_hook(unraisable)
+
+    def _restore_unraisable_hook(self) -> None:
+        if self._unraisable_hook is not None and sys.unraisablehook == self._handle_unraisable:
+            sys.unraisablehook = self._unraisable_hook
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """
@@ -183,6 +206,7 @@ class Interruption:
                 raise
             finally:
                 self._phase = Phase.FINISHED
+                self._restore_unraisable_hook()
                 restore_outer(self._outer)
         except BaseException as error:
             if not self._requested:
@@ -207,7 +231,7 @@ class Interruption:
             log.error("on_kill failed", exc_info=self._on_kill_error)
         if self._outer is not None:
             # The task that runs this one in its own process was told to stop by the same signal.
-            threading.Thread(target=signal_again, args=(self._outer,), daemon=True).start()
+            signal_soon(self._outer)
         raise TaskInterrupted(REASON) from error
 
 
@@ -361,11 +385,16 @@ def is_writing_log(frame: FrameType | None) -> bool:
     return False
 
 
-def signal_again(outer: Interruption) -> None:
-    """Send this process SIGTERM a moment later, unless its task has ended by then."""
-    time.sleep(SIGNAL_DELAY)
-    if outer.is_executing:
-        os.kill(os.getpid(), signal.SIGTERM)
+def signal_soon(task: Interruption) -> None:
+    """Have this process get SIGTERM in a moment, unless a task has ended by then."""
+
+    def send() -> None:
+        time.sleep(SIGNAL_DELAY)
+        if task.is_executing:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # threading's locks may be held: a finalizer runs anywhere.
+    _thread.start_new_thread(send, ())
 
 
 def drop_handler() -> None:
