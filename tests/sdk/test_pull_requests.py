@@ -20,7 +20,7 @@ from patches.upstream import fetch_sdist, fetch_wheel
 from patches.wheels import build_wheel
 from tests.harness.checkouts import commit_all, git, unpack_checkout
 from tests.harness.environments import NoInterpreterError
-from tests.sdk.running import install_release
+from tests.sdk.running import SCENARIOS, install_release
 from tests.upstream.checkouts import build_sdk, export_parent
 from tests.upstream.results import BROKEN
 from tests.upstream.suites import SUPERVISOR_TESTS, install_suite, run_suite
@@ -38,6 +38,8 @@ SOURCES = "task-sdk/src"
 OPTIONS = ("leftover_policy", "spared_leftovers", "stop_signal_policy")
 CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
 CHANGES = [change for change in load_changes() if change.goes_upstream]
+# What a pull request goes to first, and the only line on which all tests of a commit run: those of its wheel run on every line.
+NEWEST = last_of_lines()[-1]
 # The last one needs all others.
 ALONE = CHANGES[:-1]
 RUNS_AT_A_TIME = 2
@@ -75,7 +77,7 @@ def name_tree(checkout: Path, folder: str = "") -> str:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[dict[str, Result]]]]:
     """Make all commits that are to be tested, then run the tests on them; by the names of the commits."""
     wanted = {release.version: (release, Wishes()) for release in last_of_lines()}
-    wanted |= {change.name: (last_of_lines()[-1], Wishes(only=(change.name,))) for change in ALONE}
+    wanted |= {change.name: (NEWEST, Wishes(only=(change.name,))) for change in ALONE}
     commits: dict[str, tuple[Path, PullRequest]] = {}
     for name, (release, wishes) in wanted.items():
         checkout = unpack_checkout(fetch_sdist(release), tmp_path_factory.mktemp("tested"))
@@ -91,13 +93,21 @@ def run_tests(checkout: Path, request: PullRequest) -> dict[str, Result]:
         wheel = build_sdk(checkout, Path(output))
         environment = install_suite(request.release, wheel, flavour=request.branch)
     # Sorted: pytest 9 loses a folder's conftest when it comes back to the folder.
-    ours = sorted(PurePosixPath(file).relative_to("task-sdk") for file in request.files if "/test_" in file)
+    ours = sorted(select_tests(request))
     results = run_suite(environment, [SUPERVISOR_TESTS, *map(str, ours)], name, tests=checkout / "task-sdk")
     assert {str(file) for file in ours} < {test.partition("::")[0] for test in results}
     # Some of upstream's tests fail now and then under load.
     if broken := find_broken(results):
         results |= run_suite(environment, list(broken), f"{name}-repeat", tests=checkout / "task-sdk")
     return results
+
+
+def select_tests(request: PullRequest) -> list[PurePosixPath]:
+    """Return the tests of a commit that are run, as paths in the SDK's folder."""
+    tests = [PurePosixPath(file).relative_to("task-sdk") for file in request.files if "/test_" in file]
+    return [
+        test for test in tests if request.release.version == NEWEST.version or any(map(test.match, SCENARIOS))
+    ]
 
 
 def find_broken(results: dict[str, Result]) -> dict[str, Result]:

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from patches.releases import find_release, last_of_lines
 from tests.harness.environments import NoInterpreterError
 from tests.harness.wheels import build_patched_wheel
-from tests.sdk.running import FURTHER_PYTHONS, install_release, run_our_tests
+from tests.sdk.running import FURTHER_PYTHONS, SCENARIOS, install_release, run_our_tests
 from tests.upstream.judging import judge_release
 from tests.upstream.suites import RUNTIME_TESTS, SUPERVISOR_TESTS
 
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from patches.releases import Release
     from tests.harness.environments import Environment
     from tests.upstream.results import Result
-
-# Shows on a stock wheel what goes wrong there; the other modules test what only the patched one has.
-SCENARIOS = (
-    "teardown/test_exit.py",
-    "teardown/test_stopping.py",
-    "teardown/test_truth.py",
-    "teardown/test_*leftovers.py",
-    "teardown/test_orphans.py",
-    "teardown/test_runtimes.py",
-    "teardown/test_session.py",
-    "teardown/test_stolen_status.py",
-)
 
 UNCHANGED = {
     "TestUnchanged::test_other_types_stay_in_the_group",
@@ -104,6 +92,9 @@ SUITES = [
     ),
 ]
 RUNS: list[Run] = [*((release.version, None) for release in last_of_lines()), *FURTHER_PYTHONS]
+# Run all our tests: each line and each interpreter once. The other runs have the scenarios, which show what the edits of a
+# line do on an interpreter.
+WHOLE: set[Run] = {*FURTHER_PYTHONS[:-1], (last_of_lines()[-1].version, None)}
 
 
 def name_run(run: Run) -> str:
@@ -143,19 +134,42 @@ def stock_results() -> dict[str, Results]:
 
 @pytest.fixture(scope="module")
 def patched_results(dist: Path) -> dict[Run, Results | NoInterpreterError]:
-    """Run our tests everywhere, as many at a time as there are processors: half of the time they wait."""
+    """Run our tests, as many runs at a time as there are processors: half of the time they wait."""
     wheels = {release.version: build_patched_wheel(release, dist) for release in last_of_lines()}
 
-    def run_tests(run: Run) -> Results | NoInterpreterError:
+    def install_run(run: Run) -> Environment | NoInterpreterError:
         version, python = run
         try:
-            environment = install_release(find_release(version), wheel=wheels[version], python=python)
+            return install_release(find_release(version), wheel=wheels[version], python=python)
         except NoInterpreterError as error:
             return error
-        return run_our_tests(environment)
+
+    def run_tests(run: Run) -> Results | NoInterpreterError:
+        environment = environments[run]
+        if isinstance(environment, NoInterpreterError):
+            return environment
+        return run_our_tests(environment, *(() if run in whole else SCENARIOS))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        environments = dict(zip(RUNS, pool.map(install_run, RUNS), strict=True))
+        whole = choose_whole({run for run in RUNS if not isinstance(environments[run], NoInterpreterError)})
         return dict(zip(RUNS, pool.map(run_tests, RUNS), strict=True))
+
+
+def choose_whole(available: set[Run]) -> set[Run]:
+    """Return the runs of all our tests: a line whose interpreter is missing has another one do it."""
+    whole = WHOLE & available
+    lines = {version for version, _ in whole}
+    return whole | {(version, python) for version, python in available if version not in lines}
+
+
+@pytest.mark.parametrize("missing", [None, "3.9", "3.12"])
+def test_every_line_and_interpreter_runs_everything(missing: str | None) -> None:
+    """All our tests run on every line, and on every interpreter that is there."""
+    available = {run for run in RUNS if missing is None or run[1] != missing}
+    whole = choose_whole(available)
+    assert {version for version, _ in whole} == {release.version for release in last_of_lines()}
+    assert {python for _, python in whole} == {python for _, python in available}
 
 
 def install(release: Release) -> Environment:
@@ -178,7 +192,7 @@ def name_failures(results: Results) -> Results:
 def test_our_tests_pass_on_patched(
     patched_results: dict[Run, Results | NoInterpreterError], run: Run
 ) -> None:
-    """Every test of task-sdk/tests passes on the last of every line, also on its oldest or newest interpreter."""
+    """Our tests pass on the last of every line, also on its oldest or newest interpreter."""
     results = patched_results[run]
     if isinstance(results, NoInterpreterError):
         pytest.skip(f"not run: {results}")

@@ -206,7 +206,9 @@ class TestSweep:
         """What the deployment has chosen for leftovers is heeded; the runner ends in any case."""
         monkeypatch.setenv("AIRFLOW__WORKERS__LEFTOVER_POLICY", policy)
         runner, daemon = leave(relay)
-        assert sweep()["runners"][0]["pid"] == runner
+        entry = sweep()
+        assert entry["event"] == "Ended tasks whose supervisors had died", entry
+        assert entry["runners"][0]["pid"] == runner
         assert list_left() == [daemon] * stays
 
     def test_living_supervisors(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
