@@ -8,6 +8,7 @@ from tests.bench.kill import measure_kill
 from tests.bench.plain import measure_plain
 from tests.bench.running import measure_running
 from tests.bench.scale import measure_bystanders, measure_scale
+from tests.bench.sweep import measure_sweep
 from tests.bench.tasks import measure_noticing, measure_start
 from tests.bench.timeline import measure_timeline
 from tests.bench.tool import measure_tool
@@ -25,6 +26,7 @@ FIGURES: dict[str, Callable[[Setup], list[Series]]] = {
     "scale": measure_scale,
     "bystanders": measure_bystanders,
     "start": measure_start,
+    "sweep": measure_sweep,
     "running": measure_running,
     "tool": measure_tool,
     "timeline": measure_timeline,
