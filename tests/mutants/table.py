@@ -766,6 +766,22 @@ IN_THE_REST = [
         ("test_child_interruption.py",),
     ),
     Mutant(
+        "sweep-is-overtaken",
+        "child_sweep.py",
+        "    with _sweeping:\n",
+        "    if True:\n",
+        "a retry of another thread starts beside the orphan that is being ended",
+        ("test_child_sweep.py",),
+    ),
+    Mutant(
+        "sweep-waits-for-a-thread-of-the-parent",
+        "child_sweep.py",
+        "    os.register_at_fork(after_in_child=renew_lock)",
+        "    pass",
+        "a supervisor that was forked while another thread swept waits for ever",
+        ("test_child_sweep.py",),
+    ),
+    Mutant(
         "check-leaves-what-is-about-to-start",
         "child_check.py",
         "            with suppress(CheckFailedError):\n                self.hear()\n",

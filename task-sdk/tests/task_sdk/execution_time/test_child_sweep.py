@@ -68,6 +68,9 @@ if TYPE_CHECKING:
 PR_SET_NAME = 15
 MUTEX_BYTES = 64
 
+OVERTAKING = 0.2
+"""Seconds in which a start that does not wait has returned."""
+
 POLL_INTERVAL = 0.01
 """Seconds between looks at another thread."""
 
@@ -375,6 +378,33 @@ class TestSweepOnce:
             return {"first": first, "second": run_in_fork(look_twice)}
 
         assert set(map(str, run_in_fork(fork_between).values())) == {"{'looks': 1, 'own': True}"}
+
+    @pytest.mark.parametrize("forks", [False, True])
+    def test_threads(self, monkeypatch: pytest.MonkeyPatch, *, forks: bool) -> None:
+        """The start of another thread waits until orphans are ended; that of a process which is forked meanwhile does not."""
+
+        def look() -> list[Any]:
+            if threading.current_thread() is not threading.main_thread():
+                looking.set()
+                returned.append(overtaken.wait(OVERTAKING))
+            return []
+
+        def sweep() -> dict[str, Any]:
+            child_sweep.sweep_once(conf)
+            overtaken.set()
+            return {}
+
+        def start() -> dict[str, Any]:
+            thread = threading.Thread(target=child_sweep.sweep_once, args=(conf,))
+            thread.start()
+            looking.wait()
+            run_in_fork(sweep) if forks else sweep()
+            thread.join()
+            return {"returned": returned}
+
+        looking, overtaken, returned = threading.Event(), threading.Event(), []
+        monkeypatch.setattr(child_sweep, "find_orphans", look)
+        assert run_in_fork(start)["returned"] == [False]
 
     def test_failure(self) -> None:
         """A task starts also where orphans cannot be looked for, which the log says."""

@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import psutil
@@ -59,22 +60,36 @@ log = structlog.get_logger(logger_name="supervisor")
 _swept_by: int | None = None
 """The PID of the process that has looked for orphans; a forked copy of it looks for itself."""
 
+_sweeping = threading.Lock()
+"""Held while they are ended: another thread's task may be the retry of one of them."""
+
 
 def sweep_once(conf: ConfigParser) -> None:
     """
-    End orphans, unless this process has looked for them before; never raises.
+    End orphans, unless this process has done so before; never raises.
 
     :param conf: Airflow's configuration.
     """
     global _swept_by
-    if _swept_by == os.getpid():
-        return
-    _swept_by = os.getpid()
-    try:
-        sweep(conf, find_orphans())
-    except Exception:
-        # It is not this task's fault, which is to start.
-        log.exception("Tasks whose supervisors have died could not be looked for")
+    with _sweeping:
+        if _swept_by == os.getpid():
+            return
+        _swept_by = os.getpid()
+        try:
+            sweep(conf, find_orphans())
+        except Exception:
+            # It is not this task's fault, which is to start.
+            log.exception("Tasks whose supervisors have died could not be looked for")
+
+
+def renew_lock() -> None:
+    """Have a forked child not wait for a thread that only its parent has."""
+    global _sweeping
+    _sweeping = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_lock)
 
 
 def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
