@@ -18,10 +18,13 @@ from tests.upstream.judging import judge_release
 from tests.upstream.suites import RUNTIME_TESTS, SUPERVISOR_TESTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
     from patches.releases import Release
     from tests.harness.environments import Environment
+    from tests.upstream.judging import Verdict
     from tests.upstream.results import Result
 
 UNCHANGED = {
@@ -208,13 +211,31 @@ def test_scenarios_fail_on_stock(release: Release, stock_results: dict[str, Resu
     assert {result.outcome for result in results.values()} == {"passed", "failed"}
 
 
-@pytest.mark.parametrize(("version", "suite"), SUITES)
-def test_upstreams_tests_keep_passing(version: str, suite: str, dist: Path) -> None:
-    """Whatever passes on the stock wheel passes on the patched one."""
-    release = find_release(version)
-    try:
+@pytest.fixture(scope="module")
+def verdicts(dist: Path) -> Iterator[dict[str, Future[dict[str, Verdict]]]]:
+    """Run upstream's suites, as many releases at a time as there are processors; by version, then by suite."""
+
+    def judge(version: str) -> dict[str, Verdict]:
+        release = find_release(version)
         wheel = build_patched_wheel(release, dist)
-        verdict = judge_release(release, wheel, suite, Progress(disable=True))
+        # The runs of a release share the names of their reports, so that they come one after the other.
+        return {
+            suite: judge_release(release, wheel, suite, Progress(disable=True))
+            for each, suite in SUITES
+            if each == version
+        }
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {release.version: pool.submit(judge, release.version) for release in last_of_lines()}
+
+
+@pytest.mark.parametrize(("version", "suite"), SUITES)
+def test_upstreams_tests_keep_passing(
+    verdicts: dict[str, Future[dict[str, Verdict]]], version: str, suite: str
+) -> None:
+    """Whatever passes on the stock wheel passes on the patched one."""
+    try:
+        verdict = verdicts[version].result()[suite]
     except NoInterpreterError as error:
         pytest.skip(f"not run: {error}")
     assert len(verdict.patched.results) == len(verdict.stock.results)
