@@ -146,7 +146,7 @@ class Process:
     Clock ticks since boot (proc_pid_stat(5)); without /proc, psutil's creation time.
 
     Where /proc hides it, less than 0: its inode number there, negated. The next process with the same PID
-    gets another number. The kernel may drop the inode for want of memory, and the start becomes readable
+    gets another number. The kernel may drop the inode if memory is short, and the start becomes readable
     after an exec. The process then counts as another one, and the next look finds it again.
     """
     name: str = field(compare=False)
@@ -780,7 +780,7 @@ def read_limits(pid: int) -> tuple[int, ...]:
     Return the marks that a process carries as limits: its own tree's, then that of the tree around it.
 
     Return its origin alone if it has set the first limit for itself. Return nothing if the process is gone or
-    hidden from us, or if the first limit is lifted: such a process has left all trees.
+    hidden from us, or if the first limit is lifted: then it has left all trees.
     """
     try:
         own, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME)
@@ -841,7 +841,7 @@ def list_pids() -> list[tuple[int, int | None]]:
     drops it when the process is reaped (proc_flush_pid(), Linux 5.6). So a listing alone recognises processes
     that were read before.
 
-    :raises OSError: if /proc is there, but cannot be listed, for want of a file descriptor or of memory.
+    :raises OSError: if /proc is there, but cannot be listed because a file descriptor or memory is lacking.
     """
     try:
         # Read it to its end, and close it: its descriptor may be the last one, which look_at() needs.

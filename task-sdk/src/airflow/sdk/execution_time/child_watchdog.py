@@ -20,7 +20,7 @@ End a task whose supervisor has died. This is a separate program, which the task
 Its argument is a JSON object: ``limits``, the marks of the runner; ``leader``, its PID and start; ``origin``;
 ``grace``, in seconds; ``ends`` and ``spared``, the choices of the deployment; ``path``, the folder of psutil.
 
-A forked copy of the runner would be as big as the runner, and would be killed with it for want of memory.
+A forked copy of the runner would be as big as the runner, and would be killed with it when memory runs out.
 This program loads neither site-packages nor Airflow (``python -I -S``), and takes a twentieth of that memory.
 """
 
