@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.harness.supervised import Ending, Outcome
 
 TITLES: dict[Ending, str] = {
-    "409": "somebody sets the task to failed",
+    "409": "the task is marked failed",
     "sigterm": "the worker is shut down",
 }
 NOT_ENDED = (
@@ -134,7 +134,7 @@ def explain(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
     )
     yield (
         "A task that Airflow's own runner runs does not end on SIGTERM: stock calls on_kill and goes on, patched "
-        "interrupts it then. Told is what the API is told of it; one that somebody has set to failed has its state."
+        "interrupts it then. Told is what the API is told of it; one that is marked failed has its state."
     )
     for crash in crashes:
         yield f"It crashed with [red]{crash}[/]."

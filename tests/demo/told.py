@@ -19,7 +19,7 @@ PATIENCE = 8.0
 """Seconds for which a supervisor is watched: more than the grace period."""
 # Of tests/harness/real/dags/told.py.
 SENTENCES = {
-    ("sleeps", "409"): "a plain @task that sleeps: somebody sets it to failed",
+    ("sleeps", "409"): "a plain @task that sleeps: it is marked failed",
     ("sleeps", "SIGTERM"): "a plain @task that sleeps: the worker is shut down",
     ("flag", "SIGTERM"): "an operator whose on_kill removes its work: the worker is shut down",
 }

@@ -129,7 +129,7 @@ def judge_refusals(run: Run, left: list[Process]) -> Iterator[str]:
 SCENARIOS = (
     Scenario(
         "another-user",
-        "tasks of another user (run_as_user) are set to failed",
+        "tasks of another user (run_as_user) are marked failed",
         ("local",),
         set_failed_permitted,
         shows_fault=True,

@@ -56,4 +56,4 @@ def find_losses(run: Run) -> Iterator[str]:
             yield f"of the second try of {task} {len(there.get(task, []))} of {number} processes are there"
 
 
-SCENARIOS = (Scenario("cleared", "somebody clears the running tasks", ("local", "celery"), clear),)
+SCENARIOS = (Scenario("cleared", "the running tasks are cleared", ("local", "celery"), clear),)

@@ -158,7 +158,7 @@ def judge_states(states: dict[int, str | None]) -> Iterator[str]:
 SCENARIOS = (
     Scenario(
         "load",
-        f"{len(KILLED)} of {TASKS} tasks are set to failed under load",
+        f"{len(KILLED)} of {TASKS} tasks are marked failed under load",
         ("celery",),
         kill_many,
         shows_fault=True,

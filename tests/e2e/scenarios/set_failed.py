@@ -24,7 +24,5 @@ def set_failed(installation: Installation, executor: Executor) -> Outcome:
 
 
 SCENARIOS = (
-    Scenario(
-        "set-failed", "somebody sets the tasks to failed", ("local", "celery"), set_failed, shows_fault=True
-    ),
+    Scenario("set-failed", "the tasks are marked failed", ("local", "celery"), set_failed, shows_fault=True),
 )

@@ -83,4 +83,4 @@ def wait_for_states(airflow: Airflow, run: str) -> dict[str, str | None]:
         time.sleep(POLL_INTERVAL)
 
 
-SCENARIOS = (Scenario("status-stolen", "somebody else collects exit statuses", ("local", "celery"), steal),)
+SCENARIOS = (Scenario("status-stolen", "other code collects the exit statuses", ("local", "celery"), steal),)

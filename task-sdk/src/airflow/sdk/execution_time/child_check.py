@@ -15,16 +15,20 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Say by which means the supervisor of this environment ends tasks, and prove that nothing of a task is left.
+Say by which means the supervisor of this environment ends tasks, and prove that no process of a task is left.
 
 ``python -m airflow.sdk.execution_time.child_check`` starts a task of a few stubborn processes under the real
-supervisor, with a stand-in for the API client, kills it, and looks. It does so with another task whose supervisor it
-kills. It needs no database and no API server, runs as any user, and takes half a second besides the import of Airflow.
-The exit status is 0, or 1 when something is wrong, or 2 when an argument is, or 130 when interrupted; an SDK without this
-module answers "No module named". What is poorer than it could be is a warning, and wrong with ``--strict``.
+supervisor, with a stand-in for the API client. It kills the task, and looks for processes that are left. Then
+it kills the supervisor of another task, and looks again. It needs no database and no API server, runs as any
+user, and takes half a second besides the import of Airflow.
 
-Each process is held by a socket pair. Its end of file tells the check that the process is gone, whatever
-``/proc`` says, and tells the process that the check is gone, so that none outlives a check that is killed.
+The exit status is 0, or 1 if something is wrong, or 2 if an argument is wrong, or 130 if interrupted. An SDK
+without this module answers "No module named". The check warns of means that are poorer than they could be;
+with ``--strict`` it fails then.
+
+Each process holds one end of a socket pair, and the check the other. An end of file tells the check that the
+process is gone, whatever ``/proc`` says. It also tells the process that the check is gone, so that no process
+outlives a check that is killed.
 """
 
 from __future__ import annotations
@@ -70,7 +74,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "apache-airflow-task-sdk"
 
 PROOF_GRACE = 0.3
-"""Seconds between SIGTERM and SIGKILL in the proof, whatever the deployment sets."""
+"""Seconds between SIGTERM and SIGKILL in the proof, whatever the deployment has set."""
 
 START_TIMEOUT = 10.0
 """Seconds that the processes of the proof have to start."""
@@ -99,37 +103,37 @@ CALLS = (
     (WatchedSubprocess, "kill", "signal_tree"),
     (ActivitySubprocess, "_monitor_subprocess", "heed_stop_signals"),
 )
-"""Which methods of the supervisor use what, in every patched release."""
+"""Methods of the supervisor, and a name that each of them uses in every patched release."""
 
 
 class CheckFailedError(Exception):
-    """The proof could not be carried out; the message says why, in a clause."""
+    """The proof could not be carried out; the message is a clause that says why."""
 
 
 @dataclass(frozen=True)
 class Means:
-    """What this environment offers."""
+    """The means that this environment offers."""
 
     session: bool
     """The task leads a session and a process group of its own."""
     exit: str
-    """How the supervisor learns of an exit: "pidfd" or "polling"."""
+    """How the supervisor notices an exit: "pidfd" or "polling"."""
     mark: str
     """What marks a task's processes: "limit" (RLIMIT_RTTIME) or "variable"; "none" if the task was not found."""
     processes: str
-    """Where processes are looked for: "/proc" or "psutil"; "hidden" if /proc hides even our own (hidepid)."""
+    """Where the supervisor looks for processes: "/proc" or "psutil"; "hidden" if /proc hides our own (hidepid)."""
 
 
 @dataclass(frozen=True)
 class Users:
-    """What this environment offers against processes of another user."""
+    """The means that this environment offers against processes of another user."""
 
     hidden: bool
-    """They cannot be seen, as where /proc is mounted with hidepid (proc(5))."""
+    """Processes of other users cannot be seen, as where /proc is mounted with hidepid (proc(5))."""
     sudo: str | None
-    """Its path."""
+    """The path of sudo."""
     run_as_user: str | None
-    """The user in question, asked for or by ``[core] default_impersonation``."""
+    """The user in question: of the option, or of ``[core] default_impersonation``."""
     refusal: str | None
     """Why sudo may not end processes of that user."""
 
@@ -144,10 +148,10 @@ class Grace:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the deployment has chosen in ``[workers]``, or the defaults."""
+    """The options of ``[workers]``, or their defaults."""
 
     stop_signals: str
-    """What a signal to a supervisor means: "stop" its task, or let it "finish"."""
+    """The meaning of a signal to a supervisor: "stop" its task, or let it "finish"."""
     leftovers: str
     """When leftovers are ended: "always", "killed", "report" or "never"."""
     spared: list[str]
@@ -156,7 +160,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of the processes of the proof, by their roles."""
+    """The processes of the proof, by their roles, and how they ended."""
 
     ended: list[str]
     left: list[str]
@@ -164,11 +168,11 @@ class Proof:
     seconds: float
     """From the order to kill the task to its return."""
     orphaned: list[str]
-    """What is left of the task whose supervisor was killed."""
+    """The processes that are left of the task whose supervisor was killed."""
 
 
 class Leash:
-    """A socket pair that shows each of the check and one process when the other is gone."""
+    """A socket pair between the check and one process, which shows each of them when the other is gone."""
 
     def __init__(self, role: str) -> None:
         self.role = role
@@ -176,18 +180,18 @@ class Leash:
         self.check_end, self.process_end = socket.socketpair()
 
     def announce(self) -> None:
-        """Be the process: tell the check that we are what we should be."""
-        with suppress(ConnectionError):  # it is gone
+        """In the process: tell the check that it plays its role now."""
+        with suppress(ConnectionError):  # the check is gone
             self.process_end.sendall(b"%d\n" % os.getpid())
 
     def wait(self) -> None:
-        """Be the process: return when the check is gone."""
-        with suppress(ConnectionResetError):  # it is gone, and has not heard us
+        """In the process: return when the check is gone."""
+        with suppress(ConnectionResetError):  # the check is gone, and has not read the announcement
             self.process_end.recv(1)
 
     def hear(self) -> None:
         """
-        Be the check: wait until the process announces itself.
+        In the check: wait until the process announces itself.
 
         :raises CheckFailedError: if it does not.
         """
@@ -198,7 +202,7 @@ class Leash:
             raise CheckFailedError(f"the {self.role} did not start") from None
 
     def is_gone(self) -> bool:
-        """Be the check: whether the process has ended; a zombie has."""
+        """In the check: whether the process has ended. A zombie has."""
         self.check_end.settimeout(0)
         try:
             return self.check_end.recv(1) == b""
@@ -206,13 +210,14 @@ class Leash:
             return False
 
     def end(self) -> None:
-        """Be the check: end the process, should it still be there, or be about to start."""
+        """In the check: end the process if it is still there, or about to start."""
         self.process_end.close()
         if not self.pid:
-            # One that stops itself, once its task is gone, would stay.
+            # A process that stops itself would stay when its task is gone. Wait for its PID.
             with suppress(CheckFailedError):
                 self.hear()
-        # As long as it holds its socket, the number is its own. One that is stopped would not notice the close.
+        # While the process holds its socket, its PID is not reused. A stopped process would not notice the
+        # close.
         if self.pid and not self.is_gone():
             os.kill(self.pid, signal.SIGKILL)
             self.check_end.settimeout(END_TIMEOUT)
@@ -221,7 +226,7 @@ class Leash:
 
 
 def be_child(leash: Leash) -> None:
-    """Be there until a signal comes, or the check is gone."""
+    """Wait for a signal, or for the end of the check."""
     leash.announce()
     leash.wait()
 
@@ -234,7 +239,11 @@ def be_deaf(leash: Leash) -> None:
 
 
 def be_stopped(leash: Leash) -> None:
-    """Be stopped, in a group that is orphaned before the task ends, which would otherwise continue it (setpgid(2))."""
+    """
+    Stop, in a process group that is orphaned before the task ends.
+
+    Otherwise the kernel would continue this process when the task ends (setpgid(2)).
+    """
     os.setsid()
     leash.announce()
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -242,7 +251,7 @@ def be_stopped(leash: Leash) -> None:
 
 
 def be_daemon(leash: Leash) -> None:
-    """Leave session and parent, and become another program."""
+    """Leave session and parent, and execute another program."""
     os.setsid()
     if os.fork() == 0:
         leash.process_end.set_inheritable(True)
@@ -251,14 +260,14 @@ def be_daemon(leash: Leash) -> None:
 
 
 def be_bystander(leash: Leash) -> None:
-    """Be another task."""
+    """Act as another task, which must not be harmed."""
     lead_session()
     child_tree.mark_process()
     be_child(leash)
 
 
 def be_orphan(leash: Leash) -> None:
-    """Be the task whose supervisor is killed, and do as tasks do on SIGTERM."""
+    """Act as the task whose supervisor is killed, and end on SIGTERM as tasks do."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     be_child(leash)
 
@@ -275,7 +284,7 @@ leash = socket.socket(fileno={})
 leash.sendall(b"%d\\n" % os.getpid())
 leash.recv(1)
 """
-"""What :func:`be_child` does, without Airflow."""
+"""Does what :func:`be_child` does, without Airflow."""
 
 ROLES: dict[str, Callable[[Leash], None]] = {
     "plain child": be_child,
@@ -283,16 +292,16 @@ ROLES: dict[str, Callable[[Leash], None]] = {
     "child deaf to SIGTERM": be_deaf,
     STOPPED: be_stopped,
 }
-"""What the task starts, in this order."""
+"""The processes that the task starts, in this order."""
 
 
 ORPHAN = "task without a supervisor"
 ORPHANS = {"daemon without a supervisor": DAEMON}
-"""What the task starts whose supervisor is killed, each in a role of the other task."""
+"""The processes of the task whose supervisor is killed, each with a role of the first task."""
 
 
 def run_task(leashes: dict[str, Leash]) -> None:
-    """Be the task: start its processes, and wait to be killed."""
+    """In the task: start its processes, and wait to be killed."""
     for leash in leashes.values():
         leash.check_end.close()
     pids = {role: fork(leashes, role, be) for role, be in ROLES.items()}
@@ -301,7 +310,7 @@ def run_task(leashes: dict[str, Leash]) -> None:
         os.waitid(os.P_PID, pids[STOPPED], os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         be_child(leashes[RUNNER])
     finally:
-        # The check is gone, which this one alone cannot notice. SIGTERM does not get here.
+        # The check is gone, which the stopped child cannot notice. SIGTERM does not lead here.
         os.kill(pids[STOPPED], signal.SIGKILL)
 
 
@@ -348,13 +357,13 @@ def start_task(target: Callable[[], None]) -> ActivitySubprocess:
 
 
 def drop_event(_logger: Any, _method: str, _event: Any) -> NoReturn:
-    """Keep the log of the task, which is empty, to ourselves."""
+    """Do not print the log of the task, which is empty."""
     raise structlog.DropEvent
 
 
 @contextmanager
 def hold_processes() -> Iterator[tuple[dict[str, Leash], ActivitySubprocess]]:
-    """Start a task with its processes, and a bystander; whatever is left of them in the end is ended."""
+    """Start a task with its processes, and a bystander. In the end, end those that are left."""
     with ExitStack() as stack:
         leashes = {role: Leash(role) for role in (BYSTANDER, *ROLES, RUNNER)}
         for leash in leashes.values():
@@ -371,7 +380,7 @@ def hold_processes() -> Iterator[tuple[dict[str, Leash], ActivitySubprocess]]:
 
 @contextmanager
 def hold_orphans(others: Iterable[Leash]) -> Iterator[dict[str, Leash]]:
-    """Start another task, with a supervisor of its own; whatever is left of them in the end is ended."""
+    """Start another task, with a supervisor of its own. In the end, end those that are left."""
     with ExitStack() as stack:
         leashes = {role: Leash(role) for role in (*ORPHANS, ORPHAN, SUPERVISOR)}
         pid = os.fork()
@@ -387,7 +396,7 @@ def hold_orphans(others: Iterable[Leash]) -> Iterator[dict[str, Leash]]:
 
 
 def be_supervisor(leashes: dict[str, Leash], others: Iterable[Leash]) -> NoReturn:
-    """Be the supervisor of the other task, and wait to be killed."""
+    """In the supervisor of the other task: start it, and wait to be killed."""
     try:
         for leash in (*leashes.values(), *others):
             leash.check_end.close()
@@ -400,7 +409,7 @@ def be_supervisor(leashes: dict[str, Leash], others: Iterable[Leash]) -> NoRetur
 
 
 def run_orphan(leashes: dict[str, Leash]) -> None:
-    """Be the other task: start what it starts, and wait to be told to stop."""
+    """In the other task: start its processes, and wait to be told to stop."""
     leashes.pop(SUPERVISOR).process_end.close()
     for pid in [fork(leashes, role, ROLES[other]) for role, other in ORPHANS.items()]:
         os.waitpid(pid, 0)
@@ -408,7 +417,7 @@ def run_orphan(leashes: dict[str, Leash]) -> None:
 
 
 def list_orphaned(leashes: dict[str, Leash]) -> list[str]:
-    """Return what is left of the task whose supervisor was killed, after a while."""
+    """Wait a while; return the processes that are left of the task whose supervisor was killed."""
     deadline = time.monotonic() + END_TIMEOUT
     while (
         left := [role for role in (*ORPHANS, ORPHAN) if not leashes[role].is_gone()]
@@ -419,7 +428,7 @@ def list_orphaned(leashes: dict[str, Leash]) -> list[str]:
 
 @contextmanager
 def ending_always() -> Iterator[None]:
-    """Have the proof show what can be ended, whatever the deployment has chosen to spare, and end no real task."""
+    """For the proof, end all leftovers, whatever the deployment has chosen, and sweep no real tasks."""
     with ExitStack() as stack:
         for module in (child_teardown, child_lifeline):
             replace(stack, module, "find_leftover_policy", lambda _conf: LeftoverPolicy.ALWAYS)
@@ -429,24 +438,24 @@ def ending_always() -> Iterator[None]:
 
 
 def replace(stack: ExitStack, module: ModuleType, name: str, value: Any) -> None:
-    """Replace what a module calls until the stack is closed."""
+    """Replace a function of a module until the stack is closed."""
     stack.callback(setattr, module, name, getattr(module, name, None))
     setattr(module, name, value)
 
 
 def prove() -> tuple[Means, Proof]:
     """
-    Kill a task that has started some stubborn processes, and see what is left.
+    Kill a task that has started some stubborn processes, and see which are left.
 
-    :raises CheckFailedError: if it could not be started.
+    :raises CheckFailedError: if the task could not be started.
     """
-    # As whoever supervises tasks does first, from SDK 1.2 on; its tasks inherit that.
+    # A real supervisor does this first, from SDK 1.2 on, and its tasks inherit it.
     getattr(supervisor, "_make_process_nondumpable", lambda: None)()
     with ending_always(), hold_processes() as (leashes, task), hold_orphans(leashes.values()) as orphans:
         means = find_means(task)
         began = time.monotonic()
         task.kill(signal.SIGTERM, escalation_delay=PROOF_GRACE, force=True)
-        # A machine that is busy may not have let it die in time, and the rest ends when it has.
+        # On a busy machine the task may not have died in time. The others end when it has.
         while task._exit_code is None and (left := began + END_TIMEOUT - time.monotonic()) > 0:
             task._service_subprocess(max_wait_time=left)
         seconds = time.monotonic() - began
@@ -463,7 +472,7 @@ def prove() -> tuple[Means, Proof]:
 
 
 def find_means(task: ActivitySubprocess) -> Means:
-    """Return what is used for a task that runs."""
+    """Return the means that are used for a task that runs."""
     return Means(
         session=os.getsid(task.pid) == os.getpgid(task.pid) == task.pid,
         exit="polling" if task._exit_watch._polls else "pidfd",
@@ -473,7 +482,7 @@ def find_means(task: ActivitySubprocess) -> Means:
 
 
 def find_source(pid: int) -> str:
-    """Return where a process of our own is looked for."""
+    """Return where the supervisor looks for a process of our own."""
     if not os.path.exists(f"{child_tree.PROC}/self/stat"):
         return "psutil"
     process = child_tree.look_at(pid)
@@ -481,14 +490,14 @@ def find_source(pid: int) -> str:
 
 
 def name_mark(tree: child_tree.ProcessTree) -> str:
-    """Return what marks the processes of a tree."""
+    """Return the kind of mark of a tree's processes."""
     if tree._leader is None:
         return "none"
     return "limit" if tree._read_marks is child_tree.read_limits else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:
-    """Return what is possible against processes of ``run_as_user``, or else of the configured user."""
+    """Return the means against processes of ``run_as_user``, or else of the configured user."""
     user = run_as_user or supervisor.conf.get("core", "default_impersonation", fallback="") or None
     return Users(
         hidden=hides_others(),
@@ -504,7 +513,7 @@ def hides_others() -> bool:
         return True
     if psutil.Process(1).uids().effective != os.geteuid():
         return False
-    # As in a container, where PID 1 is ours, and tells nothing.
+    # PID 1 is our own, as in a container, and proves nothing.
     mounts = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint == child_tree.PROC]
     return os.geteuid() != 0 and any("hidepid=" in mount.opts for mount in mounts)
 
@@ -513,7 +522,7 @@ def ask_sudo(user: str) -> str | None:
     """
     Return why sudo may not kill processes of ``user``, None if it may; nothing is killed.
 
-    Asked on demand only: sudo reports who asks in vain to the administrator.
+    Ask only on demand, because sudo mails the administrator about every refusal.
     """
     sudo = shutil.which("sudo")
     if sudo is None:
@@ -527,14 +536,14 @@ def ask_sudo(user: str) -> str | None:
 
 
 def may_signal(sudo: list[str]) -> bool:
-    """Whether sudo runs ``kill`` for every signal that the teardown sends."""
+    """Whether sudo runs ``kill`` for every signal that the supervisor sends."""
     for sig in TEARDOWN_SIGNALS:
         kill = ["kill", f"-{int(sig)}", str(NOBODY)]
-        # To list a rule takes no password where the rule does, and whoever may not even list it need not try.
+        # sudo may list a rule without a password although the rule needs one. If it lists none, do not try.
         if child_tree.run_sudo([*sudo, "-l", *kill]) is not None:
             return False
         complaint = child_tree.run_sudo([*sudo, *kill]) or ""
-        if complaint.startswith("sudo"):  # otherwise it is kill's, which has found nobody
+        if complaint.startswith("sudo"):  # otherwise kill complains that there is no such process
             return False
     return True
 
@@ -549,15 +558,15 @@ def is_user(name: str) -> bool:
 
 
 def find_grace_in_force() -> Grace:
-    """Return the grace of a task that the server does not want any more."""
+    """Return the grace period of a task that the server has ended."""
     configured = is_grace_set(supervisor.conf)
-    # From 1.4 on the caller of kill() heeds the option, and its default.
+    # From 1.4 on the caller of kill() uses the option, and its default.
     seconds = getattr(supervisor, "KILLED_TASK_CLEANUP_TIME", None)
     return Grace(find_grace(supervisor.conf) if seconds is None else seconds, configured)
 
 
 def find_missing_calls() -> list[str]:
-    """Return what the installed supervisor does not call, although a patched one does."""
+    """Return the calls that the installed supervisor lacks, although a patched one has them."""
     return [
         f"{cls.__name__}.{method}() does not use {name}"
         for cls, method, name in CALLS
@@ -566,7 +575,7 @@ def find_missing_calls() -> list[str]:
 
 
 def list_names(code: CodeType) -> Iterator[str]:
-    """Yield the names that a function uses, be it in a function within it."""
+    """Yield the names that a function uses, and those of the functions within it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -574,7 +583,7 @@ def list_names(code: CodeType) -> Iterator[str]:
 
 
 def find_version() -> str | None:
-    """Return the installed version of the SDK; None if it is not installed but just there."""
+    """Return the version of the SDK; None if it can be imported, but is not installed."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -582,7 +591,7 @@ def find_version() -> str | None:
 
 
 def find_choices() -> Choices:
-    """Return what the deployment has chosen."""
+    """Return the choices of the deployment."""
     conf = supervisor.conf
     return Choices(
         find_stop_policy(conf, ActivitySubprocess._stop_policy).value,
@@ -593,14 +602,14 @@ def find_choices() -> Choices:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the check has found out."""
+    """The findings of the check."""
 
     version: str | None
-    """The installed version; None if the SDK is there without being installed."""
+    """The installed version; None if the SDK can be imported, but is not installed."""
     missing: list[str]
-    """What the supervisor does not call, although a patched one does."""
+    """Calls that the supervisor lacks, although a patched one has them."""
     means: Means | None
-    """None if the proof could not be carried out; likewise the proof."""
+    """None if the proof could not be carried out; the same holds for ``proof``."""
     users: Users
     grace: Grace
     choices: Choices | None
@@ -609,13 +618,13 @@ class Findings:
     orphans: list[int]
     """PIDs of task runners of this user whose supervisors have died."""
     warnings: list[str]
-    """What is poorer than it could be, likewise."""
+    """Means that are poorer than they could be, in a clause each."""
     problems: list[str]
-    """All that makes the check fail, in a clause each."""
+    """The reasons why the check fails, in a clause each."""
 
 
 def examine(run_as_user: str | None, *, strict: bool = False) -> Findings:
-    """Find out everything."""
+    """Examine this environment."""
     missing = find_missing_calls()
     problems = [f"the SDK is not patched, or only in part: {call}" for call in missing]
     means = proof = None
@@ -655,7 +664,7 @@ def examine(run_as_user: str | None, *, strict: bool = False) -> Findings:
 
 
 def find_warnings(means: Means | None, proof: Proof | None) -> Iterator[str]:
-    """Yield what is poorer than it could be."""
+    """Yield the means that are poorer than they could be."""
     if means and means.mark == "variable":
         yield "what a task starts with an empty environment, and detaches, is not found: RLIMIT_RTTIME cannot be set"
     if proof and proof.orphaned:
@@ -663,7 +672,7 @@ def find_warnings(means: Means | None, proof: Proof | None) -> Iterator[str]:
 
 
 def find_problems(means: Means | None, users: Users, proof: Proof | None) -> Iterator[str]:
-    """Yield what is wrong with what was found."""
+    """Yield the faults."""
     if means and not means.session:
         yield "a task does not lead a session of its own"
     if proof and proof.left:
@@ -677,7 +686,7 @@ def find_problems(means: Means | None, users: Users, proof: Proof | None) -> Ite
 
 
 def describe(findings: Findings) -> Iterator[str]:
-    """Yield the findings as lines for people."""
+    """Yield the findings as lines of text."""
     state = "not patched, or only in part" if findings.missing else "patched"
     yield f"{DISTRIBUTION} {findings.version or '(not installed)'}: {state}"
     if findings.means:
@@ -715,7 +724,7 @@ SOURCES = {
 
 
 def describe_means(means: Means) -> Iterator[str]:
-    """Yield what a task has been given, and what it is watched with."""
+    """Yield the means that are used for a task."""
     yield f"  session:       {'its own, signalled as a group' if means.session else 'none of its own'}"
     yield f"  exit:          {EXITS[means.exit]}"
     yield f"  mark:          {MARKS[means.mark]}"
@@ -736,7 +745,7 @@ LEFTOVERS = {
 
 
 def describe_choices(choices: Choices) -> Iterator[str]:
-    """Yield what the deployment has chosen."""
+    """Yield the choices of the deployment."""
     yield f"  stop signals:  {STOPS[choices.stop_signals]}"
     spared = f", but for {', '.join(choices.spared)}" if choices.spared else ""
     yield f"  leftovers:     {LEFTOVERS[choices.leftovers]}{spared}"
@@ -752,7 +761,7 @@ def describe_sudo(users: Users) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check this environment, and return the exit status."""
     options = parse_arguments(arguments)
-    # The supervisor's reports of what it does are not the findings, but its warnings may explain them.
+    # Suppress the supervisor's log apart from warnings, which may explain the findings.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     try:
         with redirect_stdout(sys.stderr):

@@ -15,9 +15,9 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Give up the sockets of a child in a supervisor that counts them, and does not keep them.
+Close the sockets of a child, for a supervisor that counts them but does not keep them (SDK 1.0.0 to 1.0.2).
 
-Nothing here imports Airflow.
+Imports nothing of Airflow outside this package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["close_sockets"]
 
 
 def close_sockets(selector: selectors.BaseSelector) -> None:
-    """Close every socket of the child that ``selector`` has; they have their handlers with them."""
+    """Close every socket of the child that ``selector`` has; they have handlers as their data."""
     for key in [key for key in selector.get_map().values() if key.data is not None]:
         sock = cast("socket.socket", key.fileobj)
         unregister(selector, sock)

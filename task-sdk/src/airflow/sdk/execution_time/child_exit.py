@@ -17,9 +17,12 @@
 """
 Notice the exit of a supervised child at once, and never wait on sockets for longer than a kill may last.
 
-The supervisor sleeps in ``selector.select()``. The child's sockets close before it can be waited for, so the
-wake-up that they cause can come too early, and a grandchild that inherited them keeps them open after its
-death. A pidfd becomes readable exactly when the child can be waited for (pidfd_open(2), Linux 5.3).
+The supervisor sleeps in ``selector.select()``. The child's sockets do not show its exit:
+
+1. They close before the child can be waited for, so they may wake the supervisor too early.
+2. A grandchild that inherited them keeps them open after the child's death.
+
+A pidfd becomes readable exactly when the child can be waited for (pidfd_open(2), Linux 5.3).
 
 Nothing here imports Airflow.
 """
@@ -45,19 +48,19 @@ __all__ = ["ExitWatch", "release_sockets", "unregister"]
 log = structlog.get_logger(logger_name="supervisor")
 
 REQUESTS = "requests"
-"""What the supervisor calls the socket on which the child asks it."""
+"""The supervisor's name for the socket on which the child sends requests."""
 
 EXIT_POLL_INTERVAL = 1.0
 """Seconds between looks at a running child where there is no pidfd."""
 
 IMMINENT_EXIT_POLL_INTERVAL = 0.05
-"""The same once the exit is expected: one of the child's sockets has closed, or it is being killed."""
+"""The same once the exit is expected: one of the child's sockets has closed, or the child is being killed."""
 
 SOCKET_GRACE = 0.5
 """Seconds that sockets may stay open after the grace period of a kill."""
 
 MAX_DRAIN_READS = 1024
-"""Reads per socket before it is closed: more than a socket buffer holds, and an end for a writer that has none."""
+"""Maximum reads to drain a socket: more than its buffer can hold; an endless writer cannot keep us here."""
 
 _Events = list[tuple[selectors.SelectorKey, int]]
 
@@ -66,8 +69,8 @@ class ExitWatch:
     """
     Watches one child on behalf of one selector loop.
 
-    Does nothing but pass ``select()`` through until :meth:`start`. Subprocess types that share a selector,
-    such as the Dag processor's, never start it.
+    Until :meth:`start` it only passes ``select()`` through. Subprocess types that share a selector, such as
+    the Dag processor's, never start it.
     """
 
     def __init__(self) -> None:
@@ -77,7 +80,7 @@ class ExitWatch:
         self._kill_ends: float | None = None
         self._wake_at = math.inf
         self.is_waiting = False
-        """Whether :meth:`select` waits, and its caller comes to whatever wakes it at once."""
+        """Whether :meth:`select` is waiting, so that its caller handles a wake-up at once."""
         self._started = False
         self._follows = False
 
@@ -89,9 +92,9 @@ class ExitWatch:
 
     def follow(self, selector: selectors.BaseSelector, pid: int) -> bool:
         """
-        Make the exit of ``pid``, which need not be our child, wake ``selector``; the watch before ends.
+        Make the exit of ``pid``, which need not be our child, wake ``selector``; end the previous watch.
 
-        :returns: False if it cannot be watched; it may be gone.
+        :returns: False if the process cannot be watched; it may be gone.
         """
         self.close(selector)
         self._follows = True
@@ -102,14 +105,14 @@ class ExitWatch:
             self._pidfd = io.FileIO(os.pidfd_open(pid))
         except (AttributeError, OSError):
             # Not Linux, or older than 5.3, or a seccomp profile that does not know the call, or EMFILE, or
-            # somebody else has reaped the process already.
+            # other code has reaped the process already.
             return False
         if selector.get_map() is not None:
             selector.register(self._pidfd, selectors.EVENT_READ)
         return True
 
     def unfollow(self, selector: selectors.BaseSelector) -> None:
-        """End what :meth:`follow` began: from here on :meth:`select` ends in time for :meth:`sockets_overdue`."""
+        """End the watch of :meth:`follow`; :meth:`select` now returns in time for :meth:`sockets_overdue`."""
         self.close(selector)
         self._follows = False
 
@@ -124,38 +127,39 @@ class ExitWatch:
 
     @property
     def exit_expected(self) -> bool:
-        """Whether somebody has asked the child to end."""
+        """Whether the child was asked to end."""
         return self._kill_ends is not None
 
     @property
     def kill_expected(self) -> bool:
-        """Whether it is also going to be killed, should it not end."""
+        """Whether the child is also going to be killed if it does not end."""
         return self._kill_ends not in (None, math.inf)
 
     def grace_ends(self, default: float) -> float:
-        """Return when the grace period ends, by time.monotonic(); where there is none, ``default`` s from now."""
+        """Return when the grace period ends, by time.monotonic(); without one, in ``default`` seconds."""
         return time.monotonic() + default if self._kill_ends in (None, math.inf) else self._kill_ends
 
     def expect_exit(self, grace: float) -> None:
         """
         Note that the child has been asked to end, and has ``grace`` seconds for it.
 
-        :param grace: infinite if it is not going to be killed. Of several graces the earliest end counts.
+        :param grace: infinite if it is not going to be killed. If called several times, the earliest end
+            counts.
         """
         ends = time.monotonic() + grace
         self._kill_ends = ends if self._kill_ends is None else min(self._kill_ends, ends)
 
     def wake_at(self, deadline: float | None) -> None:
-        """Have :meth:`select` end at a time, by time.monotonic(), for something other than the exit; None: no more."""
+        """Make :meth:`select` return at ``deadline``, by time.monotonic(), exit or not; None cancels that."""
         self._wake_at = math.inf if deadline is None else deadline
 
     def select(self, selector: selectors.BaseSelector, *, timeout: float, exit_code: int | None) -> _Events:
         """
-        ``selector.select(timeout)`` that the child's exit ends early, and that a closed selector cannot break.
+        Call ``selector.select(timeout)``; return early on the child's exit, and accept a closed selector.
 
         :param timeout: seconds to wait at the most.
         :param exit_code: what the caller knows of the child so far, None if it runs.
-        :returns: the events of sockets alone; the exit itself is for the caller to collect.
+        :returns: the events of sockets alone. The caller collects the exit itself.
         """
         if selector.get_map() is None:
             self._sleep_without_selector(timeout)
@@ -168,21 +172,22 @@ class ExitWatch:
             self.is_waiting = False
         if not self._started:
             return events
-        # The child's sockets have their handlers with them. What else is watched has woken the caller, and that is all.
+        # The child's sockets have handlers as their data. Anything else only had to wake the caller.
         on_sockets = [event for event in events if event[0].data is not None]
         wake_ups = [key.fileobj for key, _ in events if key.data is None]
         for wake_up in wake_ups:
             if isinstance(wake_up, socket.socket):
                 empty(wake_up)
         if any(isinstance(wake_up, io.FileIO) for wake_up in wake_ups):
-            # It stays readable for good, and would turn the next select() into a busy loop. Under a tracer
-            # (strace, gdb) the child cannot be waited for until the tracer has collected it: poll from here.
+            # The pidfd stays readable for ever, and would turn the next select() into a busy loop. Under a
+            # tracer (strace, gdb) the child cannot be waited for until the tracer has reaped it. So poll from
+            # now on.
             self.close(selector)
             self._polls = True
         return on_sockets
 
     def sockets_overdue(self, exit_code: int | None) -> bool:
-        """Whether the child was killed, is gone, and has left its sockets to somebody who keeps them open."""
+        """Whether the child was killed and is gone, but another process keeps its sockets open too long."""
         return exit_code is not None and self._release_due_in() <= 0
 
     def _release_due_in(self) -> float:
@@ -219,13 +224,15 @@ def release_sockets(
     selector: selectors.BaseSelector, sockets: Mapping[socket.socket, str]
 ) -> dict[socket.socket, str]:
     """
-    Log what the child wrote before it died, then take its sockets out of ``selector``; closing is the caller's.
+    Log what the child wrote before it died, then take its sockets out of ``selector``.
 
-    Out before close: epoll forgets a closed descriptor only when its last duplicate is closed (epoll(7), Q6),
-    and a registration that outlives its socket collides with the next one of the same number.
+    The caller closes the sockets afterwards, not before: epoll forgets a closed descriptor only when its last
+    duplicate is closed (epoll(7), Q6), and a registration that outlives its socket collides with the next one
+    of the same number.
 
-    :param sockets: with what they are for. Requests are not read any more: nobody waits for the answers.
-    :returns: the same; a mapping with weak keys loses those that the selector alone has held.
+    :param sockets: the sockets and their purposes. Requests are not read, because nobody waits for the
+        answers.
+    :returns: the same sockets. A mapping with weak keys loses those that only the selector has held.
     """
     held = dict(sockets)
     if selector.get_map() is None:
@@ -242,12 +249,12 @@ def release_sockets(
 
 
 def count_sockets(selector: selectors.BaseSelector) -> int:
-    """Return how many of the child's sockets are open still; they have their handlers with them."""
+    """Return how many of the child's sockets are still open; they have handlers as their data."""
     return sum(key.data is not None for key in selector.get_map().values())
 
 
 def empty(sock: socket.socket) -> None:
-    """Read what has woken somebody, which may be many signals."""
+    """Read all bytes from the socket of a wakeup descriptor: one for each signal."""
     with contextlib.suppress(BlockingIOError):
         while sock.recv(4096):
             pass
@@ -260,13 +267,13 @@ def unregister(selector: selectors.BaseSelector, file: socket.socket | io.FileIO
 
 
 def _drain(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> None:
-    """Feed ``handle`` with what is in ``sock``, and with its end, on which it logs an unfinished last line."""
+    """Have ``handle`` read ``sock`` to its end, where it logs an unfinished last line."""
     sock.setblocking(False)
     try:
         if _read(sock, handle):
             return
-        # From here on a writer that is still there gets EPIPE, and reading comes to an end. Not before, for other
-        # systems than Linux discard with it what has not been read.
+        # Now a writer that is still there gets EPIPE, so that reading comes to an end. This cannot be done
+        # before the first read: systems other than Linux then discard unread data.
         with contextlib.suppress(OSError):  # not connected any more
             sock.shutdown(socket.SHUT_RD)
         _read(sock, handle)
@@ -278,9 +285,10 @@ def _drain(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> None
 
 def _read(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> bool:
     """
-    Feed ``handle`` from ``sock`` until nothing is left, the stream ends, or its writer proves endless.
+    Have ``handle`` read ``sock`` until it is empty, the stream ends, or the writer proves endless.
 
-    :returns: whether the stream has ended. ``handle`` would log an unfinished last line again if asked once more.
+    :returns: whether the stream has ended. Do not call ``handle`` again then: it would log an unfinished last
+        line twice.
     """
     with contextlib.suppress(BlockingIOError):
         for _ in range(MAX_DRAIN_READS):

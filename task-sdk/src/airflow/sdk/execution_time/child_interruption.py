@@ -17,20 +17,29 @@
 """
 Interrupt ``execute()`` when the task is told to stop.
 
-The supervisor stops a task by SIGTERM. A handler that calls ``on_kill()`` and returns lets ``execute()`` go on where it
-was: a task without an ``on_kill`` runs until it is killed, and one whose ``on_kill`` has removed the work returns, and
-is a success (apache/airflow issues 58936, 71202, 73006). So ``on_kill`` runs once, then ``execute()`` is interrupted by an
-exception that no ``except Exception`` catches, and however it ends then, the task has failed or is up for retry.
+The supervisor stops a task by SIGTERM. If the handler only calls ``on_kill()`` and returns, ``execute()``
+goes on. Then a task without an ``on_kill`` runs until it is killed. If ``on_kill`` has removed the work,
+``execute()`` may return, and the task is a success:
 
-What may not be interrupted is waited for:
+- https://github.com/apache/airflow/issues/58936
+- https://github.com/apache/airflow/issues/71202
+- https://github.com/apache/airflow/issues/73006
 
-- A request to the supervisor. Answers are not matched to requests, so the next request would get the answer to this one.
-- A log call. It holds the lock of the log's file, and an ``on_kill`` that logs would wait for that lock for ever.
+So the handler runs ``on_kill`` once, and then interrupts ``execute()`` with an exception that no
+``except Exception`` catches. However ``execute()`` ends then, the task has failed or is up for retry.
 
-Python ignores what a finalizer or a weak reference's callback raises. If the exception is lost there, it is raised again.
+The interruption waits for the end of
 
-Before ``execute()`` the signal lets ``on_kill`` run, as it may have been prepared for, and ``execute()`` does not
-begin. After ``execute()`` it changes nothing: the result stands.
+1. a request to the supervisor: answers are not matched to requests, so the next request would get this one's
+   answer;
+2. a log call: it holds the lock of the log's file, and an ``on_kill`` that logs would wait for that lock for
+   ever.
+
+Python ignores an exception that a finalizer or a weak reference's callback raises. If the interruption is
+lost there, it is repeated.
+
+If the signal comes before ``execute()``, ``on_kill`` runs, because the task may have prepared something, and
+``execute()`` does not begin. After ``execute()`` the signal changes nothing: the result stands.
 
 Imports nothing of Airflow but exceptions.
 """
@@ -73,18 +82,18 @@ __all__ = [
 log = structlog.get_logger(logger_name="task")
 
 ORDER_TIME = 5.0
-"""Seconds that an order to stop which is on its way may take, on a machine that is busy."""
+"""Seconds that a SIGTERM on its way may take to arrive on a busy machine."""
 
 SIGNAL_DELAY = 0.002
-"""Seconds until a task is interrupted that could not be at once."""
+"""Seconds until the next try to interrupt a task that could not be interrupted at once."""
 
 LOG_WRITER = "structlog._output"
-"""The module whose functions hold the lock of a log's file, which is not reentrant."""
+"""The module whose functions hold the lock of a log's file. This lock is not reentrant."""
 
 REASON = "The task was told to stop (SIGTERM) before it had finished"
 
 CONFLICT = 409
-"""The status of the API's answer when a state is reported of a task that is not to run any more."""
+"""The status of the API's answer to the state of a task that is not to run any more."""
 
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
@@ -93,8 +102,8 @@ class TaskInterrupted(BaseException):
     """
     The task was told to stop before ``execute()`` had returned.
 
-    What interrupts ``execute()`` itself is ``AirflowTaskTerminated``, as in Airflow 2. The runner takes that for the end
-    of all retries, so this takes its place.
+    ``execute()`` itself is interrupted by ``AirflowTaskTerminated``, as in Airflow 2. But the runner fails a
+    task without a retry on that one, so this exception replaces it when it leaves ``execute()``.
     """
 
 
@@ -107,7 +116,7 @@ class Phase(enum.Enum):
 
 
 class Interruption:
-    """What a runner knows of the order to stop its task."""
+    """The state of a runner with regard to the order to stop its task."""
 
     def __init__(self, ti: Any, outer: Interruption | None, is_ordered: Callable[[], bool] | None) -> None:
         self._ti = ti
@@ -128,13 +137,13 @@ class Interruption:
 
     @property
     def is_put_off(self) -> bool:
-        """Whether the task was told to stop, and has not come to it."""
+        """Whether the task was told to stop, and its interruption is put off."""
         return self._requested and not self._delivered
 
     def handle(self, _signum: int, frame: FrameType | None) -> None:
         """Handle SIGTERM."""
         if os.getpid() != self._pid:
-            # A child that was forked a moment ago, before drop_handler() came to it.
+            # This is a child that was just forked, and in which drop_handler() has not run yet.
             drop_handler()
             os.kill(os.getpid(), signal.SIGTERM)
         elif self._phase is not Phase.FINISHED:
@@ -143,9 +152,9 @@ class Interruption:
 
     def deliver(self, frame: FrameType | None = None) -> None:
         """
-        Run ``on_kill`` and interrupt ``execute()``, once, if that may be now.
+        Run ``on_kill`` and interrupt ``execute()``, once, unless the interruption has to wait.
 
-        :param frame: what the signal has interrupted, None if that was no log call for sure.
+        :param frame: the frame that the signal has interrupted; None if that was certainly no log call.
         """
         if not self._requested or self._delivered or _requests_in_flight or os.getpid() != self._pid:
             return
@@ -153,7 +162,8 @@ class Interruption:
             sys.setprofile(self._deliver_after_log_call)
             return
         self._delivered = True
-        # From here on the grace of whoever stops the task is the only limit: a timeout would cut on_kill short.
+        # Cancel the task's timeout, which would interrupt on_kill. The grace period is the only limit from
+        # now on.
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._run_on_kill()
         if self.is_executing:
@@ -163,7 +173,7 @@ class Interruption:
             interrupt()
 
     def _deliver_after_log_call(self, frame: FrameType, event: str, _value: object) -> None:
-        """Deliver when the log call returns; a profile function, which every call and return of this thread calls."""
+        """Deliver when the log call returns. Python calls this profile function at every call and return."""
         if event == "return" and not is_writing_log(frame.f_back):
             sys.setprofile(None)
             self.deliver(frame.f_back)
@@ -174,11 +184,11 @@ class Interruption:
         self._on_kill_called = True
         try:
             self._ti.task.on_kill()
-        except Exception as error:  # whatever it is, the task ends; run() logs it
+        except Exception as error:  # the task ends in any case; _end() logs the error
             self._on_kill_error = error
 
     def _handle_unraisable(self, unraisable: Any) -> None:
-        """Interrupt again where the exception was ignored, as in a finalizer; a ``sys.unraisablehook``."""
+        """Interrupt again if Python ignored the exception, as in a finalizer; a ``sys.unraisablehook``."""
         if self.is_executing and isinstance(unraisable.exc_value, AirflowTaskTerminated):
             self._delivered = False
             signal_soon(self)
@@ -217,37 +227,39 @@ class Interruption:
         return result
 
     def _await_order(self) -> None:
-        """Wait to be interrupted, if the order is on its way: ``on_kill`` is to run also if ``execute()`` has failed before."""
+        """If SIGTERM is on its way, wait for it: ``on_kill`` must run even if ``execute()`` has failed."""
         ordered = False
-        with contextlib.suppress(Exception):  # the task's own exception is what counts
+        with contextlib.suppress(Exception):  # the task's own exception counts
             ordered = not self._requested and self._is_ordered is not None and self._is_ordered()
         if ordered:
             time.sleep(ORDER_TIME)
 
     def _end(self, error: BaseException | None = None) -> NoReturn:
-        """Tell of the interruption, in the task's log and to whoever runs the task."""
+        """Log an error of ``on_kill``, and raise TaskInterrupted to the runner."""
         self.deliver()
         if self._on_kill_error is not None:
             log.error("on_kill failed", exc_info=self._on_kill_error)
         if self._outer is not None:
-            # The task that runs this one in its own process was told to stop by the same signal.
+            # Another task runs this one in its own process. The same signal was meant for that one, too.
             signal_soon(self._outer)
         raise TaskInterrupted(REASON) from error
 
 
 _current: Interruption | None = None
-"""Of the task that this process runs."""
+"""The interruption of the task that this process runs."""
 
 _requests_in_flight = 0
-"""Requests to the supervisor that the main thread has begun, and whose answers it has not got."""
+"""Number of requests of the main thread to the supervisor whose answers have not arrived."""
 
 
 def interrupt_on_sigterm(ti: Any, is_ordered: Callable[[], bool] | None = None) -> None:
     """
-    Have SIGTERM end a task of this process from now on; in another thread than the main one, which gets no signals, not.
+    Have SIGTERM end a task of this process from now on.
 
-    :param ti: the ``RuntimeTaskInstance``, whose ``task`` may be replaced by a mapped one later.
-    :param is_ordered: tells, when ``execute()`` has failed, whether SIGTERM is on its way.
+    Does nothing in another thread than the main one, which alone gets signals.
+
+    :param ti: the ``RuntimeTaskInstance``. Its ``task`` may be replaced by a mapped one later.
+    :param is_ordered: called when ``execute()`` has failed; returns whether SIGTERM is on its way.
     """
     global _current  # signal handlers belong to the process, too
     if threading.current_thread() is threading.main_thread():
@@ -256,13 +268,13 @@ def interrupt_on_sigterm(ti: Any, is_ordered: Callable[[], bool] | None = None) 
 
 
 def restore_outer(outer: Interruption | None) -> None:
-    """Have SIGTERM end the task that has run another one in its own process, if there is one."""
+    """Have SIGTERM end the outer task again, if it has run another task in its own process."""
     global _current
     _current = outer or _current
 
 
 def handle_sigterm(signum: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM on behalf of the task that runs."""
+    """Pass SIGTERM on to the task that runs."""
     if _current is not None:
         _current.handle(signum, frame)
 
@@ -279,7 +291,7 @@ def run_interruptibly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def uninterrupted(method: _Method) -> _Method:
-    """Have a method that asks the supervisor get its answer before the task is interrupted; a decorator."""
+    """Put off an interruption until a method that sends a request has its answer; a decorator."""
 
     @functools.wraps(method)
     def complete(*args: Any, **kwargs: Any) -> Any:
@@ -288,7 +300,7 @@ def uninterrupted(method: _Method) -> _Method:
 
     @functools.wraps(method)
     async def acomplete(*args: Any, **kwargs: Any) -> Any:
-        # Requests of many coroutines, one begun before the other has ended, would put it off for ever.
+        # If requests of many coroutines overlap, they would put off the interruption for ever.
         if _current is not None and _current.is_put_off:
             raise AirflowTaskTerminated(REASON)
         with request_in_flight():
@@ -315,7 +327,7 @@ def begin_request() -> None:
 
 
 def end_request() -> None:
-    """Let the main thread be interrupted again, at once if a signal has come meanwhile."""
+    """Allow interruptions of the main thread again; interrupt it now if a signal has arrived meanwhile."""
     global _requests_in_flight
     if threading.current_thread() is threading.main_thread() and _requests_in_flight:
         _requests_in_flight -= 1
@@ -327,8 +339,8 @@ def report_state(send: Callable[..., Any], msg: Any, error: BaseException | None
     """
     Tell the supervisor how a task has ended; to be called by the runner.
 
-    :param error: what has ended ``execute()``, None if nothing has.
-    :raises SystemExit: if the task was interrupted, and the server has ended it: no callback is to run.
+    :param error: the exception that has ended ``execute()``, if any.
+    :raises SystemExit: if the task was interrupted because the server has ended it: no callback may run.
     """
     try:
         send(msg=msg)
@@ -346,12 +358,16 @@ def find_status(failure: AirflowRuntimeError) -> int | None:
 
 def interrupt() -> None:
     """
-    Raise where the main thread is, unless that is an event loop: its tasks are cancelled.
+    Raise an exception in the main thread. If an event loop runs in it, cancel the loop's tasks.
 
-    Within a step of a coroutine both happens. An exception other than SystemExit and KeyboardInterrupt ends that
-    coroutine alone, which nobody may be waiting for.
+    There are three cases:
 
-    :raises AirflowTaskTerminated: in all other code.
+    1. No loop runs: raise.
+    2. The loop itself runs, between two steps: cancel all tasks, and raise nothing.
+    3. A step of a coroutine runs: do both. The exception ends only that coroutine, for which nobody may be
+       waiting; only SystemExit and KeyboardInterrupt would end the loop.
+
+    :raises AirflowTaskTerminated: in cases 1 and 3.
     """
     loop = find_running_loop()
     if loop is not None:
@@ -363,7 +379,7 @@ def interrupt() -> None:
 
 def find_running_loop() -> Any:
     """Return the event loop that runs in this thread, None if none does."""
-    # An execute() that has one has imported asyncio.
+    # If there is a loop, asyncio has been imported.
     if asyncio := sys.modules.get("asyncio"):
         with contextlib.suppress(RuntimeError):
             return asyncio.get_running_loop()
@@ -377,7 +393,7 @@ def cancel_all(loop: Any) -> None:
 
 
 def is_writing_log(frame: FrameType | None) -> bool:
-    """Whether a function that holds the lock of a log's file is under way in or below a frame."""
+    """Whether a frame, or one of its callers, is a function that holds the lock of a log's file."""
     while frame is not None:
         if frame.f_globals.get("__name__") == LOG_WRITER:
             return True
@@ -386,19 +402,19 @@ def is_writing_log(frame: FrameType | None) -> bool:
 
 
 def signal_soon(task: Interruption) -> None:
-    """Have this process get SIGTERM in a moment, unless a task has ended by then."""
+    """Send SIGTERM to this process in a moment, unless the task has ended by then."""
 
     def send() -> None:
         time.sleep(SIGNAL_DELAY)
         if task.is_executing:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    # threading's locks may be held: a finalizer runs anywhere.
+    # Not threading.Thread: a finalizer runs anywhere, even while threading's locks are held.
     _thread.start_new_thread(send, ())
 
 
 def drop_handler() -> None:
-    """Have SIGTERM end this process, a forked child of a runner: it is no task, and deaf otherwise."""
+    """Have SIGTERM end this process, a forked child of a runner, which would otherwise ignore it."""
     if signal.getsignal(signal.SIGTERM) is handle_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -17,16 +17,19 @@
 """
 Have a runner notice that its supervisor has died.
 
-Nobody is left then who could stop the task: it runs on beside the retry that the server starts when heartbeats fail.
-So the kernel sends the runner a real-time signal when its parent ends (prctl(2), PR_SET_PDEATHSIG). The handler has
-the watchdog executed (child_watchdog), which ends the task as the supervisor would have: ``on_kill`` runs, and what
-is left of the tree when the grace is over is killed. While the supervisor lives nothing runs and nothing is open.
+Without its supervisor nobody could stop the task: it would run on beside the retry that the server starts
+when heartbeats fail. So the runner asks the kernel for a real-time signal when its parent ends (prctl(2),
+PR_SET_PDEATHSIG). The signal's handler executes the watchdog (child_watchdog), which ends the task as the
+supervisor would have: ``on_kill`` runs, and processes that are left when the grace period ends are killed.
+While the supervisor lives, there is no additional process and no open descriptor.
 
-The sockets of a dying supervisor close before the kernel signals its end. A task that fails for that, as one that prints
-does, waits for the signal: ``on_kill`` would not run, and what a runner has started that is gone by then would stay.
+There are two cases in which the signal alone is not enough:
 
-Python runs the handler between two instructions of the main thread. While that is in C code that does not return, and
-while the runner is stopped, nothing happens; child_sweep finds these.
+1. The sockets of a dying supervisor close before the kernel sends the signal. A task that prints, for
+   example, fails for that reason. If it ended at once, ``on_kill`` would not run, and the processes that it
+   has started would run on. So the runner waits for the signal before it ends.
+2. Python runs the handler between two instructions of the main thread. If the main thread is in C code that
+   does not return, or the runner is stopped, the handler does not run. child_sweep ends such tasks.
 
 Nothing here imports Airflow outside this package.
 """
@@ -68,32 +71,32 @@ __all__ = ["await_death", "follow_spawner", "follow_supervisor", "run_to_death"]
 PR_SET_PDEATHSIG = 1
 
 DEATH_SIGNAL: int | None = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else None
-"""A real-time signal, which nobody else sends; one that comes all the same finds the supervisor alive."""
+"""A real-time signal that nobody else sends. If one arrives all the same, the supervisor is found alive."""
 
 CREDENTIALS = struct.Struct("3i")
 """``struct ucred`` (unix(7)): PID, uid and gid."""
 
 COMMS = 0
-"""The descriptor over which the runner asks its supervisor."""
+"""The descriptor on which the runner sends requests to its supervisor."""
 
 DEATH_TIME = 2.0
-"""Seconds that a supervisor whose sockets close may take to die, on a machine that is busy."""
+"""Seconds that a supervisor whose sockets close may take to die on a busy machine."""
 
 POLL_INTERVAL = 0.01
 """Seconds between looks at a dying supervisor."""
 
 INTERRUPTING = (*child_watchdog.IGNORED, signal.SIGALRM)
-"""Signals whose handlers may raise, which would keep the watchdog from being started."""
+"""Signals whose handlers may raise. They are blocked while the watchdog starts, as it would not start then."""
 
 WATCHDOG_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
-"""All that the watchdog needs of an environment, which may hold secrets, and can be read as long as it runs."""
+"""The variables that the watchdog needs. It gets no others: they may be secret, and others can read them."""
 
 RUNNER_FAILED = 124
 """Exit status of a runner that could not begin, as upstream has it."""
 
 
 class Lifeline:
-    """What a runner knows of its supervisor."""
+    """The link of a runner to its supervisor."""
 
     def __init__(self, supervisor: int, conf: ConfigParser) -> None:
         self._supervisor = supervisor
@@ -104,16 +107,16 @@ class Lifeline:
 
     @property
     def is_own(self) -> bool:
-        """Whether this process is the runner, and no copy of it."""
+        """Whether this process is the runner, and no forked copy of it."""
         return os.getpid() == self._runner
 
     @property
     def is_cut(self) -> bool:
-        """Whether the supervisor is gone. The signal comes also when only the thread ends that has forked the runner."""
+        """Whether the supervisor is gone. The signal also comes if only the thread ends that forked the runner."""
         return os.getppid() != self._supervisor
 
     def note_sockets(self, descriptors: Iterable[int]) -> None:
-        """Note the runner's own sockets, by descriptor and inode; it inherits those of other tasks of its supervisor."""
+        """Record the runner's own sockets, by descriptor and inode; it also inherits those of other tasks."""
         for descriptor in descriptors:
             with contextlib.suppress(OSError):
                 status = os.fstat(descriptor)
@@ -122,7 +125,7 @@ class Lifeline:
 
     @property
     def is_weakening(self) -> bool:
-        """Whether the supervisor has closed a socket; one that dies closes all of them, one after the other."""
+        """Whether the supervisor has closed a socket. If it dies, they all close, one after the other."""
         return any(has_hung_up(descriptor, inode) for descriptor, inode in self._sockets)
 
     def handle(self, _signum: int, _frame: object) -> None:
@@ -137,27 +140,28 @@ class Lifeline:
         former = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
         try:
             self._noticed = True
-            # No /proc, or no descriptor: what the task says matters less than its end.
+            # Without /proc, or a free descriptor, this fails. The end of the task matters more than its
+            # output.
             with contextlib.suppress(Exception):
                 leave_sockets(self._supervisor)
             try:
                 watchdog = start_watchdog(describe(self._conf))
                 threading.Thread(target=replace_watchdog, args=(watchdog,), daemon=True).start()
-            except Exception:  # whatever it is, the task has to be told
+            except Exception:  # without a watchdog, tell at least the task itself
                 os.kill(self._runner, signal.SIGTERM)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 _lifeline: Lifeline | None = None
-"""Of this process, if it is a runner."""
+"""The lifeline of this process, if it is a runner."""
 
 
 def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
     """
     Have this process, a runner, end when its supervisor does; to be called before it starts anything.
 
-    :param supervisor: its PID. If it is gone already, so is this process.
+    :param supervisor: its PID. If the supervisor is gone already, this process exits.
     :param conf: Airflow's configuration.
     """
     global _lifeline
@@ -170,24 +174,28 @@ def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
 
 def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
     """
-    Do so in a new interpreter, if this is a runner; the dag processor's and the triggerer's lead no session.
+    Call ``follow_supervisor()`` in a new interpreter, if this is a runner.
 
-    :param comms: one of the sockets that the supervisor has made, by which alone it is known here.
+    A process of the Dag processor or the triggerer is no runner; it leads no session.
+
+    :param comms: one of the sockets that the supervisor has made. Nothing else identifies the supervisor
+        here.
     """
     is_known = _lifeline is not None and _lifeline.is_own
     if not is_known and os.getsid(0) == os.getpid():
         with contextlib.suppress(OSError, AttributeError):  # no such option (macOS), or no such process
             supervisor = find_creator(comms)
-            # gVisor answers with who asks, and an interpreter may be started by a program of its own.
+            # gVisor returns the PID of the process that asks. And another program may have started this
+            # interpreter.
             if supervisor == os.getppid() or not is_there(supervisor):
                 follow_supervisor(supervisor, conf)
 
 
 def run_to_death(target: Callable[[], Any], log_descriptor: int) -> None:
     """
-    Run what a process is for, and have it not end before its supervisor does, if that is a runner's and is dying.
+    Run the target of a process. If it is a runner whose supervisor is dying, end only after the supervisor.
 
-    :param log_descriptor: the socket of its log; the others are its standard streams.
+    :param log_descriptor: the socket of the runner's log. Its other sockets are its standard streams.
     """
     if _lifeline is not None and _lifeline.is_own:
         _lifeline.note_sockets({0, 1, 2, log_descriptor})
@@ -198,7 +206,7 @@ def run_to_death(target: Callable[[], Any], log_descriptor: int) -> None:
 
 
 def await_death() -> bool:
-    """Wait until a supervisor that is dying is dead, and notice; False if it lives, or this is no runner."""
+    """Wait for the end of a dying supervisor, and start the watchdog; False if it lives, or we are no runner."""
     lifeline = _lifeline
     if lifeline is None or not lifeline.is_own:
         return False
@@ -212,7 +220,7 @@ def await_death() -> bool:
 
 
 def has_hung_up(descriptor: int, inode: int) -> bool:
-    """Whether the other end of a socket is closed; False if the descriptor is another file's by now."""
+    """Whether the other end of a socket is closed; False if the descriptor is now another file."""
     try:
         if os.fstat(descriptor).st_ino != inode:
             return False
@@ -224,33 +232,34 @@ def has_hung_up(descriptor: int, inode: int) -> bool:
 
 
 def ask_for_signal(lifeline: Lifeline) -> bool:
-    """Have the kernel signal the end of the parent; False where it cannot."""
+    """Ask the kernel to signal the end of the parent; False where it cannot."""
     if DEATH_SIGNAL is None or not sys.platform.startswith("linux"):
         return False
     try:
-        # An interpreter may have been built without it.
+        # An interpreter may have been built without ctypes.
         ctypes = importlib.import_module("ctypes")
         signal.signal(DEATH_SIGNAL, lifeline.handle)
         return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, DEATH_SIGNAL, 0, 0, 0) == 0)
-    except Exception:  # a task has to start without it, too
+    except Exception:  # the task has to start without the signal, too
         return False
 
 
 def find_creator(sock: socket.socket) -> int:
-    """Return the PID of the process that has made a pair of sockets, as one end tells it (unix(7), SO_PEERCRED)."""
+    """Return the PID of the process that has made a pair of sockets, given one end (unix(7), SO_PEERCRED)."""
     pid, *_ = CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
     return int(pid)
 
 
 def leave_sockets(supervisor: int) -> None:
     """
-    Have what this process says to its dead supervisor go nowhere: a print in ``on_kill`` would raise, or wait for ever.
+    Connect the sockets to the dead supervisor to /dev/null instead.
 
-    The other ends may be open in processes that were forked meanwhile.
+    Otherwise a print in ``on_kill`` would raise. Or it would wait for ever, because processes that were
+    forked meanwhile may hold the other ends.
     """
     nowhere = os.open(os.devnull, os.O_RDWR)
     for sock in list_sockets_of(supervisor):
-        # Whoever waits at one wakes up.
+        # Wake the threads that wait for it.
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         if sock.fileno() != COMMS:
@@ -259,10 +268,11 @@ def leave_sockets(supervisor: int) -> None:
 
 
 def list_sockets_of(creator: int) -> Iterator[socket.socket]:
-    """Yield the sockets that a process has made, which stay open."""
+    """Yield the sockets that a process has made; they stay open."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError, struct.error):  # no socket, or closed meanwhile
-            # With a default timeout set, the socket would be made non-blocking, whoever's it is.
+            # If a default timeout is set, socket.socket() makes the descriptor non-blocking, even one of
+            # other code. Restore that.
             blocking = os.get_blocking(int(name))
             sock = socket.socket(fileno=int(name))
             try:
@@ -275,20 +285,21 @@ def list_sockets_of(creator: int) -> Iterator[socket.socket]:
 
 def start_watchdog(order: dict[str, Any]) -> int:
     """
-    Start what ends this process, a runner, and all that it has started; return its PID.
+    Start the watchdog, which ends this runner and all processes that it has started; return its PID.
 
-    :raises OSError: if that cannot be had.
+    :raises OSError: if it cannot be started.
     """
     try:
         return execute_watchdog(order)
     except (OSError, TypeError, ValueError):
-        # The interpreter is not known, or gone, or not for this user to execute. A copy of this process needs none.
+        # The interpreter is unknown, gone, or not executable for this user. A copy of this process needs
+        # none.
         return fork_watchdog(order)
 
 
 def replace_watchdog(pid: int) -> None:
-    """Tell the task to stop if its watchdog ends before it does, which is to end it: it did not come up, or was killed."""
-    with contextlib.suppress(ChildProcessError):  # the task has collected it
+    """Tell the task to stop if its watchdog ends first: the watchdog did not start, or was killed."""
+    with contextlib.suppress(ChildProcessError):  # the task has reaped it
         os.waitpid(pid, 0)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -301,13 +312,13 @@ def execute_watchdog(order: dict[str, Any]) -> int:
         [sys.executable, "-I", "-S", child_watchdog.__file__, json.dumps(order)],
         {name: os.environ[name] for name in WATCHDOG_VARIABLES if name in os.environ},
         file_actions=nothing,
-        # Until it ignores them.
+        # Block these signals until the watchdog ignores them.
         setsigmask=child_watchdog.IGNORED,
     )
 
 
 def fork_watchdog(order: dict[str, Any]) -> int:
-    """Be the watchdog in a copy of this process; return its PID."""
+    """Run the watchdog in a copy of this process; return its PID."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -319,12 +330,12 @@ def fork_watchdog(order: dict[str, Any]) -> int:
 
 
 def describe(conf: ConfigParser) -> dict[str, Any]:
-    """Return what the watchdog has to know of this process."""
+    """Return the watchdog's argument, which describes this process."""
     pid = os.getpid()
     own = None
-    with contextlib.suppress(OSError):  # no descriptor is left; it is known by its marks then
+    with contextlib.suppress(OSError):  # no descriptor is left; its marks identify it then
         own = look_at(pid)
-    # The signal may have come in the middle of a log call, which holds the lock that a warning would wait for.
+    # The signal may have interrupted a log call, which holds the lock that a warning would wait for.
     with without_warnings():
         ends = find_leftover_policy(conf).ends_what_is_killed
         spared = sorted(find_spared_names(conf))

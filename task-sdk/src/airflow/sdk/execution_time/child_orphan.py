@@ -17,9 +17,14 @@
 """
 Find the trees of tasks whose supervisor has died, and end them as the supervisor would have.
 
-Two processes do that. A runner that notices starts a watchdog (child_lifeline), and where a runner cannot, for it is
-stopped or busy in C code, the next supervisor does (child_sweep). Only a tree whose runner is there is ended: one
-without may be what a successful task has left. The exception is what a supervisor was about to kill when it died.
+Two programs do so:
+
+1. A runner that notices the death starts a watchdog (child_lifeline).
+2. If the runner cannot notice it, because it is stopped or busy in C code, the next supervisor ends the tree
+   (child_sweep).
+
+They end a tree only if its runner is there: without a runner, the processes may be the leftovers of a task
+that has succeeded. The only exceptions are processes that a supervisor was about to kill when it died.
 
 Imports nothing of Airflow outside this package, and no third party's module but psutil.
 """
@@ -62,15 +67,17 @@ __all__ = ["ORPHAN_GRACE", "Orphan", "end_orphans", "find_orphans", "kill_condem
 
 ORPHAN_GRACE = 5.0
 """
-Seconds between SIGTERM and SIGKILL, what upstream has where nobody was asked: no heartbeats are sent any more, and the
-server may start a retry when their timeout is over.
+Seconds between SIGTERM and SIGKILL; upstream uses the same where the server was not asked.
+
+It is short because nobody sends heartbeats any more: when their timeout is over, the server may start a
+retry.
 """
 
 KILL_TIME = 0.8
-"""Seconds after the grace in which everything has to be dead."""
+"""Seconds after the grace period within which all processes have to be dead."""
 
 LOOK_INTERVAL = 0.5
-"""Seconds between looks for what processes start while they end."""
+"""Seconds between looks for processes that others start while they end."""
 
 POLL_INTERVAL = 0.02
 """Seconds between looks at a process that cannot be watched."""
@@ -91,29 +98,30 @@ class Orphan:
 
 def find_orphans() -> list[Orphan]:
     """
-    Return the runners of this user whose supervisors have died, and whatever a supervisor was about to kill.
+    Return the runners of this user whose supervisors have died, and processes that these were about to kill.
 
-    None where /proc is another PID namespace's. One pass; entries may vanish meanwhile.
+    Return nothing where /proc belongs to another PID namespace. Entries may vanish meanwhile.
 
-    :raises OSError: if they cannot be looked for.
+    :raises OSError: if /proc cannot be read.
     """
     if not is_own_proc():
         return []
     found = [pid for pid, _ in list_pids() if any(find_orphan(pid))]
-    # A runner that is just starting may have shown the origin of another task, which it has inherited.
+    # Look twice: a runner that was just starting may have shown the origin of another task, which it had
+    # inherited.
     return [orphan for pid in found for orphan in find_orphan(pid)]
 
 
 def find_orphan(pid: int) -> Iterator[Orphan]:
     """Yield the process of that number if it is an orphan."""
     origin = read_origin(pid)
-    # Whoever has lifted its mark has left the tree, and keeps the rest.
+    # A process that has lifted its mark has left the tree, but still has the origin.
     marks = read_limits(pid) if origin else ()
     if not origin or not marks or pid == os.getpid():
         return
     condemned = is_condemned(origin)
     leads = marks[0] & PID_BITS == pid
-    # A runner may have set the limit of its mark for itself.
+    # A runner may have set the limit of its mark for itself, and so have lost the mark.
     may_lead = marks == (origin & ~CONDEMNED,) and find_session(pid) == pid
     if not (leads or may_lead or condemned) or is_origin_alive(origin):
         return
@@ -122,23 +130,23 @@ def find_orphan(pid: int) -> Iterator[Orphan]:
     process = look_at(pid)
     if process is None or process.dead:
         return
-    # Where /proc hides when it has started, it was given a mark that has its number alone.
+    # Where /proc hides the start, the mark contains only the PID.
     if condemned or (leads if process.start < 0 else is_leader(process, marks[0], origin)):
         yield Orphan(process, origin)
 
 
 def is_leader(process: Process, mark: int, origin: int) -> bool:
-    """Whether a process is the runner that was given a mark, or an origin: one in half a million may be taken for it."""
+    """Whether a process is the runner with this mark or origin; one in half a million may pass for it."""
     given = compute_mark(process)
     return mark == given or (mark == origin and is_origin_of(origin, given))
 
 
 def is_ours(pid: int) -> bool:
-    """Whether a process runs as the user that this one is, who alone could have signalled it without a privilege."""
+    """Whether a process runs as our own user. We may signal no other without a privilege."""
     try:
         return bool(psutil.Process(pid).uids().real == os.getuid())
     except psutil.AccessDenied:
-        # Its limits could be read, for which the kernel asks for the same user or for root.
+        # We could read its limits, so we are the same user, or root.
         return os.getuid() != 0
     except (psutil.Error, OSError):
         return False
@@ -146,9 +154,9 @@ def is_ours(pid: int) -> bool:
 
 def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> list[Process]:
     """
-    End trees as ``kill()`` does: the runners first, then what they have left, by force when the grace is over.
+    End trees as ``kill()`` does: the runners first, then their leftovers, by SIGKILL after the grace period.
 
-    :returns: the processes that are there all the same.
+    :returns: the processes that are still there.
     """
     deadline = time.monotonic() + grace
     for tree in trees:
@@ -163,12 +171,12 @@ def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> li
 
 
 def kill_condemned(trees: Sequence[ProcessTree]) -> list[Process]:
-    """Kill what was about to be killed, and is stopped; return what is there all the same."""
+    """Kill stopped processes that their supervisor was about to kill; return those that are still there."""
     return kill(trees, time.monotonic() + KILL_TIME)
 
 
 def tell_runner(tree: ProcessTree) -> None:
-    """Send SIGTERM to the group of a runner, and have those continue that are stopped."""
+    """Send SIGTERM to the group of a runner, and SIGCONT to the stopped processes of its tree."""
     # A descendant that has lost its mark can only be found while its parent is alive.
     stopped = [member for member in tree.find(with_leader=True) if member.stopped and member.start >= 0]
     if not tree.signal_group(signal.SIGTERM):
@@ -177,7 +185,7 @@ def tell_runner(tree: ProcessTree) -> None:
 
 
 def terminate(trees: Sequence[ProcessTree], deadline: float) -> None:
-    """Ask what runners have left, and what that starts meanwhile, to end, until nothing is left or the time is up."""
+    """Send SIGTERM to leftovers, and to those that they start, until none is left or the time is up."""
     asked: set[Process] = set()
     while time.monotonic() < deadline:
         members = []
@@ -193,14 +201,14 @@ def terminate(trees: Sequence[ProcessTree], deadline: float) -> None:
         if not members and not any(tree.look_failure for tree in trees):
             return
         if not members:
-            # Nobody was seen, which does not mean that nobody is there.
+            # The look failed, so there may be leftovers all the same.
             time.sleep(POLL_INTERVAL)
         asked.update(members)
         wait_until_gone(members, min(deadline, time.monotonic() + LOOK_INTERVAL))
 
 
 def kill(trees: Sequence[ProcessTree], deadline: float) -> list[Process]:
-    """Kill all that is left until nothing is, or the time is up; return what is there then."""
+    """Kill the trees until none is left, or the time is up; return the processes that are still there."""
     killed: list[Process] = []
     for tree in trees:
         while True:
@@ -228,7 +236,7 @@ def wait_until_gone(processes: Sequence[Process], deadline: float) -> None:
 
 @contextlib.contextmanager
 def watching(pid: int) -> Iterator[select.poll | None]:
-    """Yield what is ready when a process ends; None if that cannot be had."""
+    """Yield a poll object that is ready when a process ends; None if there is no pidfd for it."""
     try:
         pidfd = os.pidfd_open(pid)
     except (AttributeError, OSError):  # before Linux 5.3, or no descriptor is left, or it is gone

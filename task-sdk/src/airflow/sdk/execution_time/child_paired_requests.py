@@ -15,10 +15,11 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Keep requests and answers together where a runner sends the one and reads the other by two calls, before 1.0.3.
+Keep a request and its answer together. Before 1.0.3 a runner sends the one and reads the other by two calls.
 
-Most callers hold the lock of the comms for both, which is not reentrant: an ``on_kill`` that asks needs it, too. The others
-are known by what they send.
+Most callers hold the lock of the comms for both calls. This lock is not reentrant, and an ``on_kill`` that
+sends a request needs it, too. So the holder of the lock is not interrupted. Callers without the lock are
+recognised by the messages that they send.
 
 Imports nothing of Airflow outside this package.
 """
@@ -60,7 +61,7 @@ class CommsLock(aiologic.Lock):  # type: ignore[misc]
 
 
 def sends_request(method: _Method) -> _Method:
-    """Have a method that sends ``msg`` put off an interruption until the answer was read, if there is one; a decorator."""
+    """Put off an interruption from when a method sends ``msg`` until its answer was read; a decorator."""
 
     @functools.wraps(method)
     def send(comms: Any, log: Any, msg: Any) -> Any:
@@ -78,7 +79,7 @@ def sends_request(method: _Method) -> _Method:
 
 
 def reads_answer(method: _Method) -> _Method:
-    """Have a method that reads an answer let the task be interrupted again after it; a decorator."""
+    """Allow interruptions again after a method has read an answer; a decorator."""
 
     @functools.wraps(method)
     def read(*args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-What a deployment chooses about the end of its tasks.
+The options with which a deployment chooses how its tasks end.
 
 ``[core] killed_task_cleanup_time``
     Seconds between SIGTERM and SIGKILL.
@@ -27,7 +27,8 @@ What a deployment chooses about the end of its tasks.
 ``[workers] spared_leftovers``
     Names of programs that are never ended, separated by commas.
 
-A value that means nothing is worth one warning, and the default: a task must end also where somebody has mistyped how.
+For a value that is not valid, the supervisor warns once and uses the default: a task must end even if an
+option has a typo.
 
 Nothing here imports Airflow outside this package.
 """
@@ -63,10 +64,10 @@ __all__ = [
 log = structlog.get_logger(logger_name="supervisor")
 
 GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL unless the deployment sets them; what kill() has as its default."""
+"""Seconds between SIGTERM and SIGKILL unless the deployment sets them; the default of kill()."""
 
 STOP_GRACE = 60.0
-"""The same for a supervisor that was told to stop: the option's documented default, which Airflow 2 heeded."""
+"""The same for a supervisor that was told to stop: the option's documented default, which Airflow 2 used."""
 
 MIN_GRACE = 0.05
 MAX_GRACE = 7 * 24 * 3600.0
@@ -75,7 +76,7 @@ MAX_GRACE = 7 * 24 * 3600.0
 GRACE_OPTION = ("core", "killed_task_cleanup_time")
 
 GRACE_VARIABLE = "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"
-"""Without _CMD or _SECRET after it, which serve options that are secret."""
+"""The variants with _CMD and _SECRET are for secret options, which this is not."""
 
 SECTION = "workers"
 STOP_OPTION = "stop_signal_policy"
@@ -84,7 +85,7 @@ SPARED_OPTION = "spared_leftovers"
 
 
 class StopPolicy(Enum):
-    """What a signal to the supervisor means for its task."""
+    """The meaning of a signal to the supervisor for its task."""
 
     STOP = "stop"
     FINISH = "finish"
@@ -100,25 +101,25 @@ class LeftoverPolicy(Enum):
 
     @property
     def ends_what_is_killed(self) -> bool:
-        """Whether what a task that is killed has started ends with it."""
+        """Whether the processes end that a killed task has started."""
         return self in (LeftoverPolicy.ALWAYS, LeftoverPolicy.KILLED)
 
 
 _Policy = TypeVar("_Policy", bound=Enum)
 
 _warned: set[tuple[str, str]] = set()
-"""Options and bad values that a warning has named; a worker starts many tasks."""
+"""Options and bad values that were warned about, so that a worker with many tasks warns once."""
 
 _is_silent = False
-"""Whether nobody is to be warned."""
+"""Whether warnings are suppressed."""
 
 
 def find_grace(conf: ConfigParser, default: float = GRACE) -> float:
     """
     Return the seconds between SIGTERM and SIGKILL: ``[core] killed_task_cleanup_time`` where it is set.
 
-    :param default: seconds where it is not. The option's documented default is 60, which no supervisor before 3.4
-        heeds, so that only a value of the deployment counts.
+    :param default: seconds where it is not set. The option's documented default of 60 does not count, because
+        no supervisor before 3.4 uses it.
     """
     if not is_grace_set(conf):
         return default
@@ -130,13 +131,13 @@ def find_grace(conf: ConfigParser, default: float = GRACE) -> float:
 
 
 def limit_grace(grace: float) -> float:
-    """Return a grace that kill() can wait for: with 0 it would return before it has collected what it kills."""
+    """Clamp a grace period. With 0, kill() would return before it had reaped the process."""
     return min(max(MIN_GRACE, grace), MAX_GRACE)
 
 
 def is_grace_set(conf: ConfigParser) -> bool:
     """Whether the deployment sets the option, in the file or in the environment."""
-    # Not conf.has_option(), which knows the defaults, too.
+    # Not conf.has_option(), which also finds the defaults.
     return RawConfigParser.has_option(conf, *GRACE_OPTION) or GRACE_VARIABLE in os.environ
 
 
@@ -157,7 +158,7 @@ def find_spared_names(conf: ConfigParser) -> frozenset[str]:
 
 
 def read_policy(conf: ConfigParser, option: str, default: _Policy) -> _Policy:
-    """Return the member that the option names, in any case; the default if it names none."""
+    """Return the member that the option names, in upper or lower case; the default if it names none."""
     value = read_option(conf, option)
     if not value:
         return default
@@ -170,7 +171,7 @@ def read_policy(conf: ConfigParser, option: str, default: _Policy) -> _Policy:
 
 
 def read_option(conf: ConfigParser, option: str) -> str:
-    """Return what is set, without blanks around it; "" if nothing is."""
+    """Return the value of an option, without blanks around it; "" if it is not set."""
     try:
         value = conf.get(SECTION, option, fallback=None)
     except ConfigError as error:
@@ -181,7 +182,7 @@ def read_option(conf: ConfigParser, option: str) -> str:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Have values that mean nothing pass without a word, as a signal handler has to."""
+    """Suppress warnings for the duration, as a signal handler must not log."""
     global _is_silent
     _is_silent = True
     try:
@@ -191,7 +192,7 @@ def without_warnings() -> Iterator[None]:
 
 
 def warn_once(option: tuple[str, str], value: str, *, expected: str, used: object) -> None:
-    """Name an option whose value means nothing, once in this process."""
+    """Warn of an option whose value is not valid, once in this process."""
     name = "[{}] {}".format(*option)
     if not _is_silent and (name, value) not in _warned:
         _warned.add((name, value))

@@ -17,10 +17,10 @@
 """
 Have a ``subprocess.Popen`` admit that it does not know the exit status of its child.
 
-It answers 0 when somebody else in the process has collected the child (``waitpid(-1)``, or SIGCHLD being ignored),
-which reads as success: apache/airflow issue 70117.
+If other code in the process has reaped the child (``waitpid(-1)``), or SIGCHLD is ignored, Popen returns 0,
+which means success: https://github.com/apache/airflow/issues/70117.
 
-Nothing here imports Airflow.
+Imports nothing of Airflow outside this package.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["signal_popen", "wait_for_popen"]
 
 def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int | None:
     """
-    ``popen.wait(timeout)``, but None where ``Popen`` would make up a 0 for a status that somebody else took.
+    Return ``popen.wait(timeout)``, but None where ``Popen`` would make up a 0 for a lost status.
 
     :raises subprocess.TimeoutExpired: as ``popen.wait`` does.
     """
@@ -47,6 +47,6 @@ def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int |
 
 
 def signal_popen(popen: subprocess.Popen[Any], sig: int) -> None:
-    """``popen.send_signal(sig)``, but nothing for a child that somebody else has collected."""
+    """Call ``popen.send_signal(sig)``, unless other code has reaped the child."""
     if popen.returncode is not None or is_unreaped_child(popen.pid):
         popen.send_signal(sig)

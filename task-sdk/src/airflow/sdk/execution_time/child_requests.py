@@ -15,13 +15,14 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Answer what a task asks its supervisor, also when the API server cannot, or has ended the task.
+Answer the requests of a task, even if the API server cannot answer, or has ended the task.
 
-A request that fails in an unforeseen way, as when the API server is away, must not end the supervisor: its task would
-run on without one. And a task that the server has ended gets no state accepted, so that its runner does not go on to run
-the callbacks of a failure that is none.
+- If a request fails in an unforeseen way, as when the API server is away, the supervisor must not end: its
+  task would run on without one.
+- If the server has ended a task, the supervisor refuses the state that the task reports. Otherwise its runner
+  would run the callbacks of a failure, though the task has not failed.
 
-Imports nothing of Airflow but messages.
+Outside this package it imports nothing of Airflow but errors.
 """
 
 from __future__ import annotations
@@ -52,31 +53,31 @@ STATE_REPORTS = (
     "RescheduleTask",
     "AwaitInputTask",
 )
-"""Messages that tell how a task has ended; not every release has each."""
+"""Messages with the state in which a task has ended; not every release has each of them."""
 
 log = structlog.get_logger(logger_name="supervisor")
 
 UTC = timezone(timedelta(0))
-"""``datetime.UTC`` is younger than Python 3.9, which Airflow 3.0 runs on."""
+"""``datetime.UTC`` needs Python 3.11, and Airflow 3.0 runs on 3.9."""
 
 UP_FOR_RETRY = "up_for_retry"
 
 ENDED_STATUSES = (404, CONFLICT, 410)
-"""What the server answers about a task that it does not want to run any more, or does not know."""
+"""The server's answers about a task that is not to run any more, or that it does not know."""
 
 ANSWERED = ("DeleteVariable", "TriggerDagRun", "ValidateInletsAndOutlets")
-"""Messages that are answered before 1.0.3, besides those whose names begin with "Get"; from then on all are."""
+"""Messages that get an answer before 1.0.3, besides those named "Get..."; from 1.0.3 on all do."""
 
 
 def handle_request(process: Any, msg: Any, log: Any, *request_id: int, answer_failures: bool = False) -> None:
     """
     Handle a request of a task, or refuse it.
 
-    :param process: a ``WatchedSubprocess``. Types that lead no session of their own are served as ever.
+    :param process: a ``WatchedSubprocess``. Types that lead no session of their own are served as before.
     :param request_id: none before 1.0.3.
-    :param answer_failures: whether a failure that nobody has foreseen is answered with an error; from 1.3 on the caller
-        does so.
-    :raises ServerResponseError: which the caller answers.
+    :param answer_failures: whether to answer an unforeseen failure with an error; from 1.3 on the caller does
+        so.
+    :raises ServerResponseError: for the caller to answer.
     """
     if not process._new_session:
         process._handle_request(msg, log, *request_id)
@@ -89,14 +90,14 @@ def handle_request(process: Any, msg: Any, log: Any, *request_id: int, answer_fa
 
 
 def refuse(process: Any, msg: Any, *request_id: int) -> None:
-    """Answer a state that nobody wants any more as the API server does."""
+    """Refuse a reported state with the same answer as the API server."""
     answer(
         process, msg, {"status_code": CONFLICT, "message": "The API server has ended this task"}, *request_id
     )
 
 
 def handle_or_answer(process: Any, msg: Any, log: Any, *request_id: int) -> None:
-    """Handle a request; if that fails, answer with an error, and forget the state that could not be told."""
+    """Handle a request; if that fails, answer with an error, and forget a state that was not reported."""
     state = process._terminal_state
     try:
         process._handle_request(msg, log, *request_id)
@@ -113,7 +114,7 @@ def handle_or_answer(process: Any, msg: Any, log: Any, *request_id: int) -> None
 
 
 def answer(process: Any, msg: Any, detail: dict[str, Any], *request_id: int) -> None:
-    """Send an error, unless nobody waits for an answer."""
+    """Send an error, unless the runner does not wait for an answer."""
     error = ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail=detail)
     if request_id:
         process.send_msg(msg=None, error=error, request_id=request_id[0])
@@ -129,9 +130,9 @@ def expects_answer(msg: Any) -> bool:
 
 def tell_state(process: Any) -> None:
     """
-    Tell the API server how a task has ended, also that it is up for retry where its runner was killed.
+    Tell the API server how a task has ended, even that it is up for retry because its runner was killed.
 
-    Upstream leaves the latter out, and the server learns of it by the heartbeat timeout.
+    Upstream does not report that, so that the server learns of it by the heartbeat timeout.
     """
     with bear_refusal(process):
         process.update_task_state_if_needed()
@@ -156,9 +157,10 @@ def tell_retry(process: Any) -> None:
 @contextlib.contextmanager
 def bear_refusal(process: Any) -> Iterator[None]:
     """
-    Have it said in the task's log, and be no failure, if the server refuses a state because it has ended the task before.
+    If the server refuses a state because it has already ended the task, say so in the task's log, and go on.
 
-    A user may do that at any time. Up to 1.3 it was an exception of the supervisor, and the logs were not uploaded.
+    A user may end a task at any time. Up to 1.3 the supervisor then raised an exception, and did not upload
+    the logs.
     """
     try:
         yield

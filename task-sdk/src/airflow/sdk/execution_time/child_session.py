@@ -17,11 +17,11 @@
 """
 Give a supervised child a session of its own, and signal the process group that comes with it.
 
-``setsid()`` makes the child the leader of a new session and of a new process group, both numbered by its
-PID, and detaches it from the terminal (setsid(2), credentials(7)). Whatever it starts stays in that group
-unless it asks to leave, so one ``killpg`` reaches all of it: apache/airflow issue 65505.
+``setsid()`` makes the child the leader of a new session and of a new process group, both numbered by its PID,
+and detaches it from the terminal (setsid(2), credentials(7)). The processes that it starts stay in that group
+unless they ask to leave, so one ``killpg`` reaches them: https://github.com/apache/airflow/issues/65505.
 
-Nothing here imports Airflow.
+Imports nothing of Airflow outside this package.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def lead_session() -> bool:
     try:
         os.setsid()
     except OSError:
-        # A group leader may not open a session, and the parent made us one before we were first scheduled.
-        # Nothing may be raised here, for it would reach the code of the parent, of which this is a copy.
+        # A group leader may not open a session. The parent made us a group leader before we were first
+        # scheduled. Raise nothing: this process is a copy of the parent, and an exception would reach the
+        # parent's code.
         try:
             leave_own_group()
             os.setsid()
@@ -69,19 +70,19 @@ def lead_session() -> bool:
 
 def leave_own_group() -> None:
     """
-    Join another process group of the session than one's own.
+    Join another process group of the session.
 
     :raises OSError: if the kernel refuses.
     """
     if group := os.getpgid(os.getppid()):
         os.setpgid(0, group)
     else:
-        # The parent's has no number here: it was opened outside of this PID namespace (pid_namespaces(7)).
+        # The parent's group has no number here: it was opened outside this PID namespace (pid_namespaces(7)).
         join_group_of_child()
 
 
 def join_group_of_child() -> None:
-    """Join a group that a child opens, which ends at once. A group lasts as long as anybody is in it."""
+    """Join the group of a child that ends at once. A group lasts as long as any process is in it."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -105,10 +106,10 @@ def signal_session(leader: int, sig: int) -> bool:
     Send ``sig`` to the process group that ``leader``, a child of ours, leads since :func:`lead_session`.
 
     :returns: True if the group was signalled. False if it does not exist (yet), is our own or may not be
-        signalled, or if the child is gone: then the caller signals the PID alone, which is enough for a child
-        that has not reached ``setsid()``, for it has started nothing.
+        signalled, or if the child is gone. Then the caller signals the PID alone. That is enough for a child
+        that has not reached ``setsid()``, because it has started nothing.
     """
-    # kill(2): 0 is our own group, 1 is init, and -1 everybody.
+    # kill(2): 0 is our own group, 1 is init, and -1 is every process.
     if leader <= 1 or not is_unreaped_child(leader):
         return False
     try:

@@ -17,13 +17,18 @@
 """
 Start another program as the leader of a process tree, marked before its first instruction.
 
-A forked child marks itself, which a program of another language does not. From outside the mark can come too late
-for a daemon that it starts at once, and a process that carried the mark itself meanwhile would give it to whatever
-another of its threads starts. So the child takes the mark between fork and exec (subprocess, ``preexec_fn``), which is
-for one system call or two. That has Popen fork as the supervisor does for every other task, with all that others have
-registered for a fork, and with the same care for threads.
+A forked child marks itself, but a program of another language does not. Two other ways fail:
 
-Nothing here imports Airflow.
+1. If the supervisor marks the program from outside, that may be too late for a daemon that the program starts
+   at once.
+2. If the supervisor carries the mark itself while it starts the program, its other threads give the mark to
+   the processes that they start.
+
+So the child takes the mark between fork and exec (subprocess, ``preexec_fn``), by one or two system calls.
+With a ``preexec_fn`` Popen forks as the supervisor does for every other task: it runs the fork hooks of other
+code, and the usual care for threads applies.
+
+Imports nothing of Airflow outside this package.
 """
 
 from __future__ import annotations
@@ -63,7 +68,7 @@ def spawn_leader(
 
     :param kwargs: what else ``subprocess.Popen`` takes but a ``preexec_fn``; its errors are raised.
     """
-    # Its PID, of which other marks are computed, is not known yet.
+    # Other marks are computed from the PID, which is not known yet.
     mark = invent_mark(UNKNOWN_PID)
     if not can_carry(mark):
         env = {**env, MARK_VARIABLE: extend_variable(env, mark)}
@@ -80,7 +85,7 @@ def spawn_leader(
 
 
 def can_carry(mark: int) -> bool:
-    """Whether a child can have the mark as its limit, for which it has to inherit what allows that."""
+    """Whether a child can have the mark as its limit: the hard limit that it inherits must allow it."""
     try:
         soft, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
         resource.setrlimit(resource.RLIMIT_RTTIME, (soft, hard))

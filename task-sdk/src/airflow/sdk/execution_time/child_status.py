@@ -15,11 +15,11 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Fail closed when somebody else collected the exit status of a task process.
+Fail closed when other code has collected the exit status of a task process.
 
-A ``waitpid(-1)`` elsewhere in the process, or SIGCHLD being ignored (waitpid(2), notes), takes the status away.
-psutil then answers None, which reads as "still running", so that the supervisor lives for ever (apache/airflow
-issue 70117).
+The status is lost if other code in the process calls ``waitpid(-1)``, or if SIGCHLD is ignored (waitpid(2),
+notes). psutil then returns None, which the supervisor takes for "still running", so that it lives for ever:
+https://github.com/apache/airflow/issues/70117.
 
 Nothing here imports Airflow.
 """
@@ -39,18 +39,18 @@ __all__ = [
 ]
 
 NOT_REPORTED = "server_terminated"
-"""What the supervisor itself notes as the state of a task that the server does not want any more."""
+"""The state that the supervisor itself notes for a task that the server has ended."""
 
 UNKNOWN_BUT_REPORTED = 0
-"""The task had told its terminal state, which stands; the status would have added nothing."""
+"""The task reported a terminal state; use it."""
 
 UNKNOWN = 1
-"""Unknown is not success: a failure, or a retry where the task has any left."""
+"""An unknown status is no success: the task has failed, or is retried if it has retries left."""
 
 
 def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
     """
-    Replace the exit code of a task process that psutil says is gone, but knows no status of.
+    Replace the exit code of a task process that is gone, but whose status psutil does not know.
 
     :param process: a ``WatchedSubprocess``. Only task processes report a terminal state; for any other type
         the code is returned as it is.
@@ -69,25 +69,25 @@ def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
 
 
 def find_reported_state(process: Any) -> str | None:
-    """Return the terminal state that a task process has told, None if it has told none."""
+    """Return the terminal state that a task process has reported, None if it has reported none."""
     state = process._terminal_state
     name = None if state is None else str(getattr(state, "value", state)).lower()
     return None if name == NOT_REPORTED else name
 
 
 def is_refused(process: Any) -> bool:
-    """Whether the server has ended a task process, or refused the state that it has told."""
+    """Whether the server has ended a task process, or refused the state that it has reported."""
     return process._terminal_state is not None and find_reported_state(process) is None
 
 
 def has_reported(process: Any) -> bool:
-    """Whether a task process has told its terminal state, which then stands, whatever it exits with."""
+    """Whether a task process has reported its terminal state. That stands, whatever the exit code is."""
     return find_reported_state(process) is not None
 
 
 def deny_silent_success(process: Any, exit_code: int) -> int:
     """
-    Replace the 0 of a task process that was told to stop, and has told no state: it has not succeeded.
+    Replace the 0 of a task process that was told to stop and has reported no state: it has not succeeded.
 
     :param process: an ``ActivitySubprocess`` that has ended.
     """
@@ -96,7 +96,7 @@ def deny_silent_success(process: Any, exit_code: int) -> int:
 
 
 def is_unreaped_child(pid: int) -> bool:
-    """Whether ``pid`` still is our child, dead or alive; only then can its number not have been recycled."""
+    """Whether ``pid`` is still our child, dead or alive. Only then is the PID certainly not reused."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

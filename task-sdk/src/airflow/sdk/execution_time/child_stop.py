@@ -15,14 +15,16 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Stop a task because its supervisor was told to stop, or somebody else has asked for the task's end, and say who.
+Stop a task when its supervisor was told to stop, and log who has asked for the task's end.
 
-A task in a session of its own is reached neither by Ctrl-C nor by the broadcast of an init such as dumb-init, so its
-supervisor has to tell it. The signal handler only takes note. Python writes a byte to a *wakeup descriptor* for each
-signal (``signal.set_wakeup_fd``); ours is a socket that the supervisor's selector watches, so the loop does the rest. A
-handler that logs can wait for ever for the logger's lock, which the code that it interrupts may hold. A wakeup
-descriptor that was inherited, as from an asyncio loop, tells the parent's loop of signals that it never got: apache/airflow
-issue 65830.
+Neither Ctrl-C nor the broadcast of an init such as dumb-init reaches a task in a session of its own, so its
+supervisor has to tell it to stop. The supervisor's signal handler only takes note. Python writes a byte to a
+*wakeup descriptor* for each signal (``signal.set_wakeup_fd``). Ours is a socket that the supervisor's
+selector watches, so the loop does the rest. Two things must not happen:
+
+- A handler that logs can wait for ever for the logger's lock, which the interrupted code may hold.
+- A wakeup descriptor that was inherited, for example from an asyncio loop, reports our signals to the
+  parent's loop, which never got them: https://github.com/apache/airflow/issues/65830.
 
 Nothing here imports Airflow outside this package.
 """
@@ -70,9 +72,9 @@ log = structlog.get_logger(logger_name="supervisor")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """
-What tells a supervisor to stop: dumb-init, Kubernetes and Celery send SIGTERM, a terminal the others.
+Signals that tell a supervisor to stop: dumb-init, Kubernetes and Celery send SIGTERM, a terminal the others.
 
-The task gets SIGTERM for each of them: SIGINT would end its runner without ``on_kill``.
+The task gets SIGTERM for each of them, because SIGINT would end its runner without ``on_kill``.
 """
 
 RUNNER_FAILED = 124
@@ -86,15 +88,15 @@ class StopRequest:
         self.server_ended = False
         """Whether the API server has answered that the task is not to run any more."""
         self.kill_at: float | None = None
-        """By time.monotonic(), while a task that its supervisor has told to stop is in its grace period."""
+        """When to kill a task that was told to stop, by time.monotonic(); None outside its grace period."""
         self.sigkill_sent = False
-        """Whether the supervisor itself has sent SIGKILL, for which nobody else is to be blamed."""
+        """Whether the supervisor itself has sent SIGKILL, so that the log does not blame a lack of memory."""
         self.signal_heard = False
-        """Whether a signal for the supervisor was logged: the second one changes nothing."""
+        """Whether a signal to the supervisor was logged. A second signal changes nothing."""
         self.told = False
-        """Whether the task was told to stop already, by the handler."""
+        """Whether the handler has already told the task to stop."""
         self.heartbeat: threading.Thread | None = None
-        """What sends a heartbeat while leftovers end."""
+        """The thread that sends a heartbeat while leftovers end."""
 
 
 class _SupervisedProcess(Protocol):
@@ -123,16 +125,17 @@ class _CaughtSignals:
         self.received_at = 0.0
         """By time.monotonic()."""
         self.on_signal: Callable[[], None] | None = None
-        """What the handler calls, once."""
+        """The handler calls this once."""
         self._pid = os.getpid()
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
         self.writer.setblocking(False)
 
     def handle(self, signum: int, _frame: object) -> None:
-        """Take note, and neither log nor lock: the code that this interrupts may hold any lock."""
+        """Take note. Do not log or lock: the interrupted code may hold any lock."""
         if os.getpid() != self._pid:
-            # A runner, forked a moment ago, that has not come to begin_runner(). It ends, as it would a moment later.
+            # A runner that was just forked, and has not reached begin_runner(). End it, as the signal
+            # would do a moment later.
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         elif self.signum is None:
@@ -147,16 +150,17 @@ class _CaughtSignals:
 
 
 _caught: _CaughtSignals | None = None
-"""Of the main thread, the only one that Python delivers signals to; None while it supervises nothing."""
+"""The signals of the main thread, to which alone Python delivers any; None while it supervises nothing."""
 
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[None]:
     """
-    Take note of stop signals for the duration, and restore the former handlers after it.
+    Take note of stop signals for the duration, and then restore the former handlers.
 
-    A signal that is ignored stays ignored: Celery's pool and LocalExecutor ignore SIGINT, so that Ctrl-C lets their tasks
-    finish. Harmless when nested, and in other threads than the main one, which cannot have handlers.
+    A signal that is ignored stays ignored: Celery's pool and LocalExecutor ignore SIGINT, so that Ctrl-C lets
+    their tasks finish. This does nothing if it is nested, or in a thread other than the main one, which
+    cannot set handlers.
     """
     global _caught  # signal handlers belong to the process, too
     if _caught is not None or threading.current_thread() is not threading.main_thread():
@@ -171,7 +175,8 @@ def catch_stop_signals() -> Iterator[None]:
         for signum in STOP_SIGNALS:
             former = signal.getsignal(signum)
             if former != signal.SIG_IGN:
-                # Before the handler is replaced: one that has arrived for the former may have it raise.
+                # Register the callback first: the former handler may still be called, and raise, in
+                # signal.signal().
                 restoring.callback(restore_handler, signum, former)
                 signal.signal(signum, handler)
         _caught = caught
@@ -180,18 +185,18 @@ def catch_stop_signals() -> Iterator[None]:
 
 
 def find_caught() -> _CaughtSignals | None:
-    """Return what catches the signals of this thread, None if nothing does."""
+    """Return the caught signals of this thread; None if it catches none."""
     return _caught if threading.current_thread() is threading.main_thread() else None
 
 
 def forget_caught() -> None:
-    """Have nobody look for signals that are not caught any more."""
+    """Forget the caught signals, when they are no longer caught."""
     global _caught
     _caught = None
 
 
 def restore_wakeup_descriptor(descriptor: int) -> None:
-    """Set what ``signal.set_wakeup_fd()`` has returned; -1 if it was closed meanwhile, as an inherited one may be."""
+    """Restore the result of ``signal.set_wakeup_fd()``; -1 if it was closed meanwhile, if inherited."""
     try:
         signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
     except (OSError, ValueError):
@@ -199,13 +204,13 @@ def restore_wakeup_descriptor(descriptor: int) -> None:
 
 
 def restore_handler(signum: int, handler: Any) -> None:
-    """Install what ``signal.getsignal()`` has returned: None stands for a handler of C code, which is lost."""
+    """Restore the result of ``signal.getsignal()``. None stands for a handler of C code, which is lost."""
     signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager
 def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Iterator[None]:
-    """Have stop signals wake the selector of ``process`` for the duration, and be caught."""
+    """Catch stop signals, and have them wake the selector of ``process``, for the duration."""
     with catch_stop_signals():
         caught = find_caught()
         if caught is None:
@@ -219,16 +224,17 @@ def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Itera
         finally:
             caught.on_signal = None
             if process._stop.told:
-                # The task may have ended before the loop has come to it.
+                # The task may have ended before the loop could log the signal.
                 hear_stop_signal(process, conf)
             unregister(process.selector, caught.reader)
 
 
 def tell_if_busy(process: _SupervisedProcess, grace: float) -> None:
     """
-    Tell the task to stop at once if the loop is not waiting; to be called by the handler, and so by system calls alone.
+    Tell the task to stop at once if the loop is not waiting.
 
-    The loop may be in a request to an API server that is away, which is tried again for a minute and more.
+    The loop may be in a request to an API server that is away, which it retries for a minute and more. The
+    signal handler calls this, so it must use nothing but system calls.
     """
     if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.told:
         process._stop.told = True
@@ -239,10 +245,10 @@ def tell_if_busy(process: _SupervisedProcess, grace: float) -> None:
 
 def begin_runner(*steps: Callable[[], object]) -> None:
     """
-    Be a forked task runner: handle signals no more as the supervisor does, lead a session, and take further steps.
+    Begin as a forked runner: drop the supervisor's signal handlers, lead a session, take further steps.
 
-    Never raises: the code after it is the supervisor's, of which this process is a copy, and would go on as a second
-    worker. Ends the process instead.
+    Never raises, but ends the process instead. This process is a copy of the supervisor, so an exception
+    would reach the supervisor's code, which would go on as a second worker.
     """
     try:
         drop_stop_handlers()
@@ -256,7 +262,7 @@ def begin_runner(*steps: Callable[[], object]) -> None:
 
 
 def drop_stop_handlers() -> None:
-    """Have stop signals end this process, a forked copy of a supervisor, and not tell the supervisor of them."""
+    """Have stop signals end this process, a forked copy of a supervisor, without a byte to the supervisor."""
     signal.set_wakeup_fd(-1)
     for signum in STOP_SIGNALS:
         if callable(signal.getsignal(signum)):
@@ -270,9 +276,11 @@ def heed_stop_signals(
     send: Callable[[Any, int], bool] = signal_task,
 ) -> None:
     """
-    Tell the task to stop once its supervisor was, and kill it when its grace is over; to be called in the loop.
+    If the supervisor was told to stop, tell the task, and kill it when its grace period is over.
 
-    :param send: what sends a signal to the task; False if it is for us to signal the PID alone.
+    To be called in the loop.
+
+    :param send: sends a signal to the task; returns False if we have to signal the PID alone.
     """
     request = process._stop
     if request.kill_at is not None:
@@ -281,7 +289,7 @@ def heed_stop_signals(
             process._exit_watch.wake_at(None)
             process.kill(signal.SIGKILL, force=True)
         elif process.failed_heartbeats:
-            # Another one to a server that is away would take a good part of the grace.
+            # Send no other heartbeat: if the server is away, that would take much of the grace period.
             process._last_heartbeat_attempt = time.monotonic()
     elif process._exit_code is None and hear_stop_signal(process, conf):
         grace = find_grace(conf, default=STOP_GRACE)
@@ -294,7 +302,7 @@ def heed_stop_signals(
 
 
 def hear_stop_signal(process: _SupervisedProcess, conf: ConfigParser) -> bool:
-    """Whether the supervisor was told to stop just now, and is to heed it. Says in both logs what it was told."""
+    """Log a new stop signal in both logs; return whether the supervisor is to stop its task."""
     caught = find_caught()
     signum = caught.signum if caught else None
     if signum is None or process._stop.signal_heard:
@@ -310,8 +318,8 @@ def hear_stop_signal(process: _SupervisedProcess, conf: ConfigParser) -> bool:
 
 
 def signal_pid(pid: int, sig: int = signal.SIGTERM) -> None:
-    """Send a signal to a runner that leads no group, unless somebody has collected it; its number may be another's."""
-    # kill(2): 0 is our own group, 1 is init, and -1 everybody.
+    """Send a signal to a runner that leads no group, unless it was reaped: its PID may have been reused."""
+    # kill(2): 0 is our own group, 1 is init, and -1 is every process.
     if pid > 1 and is_unreaped_child(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, sig)
@@ -334,7 +342,7 @@ def note_server_ended(process: _SupervisedProcess, error: Any) -> None:
 
 
 def find_detail(detail: Any) -> dict[str, Any]:
-    """Return the part of an answer that tells reason and state, which is nested in some releases; empty if none does."""
+    """Return the part of an answer with reason and state, which some releases nest; empty if none."""
     if isinstance(detail, dict):
         nested = detail.get("detail")
         return nested if isinstance(nested, dict) else detail
@@ -342,7 +350,7 @@ def find_detail(detail: Any) -> dict[str, Any]:
 
 
 def note_failed_heartbeats(process: _SupervisedProcess, error: Exception | None = None) -> None:
-    """Say in the task's log how many heartbeats have failed in a row, and how the last one did, if that is known."""
+    """Say in the task's log how many heartbeats have failed in a row, and the last error, if it is known."""
     process.process_log.error(
         "Stopping the task: too many heartbeats in a row have failed",
         failed_heartbeats=process.failed_heartbeats,

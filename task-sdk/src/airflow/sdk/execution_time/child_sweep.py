@@ -15,14 +15,15 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-End the tasks whose supervisors have died, and which have not noticed themselves (child_lifeline).
+End the tasks whose supervisors have died, and that have not noticed it themselves (child_lifeline).
 
-A supervisor does that before the first task that its process starts, and so does ``python -m
-airflow.sdk.execution_time.child_sweep``, which is fit for ``ExecStartPre=`` of systemd and for cron. ``--dry-run``
-only lists them. The exit status is 0, or 1 if something could not be ended, or 2 when an argument is wrong.
+A supervisor does this before the first task that its process starts. So does the command
+``python -m airflow.sdk.execution_time.child_sweep``, for example in ``ExecStartPre=`` of systemd, or in cron.
+``--dry-run`` only lists the tasks. The exit status is 0, or 1 if a task could not be ended, or 2 when an
+argument is wrong.
 
-It looks for the trees of tasks whose runner is there and whose supervisor is not. Those of other users, and of other PID
-namespaces, are left alone, and so is what a successful task has left.
+The sweep looks for trees of tasks whose runner is there and whose supervisor is not. It leaves alone the
+tasks of other users and of other PID namespaces, and the leftovers of a task that has succeeded.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ __all__ = ["main", "sweep_once"]
 log = structlog.get_logger(logger_name="supervisor")
 
 _swept_by: int | None = None
-"""The PID of the process that has looked for orphans; a forked copy of it looks for itself."""
+"""The PID of the process that has looked for orphans. A forked copy of it looks again."""
 
 _sweeping = threading.Lock()
-"""Held while they are ended: another thread's task may be the retry of one of them."""
+"""Held while orphans are ended: the task of another thread may be the retry of an orphan."""
 
 
 def sweep_once(conf: ConfigParser) -> None:
@@ -78,12 +79,12 @@ def sweep_once(conf: ConfigParser) -> None:
         try:
             sweep(conf, find_orphans())
         except Exception:
-            # It is not this task's fault, which is to start.
+            # Go on: the task that is about to start is not at fault.
             log.exception("Tasks whose supervisors have died could not be looked for")
 
 
 def renew_lock() -> None:
-    """Have a forked child not wait for a thread that only its parent has."""
+    """Give a forked child a free lock: the thread that held it exists only in the parent."""
     global _sweeping
     _sweeping = threading.Lock()
 
@@ -93,7 +94,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
-    """End orphans, and say so; return those that are there all the same."""
+    """End orphans, and log it; return the processes that are still there."""
     orphans = [orphan for orphan in orphans if not is_around(orphan)]
     runners = [orphan for orphan in orphans if not orphan.condemned]
     spared = {shorten_name(name) for name in find_spared_names(conf)}
@@ -111,7 +112,7 @@ def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
 
 
 def is_around(orphan: Orphan) -> bool:
-    """Whether this process is part of the orphan's tree itself, as the supervisor of a task within a task is."""
+    """Whether this process is in the orphan's tree itself, like the supervisor of a task within a task."""
     pid = orphan.process.pid
     return (
         os.getsid(0) == pid
@@ -121,7 +122,7 @@ def is_around(orphan: Orphan) -> bool:
 
 
 def pick_oldest(orphans: Iterable[Orphan]) -> list[Orphan]:
-    """Return one orphan of each tree, which finds all others: whoever is older is none of its tree."""
+    """Return the oldest orphan of each tree. It finds all others, because no member is older than it."""
     by_age = sorted(orphans, key=lambda orphan: (orphan.process.start, orphan.process.pid), reverse=True)
     return list({orphan.origin: orphan for orphan in by_age}.values())
 
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(orphan: Orphan) -> str:
-    """Return a line about an orphan, for people."""
+    """Return a line of text about an orphan."""
     kind = "process that was about to be killed" if orphan.condemned else "task runner"
     return f"{kind} without a supervisor: PID {orphan.process.pid} ({orphan.process.name})"
 

@@ -15,15 +15,18 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-End what a task has left running, once its own process has ended by force or in failure.
+End the processes that a task has left running, once its own process was killed or has failed.
 
-The runner goes first: it and its ``on_kill`` have the whole grace period of the kill. What is there after it
-gets SIGTERM, and SIGCONT so that a stopped process can act on it. What is left when the grace ends is stopped,
-looked for again until nothing new appears, for a process that forks while it dies is missed otherwise, and
-killed. A task that succeeds keeps what it has left running.
+1. The runner goes first: it and its ``on_kill`` have the whole grace period of the kill.
+2. Its leftovers get SIGTERM, and SIGCONT so that a stopped process can act on it.
+3. When the grace period ends, the supervisor stops the leftovers that are still there. It looks again until
+   nothing new appears, because it would otherwise miss a process that forks while it dies.
+4. It kills them all.
 
-The sockets are served throughout, so that the last lines of the task and its children arrive in its log, and the server
-gets heartbeats, so that it does not start a retry beside what is being ended.
+A task that succeeds keeps the processes that it has left running.
+
+Meanwhile the supervisor serves the sockets, so that the last lines of the task and its children arrive in the
+task's log. It also sends heartbeats, so that the server does not start a retry beside the leftovers.
 
 Nothing here imports Airflow outside this package.
 """
@@ -75,37 +78,41 @@ __all__ = [
 log = structlog.get_logger(logger_name="supervisor")
 
 MAX_GRACE_UNASKED = 60.0
-"""Seconds for what a task has left that nobody has asked to end, however long the grace of a kill is."""
+"""Upper bound on the seconds of grace if nobody has asked the task to end, whatever the option says."""
 
 RETRY_TOLD_GRACE = 1.0
-"""Seconds for what a task has left whose retry the server may start at any moment, as it was told of it already."""
+"""Seconds of grace if the server knows already of a retry, which it may start at any moment."""
 
 FAILURES = ("failed", "up_for_retry")
-"""States that a task reports itself, and exits with 0, after an exception."""
+"""States that a task reports after an exception. Its process then exits with 0."""
 
 STOP_TIME = 0.2
-"""Seconds that the processes of a task have to stop before the SIGKILL of a kill() is sent."""
+"""Seconds that kill() waits for the processes of a task to stop before it sends SIGKILL."""
 
 KILL_TIME = 0.8
-"""Seconds after the grace in which everything has to be dead."""
+"""Seconds after the grace period within which all processes have to be dead."""
 
 KILL_WAIT = 0.2
 """Seconds that killed processes have to disappear before the next look."""
 
 LAST_LOOKS = 3
-"""Looks for what was started meanwhile, when everything has to be dead."""
+"""At most this many last looks for processes that were started meanwhile, when the time is up."""
 
 LOOK_INTERVAL = 0.5
-"""Seconds between looks for what leftovers start while they end."""
+"""Seconds between looks for processes that leftovers start while they end."""
 
 LEFTOVER_TRIES = 2
-"""A signal handler that raises, as that of Celery's soft time limit, may cut the first one short."""
+"""A signal handler that raises, like that of Celery's soft time limit, may interrupt the first try."""
 
 POLL_INTERVAL = 0.02
 """Seconds between looks at a process that cannot be watched."""
 
 HEARTBEAT_INTERVAL = 5.0
-"""Seconds between heartbeats while leftovers end, as long as none has failed: one to a server that is away takes long."""
+"""
+Seconds between heartbeats while leftovers end.
+
+None follows a failed heartbeat: if the server is away, each takes a long time.
+"""
 
 NAMED_IN_LOG = 100
 """At most this many processes are listed in the task's log; the count is always complete."""
@@ -113,16 +120,16 @@ NAMED_IN_LOG = 100
 
 def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
     """
-    Note that the task is being killed, and what belongs to it while its runner can still be asked.
+    Note that the task is being killed, and record its processes while its runner is not yet reaped.
 
     If the runner was already reaped elsewhere, finish here. kill() would otherwise poll a PID that may have been reused,
     or take the refused signal to mean that everything has ended.
 
     :param process: a ``WatchedSubprocess``.
-    :param grace: seconds between the signals, as the caller of ``kill()`` wants it. Where the server has ended the task,
-        what the deployment has set counts instead.
+    :param grace: seconds between the signals, as the caller of ``kill()`` wants it. If the server has ended
+        the task, the deployment's setting counts instead.
     :param conf: Airflow's configuration.
-    :returns: the seconds that hold.
+    :returns: the seconds to use.
     """
     if process._new_session:
         grace = find_grace(conf, default=grace) if process._stop.server_ended else limit_grace(grace)
@@ -144,8 +151,9 @@ def signal_tree(process: Any, sig: int) -> bool:
     """
     Send a signal to a task, if it has a session: to its group, else to its runner, through sudo if need be.
 
-    SIGKILL goes to all that belongs to the task. Its processes are stopped before, and looked for once more: what a process
-    has started since the last look, and moved out of reach, could not be told for the task's when that process is dead.
+    SIGKILL goes to all processes of the task. They are first stopped, and looked for once more. Without that,
+    a child that one of them has just started and moved out of reach would be lost: once its parent is dead,
+    nothing shows that the child is the task's.
 
     :param process: a ``WatchedSubprocess``.
     :returns: False if the caller has to signal the PID itself.
@@ -166,7 +174,7 @@ def signal_tree(process: Any, sig: int) -> bool:
 
 
 def handle_request_of_tree(process: Any, msg: Any, *args: Any, **kwargs: Any) -> None:
-    """Note who belongs to a task that reports how it ends, then ``handle_request()``: its runner ends soon."""
+    """Call ``handle_request()``. Record the members first if the task reports its end: its runner ends soon."""
     if process._new_session and type(msg).__name__ in STATE_REPORTS:
         process._tree.remember()
     handle_request(process, msg, *args, **kwargs)
@@ -174,12 +182,12 @@ def handle_request_of_tree(process: Any, msg: Any, *args: Any, **kwargs: Any) ->
 
 def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> int | None:
     """
-    End what a task has left behind, if it did not end well; to be called with the exit code just collected.
+    End the processes that a task has left behind, unless it succeeded.
 
-    Returns the exit code, within a second after the grace period has ended at the latest.
+    To be called with the exit code just collected. Returns it, a second after the grace period at the latest.
 
-    :param process: a ``WatchedSubprocess``. One that leads no session of its own has nothing ended.
-    :param exit_code: None if the runner's status is not known, in which case nothing is ended.
+    :param process: a ``WatchedSubprocess``. If it leads no session of its own, nothing is ended.
+    :param exit_code: None if the runner's status is not known; then nothing is ended.
     :param conf: Airflow's configuration.
     """
     if exit_code is not None and process._new_session:
@@ -191,13 +199,14 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
                     heed_policy(process, exit_code, conf)
                 break
             except Exception:
-                # The state is still to be told: without it the task counts as running until the heartbeat timeout.
+                # Go on: the state is still to be reported. Without it the task counts as running until the
+                # heartbeat timeout.
                 log.exception("What a task has left running could not be ended", pid=process.pid)
     return exit_code
 
 
 def ended_well(process: Any, exit_code: int) -> bool:
-    """Whether a task whose runner has exited may keep what it has left running."""
+    """Whether a task whose runner has exited may keep the processes that it has left running."""
     if not has_reported(process):
         hear_out(process)
     if process._stop.server_ended or is_refused(process):
@@ -205,12 +214,12 @@ def ended_well(process: Any, exit_code: int) -> bool:
     state = find_reported_state(process)
     if state is None:
         return exit_code == 0 and not process._exit_watch.exit_expected
-    # A state that was told stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
+    # A reported state stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
     return state not in FAILURES
 
 
 def hear_out(process: Any) -> None:
-    """Handle what a runner had said before it exited; that of 1.0.0 to 1.0.2 waits for no answer when it reports."""
+    """Handle the last messages of a runner: that of 1.0.0 to 1.0.2 reports its state and does not wait."""
     for _ in range(MAX_DRAIN_READS):
         if process.selector.get_map() is None or not process.selector.select(0):
             break
@@ -237,7 +246,7 @@ def heed_policy(process: Any, exit_code: int, conf: ConfigParser) -> None:
 
 
 def find_deadline(process: Any, conf: ConfigParser) -> float:
-    """Return when the grace of leftovers ends, by time.monotonic()."""
+    """Return when the grace period of leftovers ends, by time.monotonic()."""
     grace = min(find_grace(conf), MAX_GRACE_UNASKED)
     if find_reported_state(process) == "up_for_retry" and is_told(process):
         grace = min(grace, RETRY_TOLD_GRACE)
@@ -245,12 +254,12 @@ def find_deadline(process: Any, conf: ConfigParser) -> float:
 
 
 def is_told(process: Any) -> bool:
-    """Whether the server knows the state that the task has reported. From 1.4 on it is told of a retry at the very end."""
+    """Whether the server knows the state that the task has reported; from 1.4 on it hears of a retry last."""
     return getattr(process, "_pending_terminal_state_msg", None) is None
 
 
 class Teardown:
-    """One task's leftovers on their way to their end."""
+    """Ends the leftovers of one task."""
 
     def __init__(self, process: Any, conf: ConfigParser, deadline: float) -> None:
         self._process = process
@@ -259,25 +268,26 @@ class Teardown:
         self._deadline = deadline
 
     def terminate(self) -> None:
-        """Ask leftovers, and what they start meanwhile, to end, until nothing is left or the grace is over."""
+        """Send SIGTERM to leftovers, and to those they start, until none is left or the grace is over."""
         asked: set[Process] = set()
         while time.monotonic() < self._deadline:
             members = self._tree.find()
             if not members and self._tree.look_failure:
-                # Nobody was seen, which does not mean that nobody is there.
+                # The look failed, so there may be leftovers all the same.
                 serve_sockets(self._process, POLL_INTERVAL)
                 continue
             if not members:
                 return
             fresh = [member for member in members if member not in asked]
-            # Its runner is gone, by which nobody could tell the tree of a dead supervisor from what a success has left.
+            # If this supervisor dies, a sweep could not distinguish this tree, whose runner is gone, from the
+            # leftovers of a success. So mark its processes.
             self._tree.condemn(fresh)
             self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)
             asked.update(fresh)
             self._wait_for(members, LOOK_INTERVAL)
 
     def kill(self) -> list[Process]:
-        """Kill leftovers until nothing is left; return those that are there all the same when the time is up."""
+        """Kill leftovers until none is left; return those that are still there when the time is up."""
         self._deadline = max(self._deadline, time.monotonic()) + KILL_TIME
         while members := self._tree.kill_all(
             max(0, self._deadline - KILL_WAIT - time.monotonic()), deadline=self._deadline
@@ -286,14 +296,14 @@ class Teardown:
             if time.monotonic() >= self._deadline:
                 members = self._kill_fresh(members)
                 break
-        # A look that could not be taken has found nobody.
+        # A failed look has found nobody, so suspect all that were signalled.
         suspects = self._tree.ended if self._tree.look_failure else members
         return [member for member in suspects if is_alive(member)]
 
     def _kill_fresh(self, members: Sequence[Process]) -> list[Process]:
-        """Kill what members that had not come to stop have started since they were found; return all of them."""
+        """Kill processes that unstopped members have started since the look; return these and the members."""
         found = list(members)
-        # On a machine that is busy, those may have started something themselves before they were killed.
+        # On a busy machine, these may have started others before they were killed.
         for _ in range(LAST_LOOKS):
             fresh = [member for member in self._tree.find() if member not in found]
             if not fresh:
@@ -305,9 +315,9 @@ class Teardown:
         return found
 
     def _wait_for(self, members: Sequence[Process], seconds: float) -> None:
-        """Serve the task's sockets until all members have ended, or some seconds have passed, or the time is up."""
+        """Serve the task's sockets until all members have ended, for ``seconds`` or until the time is up."""
         ends = time.monotonic() + seconds
-        # Whoever was signalled last ends last, and all others are gone by then.
+        # Begin with the one that was signalled last: when it has ended, most others have, too.
         for member in reversed(members):
             watched = self._process._exit_watch.follow(self._process.selector, member.pid)
             while is_alive(member) and (left := min(ends, self._deadline) - time.monotonic()) > 0:
@@ -317,30 +327,31 @@ class Teardown:
         self._process._exit_watch.close(self._process.selector)
 
     def _hurry_if_told_to_stop(self) -> None:
-        """End the grace when the supervisor is told to stop: whoever has told it may kill it soon."""
+        """End the grace period if the supervisor is told to stop: the sender may soon kill it."""
         if hear_stop_signal(self._process, self._conf):
             self._deadline = min(self._deadline, time.monotonic())
 
 
 def serve_sockets(process: Any, seconds: float) -> None:
-    """Handle what the task and its children say within some seconds, or until the process that is watched ends."""
+    """Serve the task's sockets for some seconds, or until the process that is watched ends."""
     try:
         process._service_subprocess(max_wait_time=min(seconds, HEARTBEAT_INTERVAL))
     except Exception:
-        # A request can fail in any way, as when the API is down, and must not keep alive who has made it.
+        # A request can fail in any way, as when the API is down. That must not keep the process alive that
+        # has made it.
         log.exception("What a task that is being ended has said could not be handled.")
         time.sleep(min(seconds, POLL_INTERVAL))
     send_heartbeat_if_due(process)
 
 
 def send_heartbeat_if_due(process: Any) -> None:
-    """Tell the server that the task has not ended yet: it would start a retry beside what is left of this try."""
+    """Tell the server that the task has not ended yet, or it would start a retry beside the leftovers."""
     now = time.monotonic()
     if (
         process._stop.server_ended
         or process.failed_heartbeats
         or (process._stop.heartbeat is not None and process._stop.heartbeat.is_alive())
-        # A task that the server has not let start has none.
+        # The server has not let the task start.
         or not process._last_successful_heartbeat
         or now - max(process._last_heartbeat_attempt, process._last_successful_heartbeat) < HEARTBEAT_INTERVAL
     ):
@@ -350,7 +361,7 @@ def send_heartbeat_if_due(process: Any) -> None:
 
 
 def beat_in_background(process: Any) -> None:
-    """Send a heartbeat from a thread: while the server is away its tries take longer than what is left of a grace."""
+    """Send a heartbeat from a thread: if the server is away, the client's retries may outlast the grace."""
     process._stop.heartbeat = threading.Thread(target=send_heartbeat, args=(process,), daemon=True)
     with contextlib.suppress(RuntimeError):  # no thread can be had
         process._stop.heartbeat.start()
@@ -370,8 +381,9 @@ def end_on_exception(process: Any, conf: ConfigParser) -> Iterator[None]:
     """
     End a task whose supervisor cannot go on: an exception leaves its loop, and nobody would watch the task.
 
-    It has the grace of a kill, then its whole tree is killed, then the exception goes on. Among those that were seen are
-    an API server that is away, a log that cannot be written, and the soft time limit of Celery.
+    The task has the grace period of a kill. Then its whole tree is killed, and the exception is raised again.
+    Known causes are an API server that is away, a log that cannot be written, and the soft time limit of
+    Celery.
     """
     try:
         yield
@@ -384,14 +396,14 @@ def end_on_exception(process: Any, conf: ConfigParser) -> Iterator[None]:
         try:
             end_runner(process, time.monotonic() + grace)
         finally:
-            # A second exception, which has cut that short, must not leave anything either.
+            # A second exception may have interrupted that. It must not leave processes either.
             kill_runner(process)
             end_leftovers(process, process._exit_code, conf)
         raise
 
 
 def end_runner(process: Any, deadline: float) -> None:
-    """Ask the task to end, and serve it until it has, or the time is up. Its leftovers end with it."""
+    """Send SIGTERM to the task, and serve it until it and its leftovers have ended, or the time is up."""
     if process._exit_code is None and not signal_tree(process, signal.SIGTERM):
         signal_pid(process.pid)
     while process._exit_code is None and (left := deadline - time.monotonic()) > 0:
@@ -412,14 +424,14 @@ def end_unless_started() -> Iterator[ProcessTree]:
     """
     Yield an empty tree for a process that is going to be a task; if it does not become one, kill its tree.
 
-    The process itself is for the caller to end. It has no ``on_kill`` yet that its children could be waiting for.
+    The caller ends the process itself. It has no ``on_kill`` yet, so its children need no grace period.
     """
     tree = ProcessTree()
     try:
         yield tree
     except BaseException:
         deadline = time.monotonic() + KILL_TIME
-        # Once in any case, however long this process did not get to run.
+        # Do it once in any case, even if this process did not get to run for a long time.
         while tree.kill_all(max(0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 break
@@ -428,7 +440,7 @@ def end_unless_started() -> Iterator[ProcessTree]:
 
 
 def report(process: Any, survivors: list[Process]) -> None:
-    """Say in the task's log what was ended, and what could not be."""
+    """Say in the task's log which processes were ended, and which could not be."""
     tree = process._tree
     gone = {member: sig for member, sig in tree.ended.items() if member not in survivors}
     tree.ended.clear()
@@ -456,7 +468,7 @@ def report(process: Any, survivors: list[Process]) -> None:
 
 
 def report_left(process: Any, left: Sequence[Process]) -> None:
-    """Say in the task's log what would be ended if the deployment had chosen so."""
+    """Say in the task's log which processes leftover_policy has spared."""
     if left:
         process.process_log.warning(
             "The task has left processes running, which [workers] leftover_policy spares",
@@ -466,7 +478,7 @@ def report_left(process: Any, left: Sequence[Process]) -> None:
 
 
 def name_processes(processes: Sequence[Process]) -> list[dict[str, Any]]:
-    """Return what the log tells of processes: never a command line, which may hold secrets."""
+    """Return what the log says about processes: never a command line, which may contain secrets."""
     return [{"pid": process.pid, "name": process.name} for process in processes[:NAMED_IN_LOG]]
 
 

@@ -15,33 +15,35 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Find and signal every process that a session leader has started, whatever became of it since.
+Find and signal every process that a session leader has started, even if it has left the session.
 
-A process belongs to the tree if it carries the leader's *mark*, or descends from a process that belongs, or is in
-a session with one. The mark is a soft ``RLIMIT_RTTIME`` that no other leader has. The limit concerns real-time
-scheduling alone, is far beyond reach, and survives fork, exec, setsid, ``env -i`` and double forks (getrlimit(2)),
-which an environment variable does not. It is computed from the leader's PID and start time, so that parent and
-child agree on it without talking; where they cannot, whoever sets it first decides. Nothing is done or kept while the
-tree runs.
+A process belongs to the tree if it carries the leader's *mark*, descends from a process that belongs, or is
+in a session with one. The mark is a soft ``RLIMIT_RTTIME`` that no other leader has. This limit concerns
+real-time scheduling alone, and its value is too high to be reached. It survives fork, exec, setsid,
+``env -i`` and double forks (getrlimit(2)); an environment variable does not. Parent and child both compute
+the mark from the leader's PID and start time, so they agree on it without talking. Where they cannot, the one
+that sets it first decides. While the tree runs, this module does nothing and keeps nothing.
 
-Where ``/proc`` hides a process of our own user (hidepid=1), the kernel still tells its session, its marks and whether
-it is alive, but not its parent: what has lost its mark there, and left the sessions of all others, is not found.
+Where ``/proc`` hides a process of our own user (hidepid=1), the kernel still reports its session, its marks
+and whether it is alive, but not its parent. There, a process that has lost its mark and left the sessions of
+all others is not found.
 
-Trees nest: a task may supervise tasks itself. The leader of an inner tree gets a mark of its own, and keeps that of
-the tree around it in ``RLIMIT_LOCKS``, a limit that nobody heeds, and that is inherited alike. Whoever belongs to a
-tree brings into it what carries the same mark, so that all inner trees belong to the outer one, also those whose
-supervisor has gone. Of three generations the first finds the third by somebody of the second who is alive, or was
-seen in an earlier look.
+Trees nest, because a task may supervise tasks itself. The leader of an inner tree gets a mark of its own, and
+keeps the mark of the tree around it in ``RLIMIT_LOCKS``, a limit that has no effect and that children inherit
+as well. If a process belongs to a tree, all processes with the same mark belong to it. So all inner trees
+belong to the outer one, even if their supervisors are gone. With three generations, the first finds the third
+through a process of the second that is alive, or that an earlier look has seen.
 
-Beside the mark a leader gets its *origin*, in ``RLIMIT_RSS``, which nobody heeds either: who its supervisor is, and a
-part of the mark. By it a tree whose supervisor has died is told from others (child_orphan), and a process is found
-that has set the limit of the mark for itself.
+Besides the mark a leader gets its *origin*, in ``RLIMIT_RSS``, which has no effect either. The origin
+identifies the leader's supervisor, and contains a part of the mark. It serves two purposes: child_orphan
+recognises a tree whose supervisor has died, and a look finds a process that has set the limit of the mark for
+itself.
 
-A process leaves its tree, and all around it, by detaching (setsid, and a parent that exits) with the limit lifted,
-for which ``prlimit --rttime=unlimited`` serves. A worker that a task starts, or starts again, has to be started so:
-otherwise it, and every task that it runs from then on, ends with that task.
+A process leaves its tree, and all trees around it, if it detaches (setsid, and a parent that exits) with the
+limit lifted: ``prlimit --rttime=unlimited``. A worker that a task starts, or restarts, must be started in
+this way. Otherwise the worker, and every task that it runs from then on, ends with that task.
 
-Nothing here imports Airflow.
+Imports nothing of Airflow outside this package.
 """
 
 from __future__ import annotations
@@ -76,30 +78,30 @@ if TYPE_CHECKING:
 __all__ = ["Process", "ProcessTree"]
 
 Tie = tuple[str, int]
-"""What several processes have in common, by its kind: ("parent", 4711), ("session", 4711), ("mark", 4711)."""
+"""A kind and a number that several processes share: ("parent", 4711), ("session", 4711), ("mark", 4711)."""
 
 PROC = "/proc"
 
 MARK_FLAG = 1 << 62
-"""In every mark, which is thereby some 10^5 years as a number of microseconds."""
+"""Set in every mark. As a limit in microseconds that is more than 100,000 years, so it is never reached."""
 
 PID_BITS = (1 << 22) - 1
 """The part of a mark that is the leader's PID, which has 22 bits at most (proc_sys_kernel(5))."""
 
 ORIGIN_START_BITS = (1 << 20) - 1
-"""The part of an origin that is the end of the supervisor's start; the one to its right is the supervisor's PID."""
+"""The low bits of the supervisor's start time in an origin; to their right is the supervisor's PID."""
 
 ORIGIN_TREE_BITS = (1 << 19) - 1
-"""The part of an origin, to the left of that, which tells the trees of one supervisor apart."""
+"""The bits of an origin to the left of that, which differ between the trees of one supervisor."""
 
 CONDEMNED = 1 << 61
-"""In the origin of a process that its supervisor was about to kill."""
+"""Set in the origin of a process that its supervisor was about to kill."""
 
 RLIMIT_LOCKS = 10
 """Has had no effect since Linux 2.4 (getrlimit(2)), and no name in Python."""
 
 SOFT_LIMIT = re.compile(r"^Max (realtime timeout|file locks|resident set) +(\d+)", re.MULTILINE)
-"""A line of /proc/PID/limits that may be a mark; another one says "unlimited"."""
+"""A line of /proc/PID/limits that may be a mark; a limit that is not set says "unlimited"."""
 
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
@@ -112,51 +114,51 @@ STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 STAT_MAX_BYTES = 4096
 
 NAME_MAX_BYTES = 15
-"""What the kernel keeps of the name of a program (prctl(2), PR_SET_NAME)."""
+"""The kernel keeps this much of the name of a program (prctl(2), PR_SET_NAME)."""
 
 HIDDEN_NAME = "?"
 
 LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is another PID namespace's"
 
 TRANSIENT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What a look fails with for want of something that other threads or processes may give back any moment."""
+"""A look that fails with one of these may succeed soon: other threads or processes may free the resource."""
 
 LOOK_TRIES = 5
 LOOK_RETRY_INTERVAL = 0.002
 """Seconds between the tries."""
 
 STOP_POLL_INTERVAL = 0.001
-"""Seconds between looks at processes that were sent SIGSTOP, and have not come to it."""
+"""Seconds between looks at processes that were sent SIGSTOP and have not stopped yet."""
 
 SUDO_TIMEOUT = 1.0
-"""Seconds; ``sudo -n`` asks nobody, but may look for its rules in the network."""
+"""Seconds. ``sudo -n`` asks for no password, but may look up its rules over the network."""
 
 SUDO_TIMED_OUT = "sudo did not answer in time"
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process. Its PID and its start tell it from every other."""
+    """A process, identified by its PID and its start time."""
 
     pid: int
     start: float
     """
-    Clock ticks since boot (proc_pid_stat(5)), elsewhere what psutil calls the creation time.
+    Clock ticks since boot (proc_pid_stat(5)); without /proc, psutil's creation time.
 
-    Where /proc hides it, less than 0: the number of its inode there, negated, which the next process of its PID does
-    not get. It may lose it to a want of memory, and does so when its entry opens, as by an exec: it counts as another
-    process then, and is found again.
+    Where /proc hides it, less than 0: its inode number there, negated. The next process with the same PID
+    gets another number. The kernel may drop the inode if memory is short, and the start becomes readable
+    after an exec. The process then counts as another one, and the next look finds it again.
     """
     name: str = field(compare=False)
     parent: int = field(compare=False)
     session: int = field(compare=False)
     stopped: bool = field(compare=False)
     dead: bool = field(compare=False)
-    """It is a zombie, whether or not somebody is going to reap it."""
+    """It is a zombie, whether or not its parent is going to reap it."""
 
 
 OLDER = Process(0, start=0, name="", parent=0, session=0, stopped=False, dead=True)
-"""Stands for any process that started before those that are looked for."""
+"""Stands for any process that is too old to belong to the tree."""
 
 
 class ProcessTree:
@@ -175,16 +177,16 @@ class ProcessTree:
         self._foreign_sessions: set[int] = set()
         self._known_as_spared: dict[int, float] = {}
         self.spared: frozenset[str] = frozenset()
-        """Names of programs that are left out, with all that descends from them; the leader never is."""
+        """Names of programs that are left out, with all their descendants. The leader is never left out."""
         self.sudo_failures: dict[int, str] = {}
         """Why processes of other users could not be signalled, by their uids."""
         self.ends = True
-        """Whether the deployment has what a task leaves behind ended."""
+        """Whether the deployment wants the processes ended that a task leaves behind."""
         self.ended: dict[Process, str] = {}
-        """Those that were asked to end or killed, by the last signal, since this was last reported; not the leader."""
+        """Processes that got an ending signal since the last report, with the last such signal; no leader."""
         self._stopped: list[Process] = []
         self.look_failure: str | None = None
-        """Why the last look, or any, has found nothing, if it could not be taken."""
+        """Why the last look failed; None if it did not."""
 
     @property
     def leader(self) -> Process | None:
@@ -193,14 +195,15 @@ class ProcessTree:
 
     def adopt(self, pid: int, mark: int | None = None) -> None:
         """
-        Make ``pid``, a child of ours that leads a session or is about to, the leader, and mark it. May be repeated.
+        Make ``pid`` the leader, and mark it. May be repeated.
 
-        :param mark: what it carries already, unless that is computed from it.
+        :param pid: a child of ours that leads a session, or is about to.
+        :param mark: the mark that it carries already, unless it is the computed one.
         """
         if not is_unreaped_child(pid):
             return
         try:
-            # A /proc of another PID namespace knows somebody else by that number.
+            # In the /proc of another PID namespace this number is another process.
             leader = look_at(pid) if is_own_proc() else None
             oldest = leader.start if leader and leader.start >= 0 else read_own_start()
         except (OSError, ValueError, IndexError) as error:  # the latter two: a /proc of another make
@@ -209,21 +212,22 @@ class ProcessTree:
         if leader is None:
             self.look_failure = LEADER_NOT_SEEN
             return
-        # It may be dead, and have left something behind; nobody has its number before it is collected.
+        # It may be dead, and have left processes behind. Its PID cannot be reused before we reap it.
         self._leader = leader
         self._oldest = oldest
-        # It may not have opened its own yet, or not be allowed to.
+        # The leader may still be in our session: it has not opened its own yet, or was not allowed to.
         self._foreign_sessions = {0, os.getsid(0)}
-        # Nor have marked itself.
+        # It may also still carry our marks only.
         self._foreign_marks = {*read_limits(os.getpid()), *parse_variable(os.environ)}
         mark = mark or self._mark or (invent_mark(pid) if leader.start < 0 else compute_mark(leader))
         origin = give_origin(pid, mark, supervisor=os.getpid())
-        # A forked child does the same (mark_process); one that posix_spawn() has started cannot.
+        # A forked child marks itself, too (mark_process); one that posix_spawn() has started cannot.
         self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
-        # A child may have been forked while the leader had the one of two.
+        # The leader may have carried one mark, then the other, and forked a child with each.
         self._marks |= {mark, self._mark}
         if not self._mark & PID_BITS:
-            # It took this mark before its number was known, by which a leader is told from those that inherit its mark.
+            # It took this mark before its PID was known. Put the PID in: it distinguishes a leader from the
+            # processes that inherit its mark.
             self._mark = replace_mark(pid, self._mark, compute_mark(leader))
             self._marks.add(self._mark)
         self._read_marks = read_limits if self._mark in read_limits(pid) else read_variable
@@ -239,7 +243,8 @@ class ProcessTree:
         Make ``pid``, whose supervisor is gone, the leader.
 
         :param start: when it started; see :class:`Process`.
-        :param limits: the marks that it carries, unless they are to be read; it may be gone.
+        :param limits: the marks that it carries. Give them if the process may be gone; otherwise they are
+            read.
         :param origin: its origin, likewise.
         """
         limits = read_limits(pid) if limits is None else limits
@@ -248,33 +253,34 @@ class ProcessTree:
         self._is_orphan = True
         self._leader = Process(pid, start, HIDDEN_NAME, 0, session, stopped=False, dead=False)
         self._oldest = max(start, 0)
-        # It is in that of its supervisor, and of others, if it could not open its own.
+        # If it could not open a session, it is in that of its supervisor, which other processes share.
         self._foreign_sessions = {0, os.getsid(0), *([] if session == pid else [session])}
         self._foreign_marks = {*limits[1:], *read_limits(os.getpid())}
         self._mark = limits[0] if limits else None
-        # It may have lifted that limit, or set it for itself, when it had started something already.
+        # It may have started processes first, and then lifted that limit, or set it for itself.
         self._marks = {*limits[:1], *([compute_mark(self._leader)] if start >= 0 else [])}
         self._marks |= {origin & ~CONDEMNED} if origin else set()
         self._read_marks = read_limits
 
     def remember(self) -> None:
-        """Note who belongs now: a descendant without a mark is lost once its ancestors are dead."""
+        """Record the current members: an unmarked descendant can only be found while its parent is alive."""
         self.find()
 
     def note_exit(self) -> None:
         """
-        Look, if the leader has ended: its session is proof only until it is collected, which is when to call this.
+        Record the current members if the leader has ended; to be called just before the leader is reaped.
 
-        It costs one system call while the leader runs.
+        Until then its session proves that a process belongs; afterwards the number may be reused. While the
+        leader runs, this costs one system call.
         """
         if self._leader is not None and has_exited(self._leader.pid):
             self.find()
 
     def find(self, *, with_leader: bool = False) -> list[Process]:
         """
-        Return the processes of the tree; none if they cannot be looked for, when ``look_failure`` says why.
+        Return the processes of the tree. If the look fails, return none, and say why in ``look_failure``.
 
-        One pass; entries may vanish meanwhile.
+        This is one pass over /proc. Entries may vanish meanwhile.
         """
         if self._leader is None:
             return []
@@ -287,14 +293,15 @@ class ProcessTree:
         self._remembered.update((pid, process.start) for pid, process in members.items())
         left_out = set(self._find_spared(members, self._leader)) if self.spared else set()
         namesake = members.get(self._leader.pid)
-        # What a member has started may get the leader's number when that is collected. Where the start is hidden, an
-        # exec changes it.
+        # Once the leader is reaped, a process that a member starts may get its PID. It is a member, and is
+        # not left out. Where the start is hidden, an exec changes it, so a difference in start proves
+        # nothing.
         if not with_leader and namesake and (namesake == self._leader or namesake.start < 0):
             left_out.add(namesake.pid)
         return [process for pid, process in members.items() if pid not in left_out]
 
     def _look(self, leader: Process) -> dict[int, Process]:
-        """Return the members by PID; raises OSError if that fails repeatedly, or has no prospect."""
+        """Return the members by PID; raises OSError if all tries fail, or a retry is of no use."""
         for _ in range(LOOK_TRIES - 1):
             try:
                 return self._find_members(self._read_candidates(), leader)
@@ -306,9 +313,9 @@ class ProcessTree:
 
     def _read_candidates(self) -> dict[int, Process]:
         """
-        Return the processes alive that are not older than the leader, as far as that can be told.
+        Return the living processes that are not older than the leader, as far as their age is known.
 
-        The others are read once, which is what makes a look cheap on a machine with many processes.
+        Dead and older processes are read only once. That makes a look cheap on a machine with many processes.
         """
         candidates, settled = {}, {}
         for pid, identity in list_pids():
@@ -323,7 +330,7 @@ class ProcessTree:
         return candidates
 
     def _find_members(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
-        """Return those that belong, by PID: the ones that can be told by themselves, and what is tied to these."""
+        """Return the members by PID: processes that are known to belong, and all that are tied to these."""
         for nobodys in (0, 1, os.getpid()):
             processes.pop(nobodys, None)
 
@@ -338,7 +345,7 @@ class ProcessTree:
             ties = list_descent(member)
             if member.session not in self._foreign_sessions:
                 ties.append(("session", member.session))
-            # That of a tree within this one, be it known by nothing else than this member.
+            # Perhaps the mark of an inner tree, of which only this member is known.
             ties += [("mark", mark) for mark in marks[member.pid][:1] if mark not in self._foreign_marks]
             return ties
 
@@ -349,11 +356,11 @@ class ProcessTree:
         return members
 
     def _has_number(self, leader: Process) -> bool:
-        """Whether the leader still has its number, and with it the session of that number."""
+        """Whether the leader still has its PID, and with it the session of that number."""
         return look_at(leader.pid) == leader if self._is_orphan else is_uncollected(leader)
 
     def _find_spared(self, members: dict[int, Process], leader: Process) -> dict[int, Process]:
-        """Return the members to be left alone, by PID. What was seen below one of them stays so when that is gone."""
+        """Return the members to leave alone, by PID. Descendants stay spared when their ancestor is gone."""
         names = set(map(shorten_name, self.spared))
         chosen = {
             process.pid: process
@@ -369,24 +376,31 @@ class ProcessTree:
 
     def stop(self, time_limit: float, *, with_leader: bool = False) -> list[Process]:
         """
-        Stop the processes of the tree, so that none can start another, and return them in the order to kill them in.
+        Stop the processes of the tree, so that none can start another; return them in the order to kill.
 
-        Children come before their parents: a group that loses its last tie to its session is orphaned, and the kernel
-        then continues those of it that are stopped (setpgid(2)), which could fork until their own turn comes.
+        Children come before their parents. If a process group loses its last tie to its session, it is
+        orphaned, and the kernel continues its stopped members (setpgid(2)). Those could fork until it is
+        their turn to be killed.
 
-        :param time_limit: seconds to wait for those that do not get to run, on a machine that is busy, or do not
-            stop, in an uninterruptible sleep.
+        There are two races:
+
+        1. A process is listed, starts a successor, and exits before the look reads it. The look then sees
+           nobody. So the tree is empty only if two looks in a row find nobody.
+        2. A process that is in the middle of a fork stops only after it, and the look may already have passed
+           the place where the child appears. So the last look is one that began after all members were seen
+           stopped.
+
+        :param time_limit: seconds to wait for processes that a busy machine does not let run, or that do not
+            stop because they are in an uninterruptible sleep.
         """
         sent: set[Process] = set()
         self._stopped.clear()
         all_stopped = False
         deadline = time.monotonic() + time_limit
-        # Who starts a successor and exits, once the processes are listed and before its own turn to be read, leaves nobody
-        # in sight: that nobody is there takes two looks.
+        # Race 1: look twice.
         while members := self.find(with_leader=with_leader) or self.find(with_leader=with_leader):
             fresh = [member for member in members if member not in sent]
-            # Whoever is in the middle of a fork stops only after it, and a look may have passed the place where the
-            # child appears. So the last look is one that began when all had been seen stopped.
+            # Race 2: return only what a look has found that began after all_stopped was set.
             overdue = bool(sent) and time.monotonic() > deadline
             if overdue or (all_stopped and not fresh):
                 return sort_to_kill(members)
@@ -396,13 +410,14 @@ class ProcessTree:
             self.condemn(fresh)
             self._send(fresh, signal.SIGSTOP, deadline=deadline)
             if not fresh and not all_stopped:
-                # Let those run that are to stop.
+                # Give the processes time to stop.
                 time.sleep(STOP_POLL_INTERVAL)
-        # A look that failed has found nobody, which does not continue those that the looks before have stopped.
+        # If the last look failed, it has found nobody. Those that earlier looks have stopped are still
+        # stopped.
         return sort_to_kill(sent) if self.look_failure else []
 
     def condemn(self, processes: Iterable[Process]) -> None:
-        """Note at each process that it is to end, for whoever finds it without a supervisor."""
+        """Mark each process as about to be killed, so that a sweep kills it if this supervisor dies first."""
         for process in processes:
             condemn(process.pid)
 
@@ -410,17 +425,17 @@ class ProcessTree:
         self, time_limit: float, *, with_leader: bool = False, deadline: float = math.inf
     ) -> list[Process]:
         """
-        Stop the processes of the tree and kill them, as one step: nothing stays stopped, whatever cuts this short.
+        Stop and kill the processes of the tree in one step: even an exception leaves none stopped.
 
-        :param time_limit: seconds to wait for those that do not come to stop.
-        :param deadline: when sudo is not waited for any longer, by time.monotonic().
-        :returns: whom it has killed, in that order.
+        :param time_limit: seconds to wait for processes that do not stop.
+        :param deadline: when to give up waiting for sudo, by time.monotonic().
+        :returns: the processes that it has killed, in that order.
         """
         members: list[Process] = []
         try:
             members = self.stop(time_limit, with_leader=with_leader)
         finally:
-            # If an exception has come in between, all that were stopped.
+            # After an exception there are no members: kill all that were stopped.
             self.signal(members or self._stopped, signal.SIGKILL, deadline=deadline)
         return members
 
@@ -444,9 +459,9 @@ class ProcessTree:
 
     def signal(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
         """
-        Send the signals to each process that still is the same, and note whom they end.
+        Send the signals to each process whose PID was not reused, and record the ending signals in ``ended``.
 
-        :param deadline: when sudo is not waited for any longer, by time.monotonic().
+        :param deadline: when to give up waiting for sudo, by time.monotonic().
         """
         processes = list(processes)
         for sig in ENDING_SIGNALS.intersection(signals):
@@ -454,7 +469,7 @@ class ProcessTree:
         self._send(processes, *signals, deadline=deadline)
 
     def _send(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
-        """Send the signals to each process that still is the same; to those of another user through sudo."""
+        """Send the signals to each process whose PID was not reused; through sudo if it is another user's."""
         denied = [process for process in processes if not send_signals(process, signals)]
         if not denied:
             return
@@ -465,8 +480,8 @@ class ProcessTree:
                 self._note_sudo(uid, failure)
 
     def _is_sudo_worth_asking(self, uid: int, sig: int) -> bool:
-        # It reports to the administrator who asks in vain. One that was slow may have been so just once, and is asked
-        # again when it matters most.
+        # sudo mails the administrator about every refusal, so do not ask again. A timeout may be transient:
+        # retry for SIGKILL, when it matters most.
         failure = self.sudo_failures.get(uid)
         return failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL)
 
@@ -495,12 +510,12 @@ def find_group(pid: int) -> int | None:
 
 def sort_to_kill(members: Iterable[Process]) -> list[Process]:
     """Return members with children before their parents; see :meth:`ProcessTree.stop`."""
-    # Where the start is hidden, what was forked goes after what it has executed, and by the number.
+    # Hidden starts count as 0: such processes come last, ordered by PID.
     return sorted(members, key=lambda member: (max(member.start, 0), member.pid), reverse=True)
 
 
 def is_own_proc() -> bool:
-    """Whether /proc, if there is one, knows processes by the numbers that they have for us (pid_namespaces(7))."""
+    """Whether /proc, if there is one, belongs to our PID namespace (pid_namespaces(7))."""
     try:
         return os.readlink(f"{PROC}/self") == str(os.getpid())
     except FileNotFoundError:
@@ -508,7 +523,7 @@ def is_own_proc() -> bool:
 
 
 def is_in_own_namespace(pid: int) -> bool:
-    """Whether a process is in none of the PID namespaces below this one, which tell others by the same numbers."""
+    """Whether a process is in our PID namespace, and not in one below it, where PIDs mean other processes."""
     try:
         with open(f"{PROC}/{pid}/status") as lines:
             numbers = next((line for line in lines if line.startswith("NSpid:")), "")
@@ -519,16 +534,17 @@ def is_in_own_namespace(pid: int) -> bool:
 
 def is_uncollected(leader: Process) -> bool:
     """
-    Whether the leader, a child of ours, still has its number, and with it the session of that number.
+    Whether the leader, a child of ours, still has its PID, and with it the session of that number.
 
-    Nobody else gets it before the leader is collected, or while a member is in the session. From then on the number
-    proves nothing, whether or not a look has found the session empty. Another child of ours may have got it.
+    The kernel does not reuse the number before the leader is reaped, nor while a member is in the session.
+    After that the number proves nothing, whether or not a look has found the session empty: even another
+    child of ours may have it.
     """
     return is_unreaped_child(leader.pid) and look_at(leader.pid) in (leader, None)
 
 
 def recognise(leader: Process) -> Process:
-    """Return our child as it is to be told now, for an exec may open its entry in /proc, or close it."""
+    """Return our child as /proc shows it now: an exec may make its start readable, or hide it."""
     with contextlib.suppress(OSError):
         now = look_at(leader.pid)
         if now and min(now.start, leader.start) < 0 and is_unreaped_child(leader.pid):
@@ -540,7 +556,7 @@ def has_exited(child: int) -> bool:
     """Whether a child of ours has ended, and is still to be collected."""
     try:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except (AttributeError, OSError):  # somebody else has collected it, or this cannot be asked
+    except (AttributeError, OSError):  # other code has reaped it, or the call is missing or refused
         return False
 
 
@@ -552,11 +568,11 @@ def add_tied(
     marks: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> dict[int, Process]:
     """
-    Return the seeds and all that is tied to them, or to what is tied to them, by PID.
+    Return the seeds and all processes tied to them, directly or through others, by PID.
 
-    :param list_ties: returns what ties others to a process.
-    :param further: what else ties others to the seeds.
-    :param marks: what marks the processes carry, by PID.
+    :param list_ties: returns the ties of a process. Every process that shares one is tied to it.
+    :param further: more ties of the seeds.
+    :param marks: the marks that the processes carry, by PID.
     """
     tied: dict[Tie, list[Process]] = {}
     for process in processes.values():
@@ -567,10 +583,10 @@ def add_tied(
         for mark in marks.get(process.pid, ()):
             tied.setdefault(("mark", mark), []).append(process)
     found = dict(seeds)
-    # Most seeds share a session and a mark.
+    # A set, because most seeds share a session and a mark.
     unvisited = {*further, *(tie for seed in seeds.values() for tie in list_ties(seed))}
     while unvisited and tied:
-        # Each is followed once.
+        # Follow each tie once.
         for process in tied.pop(unvisited.pop(), ()):
             if process.pid not in found:
                 found[process.pid] = process
@@ -579,7 +595,7 @@ def add_tied(
 
 
 def list_descent(process: Process) -> list[Tie]:
-    """Return what ties its children to a process."""
+    """Return the ties of a process to its children."""
     return [("parent", process.pid)]
 
 
@@ -589,7 +605,7 @@ def shorten_name(name: str) -> str:
 
 
 def mark_process() -> None:
-    """Mark the calling process, a leader, and with it all that it starts from now on."""
+    """Mark the calling process, a leader, and thereby every process that it starts from now on."""
     own = None
     with contextlib.suppress(OSError):
         own = read_process(os.getpid())
@@ -598,24 +614,26 @@ def mark_process() -> None:
     mark = compute_mark(own)
     inherited = read_limits(os.getppid())
     if any(is_mark_of(former, own.pid) and former not in inherited for former in read_limits(own.pid)[:1]):
-        return  # its supervisor was first
-    # What it starts before its supervisor does this, who may be hidden from it, is to have it, too. It goes first: who
-    # leads a tree, and has inherited the origin of another, would be taken for a task of that one's supervisor.
+        return  # its supervisor has marked it already
+    # The supervisor sets the origin, too (adopt), and may be hidden from us. But this process may start
+    # others before the supervisor does so, and those need it as well. The origin goes before the mark: a
+    # leader that has a mark, and an inherited origin, would pass for a task of the supervisor in that origin.
     give_origin(own.pid, mark, supervisor=os.getppid())
-    # It may carry that of its supervisor, which is in a tree itself.
+    # If its supervisor is in a tree itself, this process has inherited the mark of that tree.
     if give_mark(own.pid, mark, inherited=inherited) is None:
         os.environ[MARK_VARIABLE] = extend_variable(os.environ, mark)
 
 
 def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | None:
     """
-    Have a leader carry a mark as its limit, and the mark of the tree around it, if there is one, beside it.
+    Set a mark as a leader's limit, and keep the mark of the tree around it, if any, in another limit.
 
-    A leader and its supervisor both do this, and may not come to the same mark (ProcessTree.adopt). To exchange a limit
-    is one step, so that the second finds what the first has given, and leaves it.
+    A leader and its supervisor both do this, and may compute different marks (ProcessTree.adopt). prlimit()
+    exchanges a limit in one step. So the second of them finds the mark that the first has set, and puts it
+    back.
 
     :param inherited: the marks that its supervisor carries.
-    :returns: the mark that it carries from now on; None where the limit cannot be set.
+    :returns: the mark that the leader carries from now on; None where the limit cannot be set.
     """
     try:
         _, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
@@ -626,7 +644,8 @@ def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | Non
             resource.prlimit(pid, resource.RLIMIT_RTTIME, (former, hard))
             return former
         _, hard = resource.prlimit(pid, RLIMIT_LOCKS)
-        # What is beside it belongs to the tree that its supervisor was started in, and may have left.
+        # The inherited value of this limit is from the tree in which its supervisor was started, and may have
+        # left.
         resource.prlimit(pid, RLIMIT_LOCKS, (former if is_mark(former) else hard, hard))
     except (AttributeError, OSError, ValueError):
         # No such limit (macOS), or a hard one below the mark, or a sandbox that refuses the call.
@@ -635,7 +654,7 @@ def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | Non
 
 
 def give_origin(pid: int, mark: int, *, supervisor: int) -> int | None:
-    """Have a leader carry its origin as a limit, and no other's; return it, None where it cannot be told, or set."""
+    """Set a leader's origin, or clear an inherited one; return it, None if it is unknown or refused."""
     parent = None
     with contextlib.suppress(OSError):
         parent = read_process(supervisor)
@@ -646,13 +665,13 @@ def give_origin(pid: int, mark: int, *, supervisor: int) -> int | None:
         if origin is None and is_mark(former) and is_origin_of(former, mark):
             return former & ~CONDEMNED
         resource.prlimit(pid, resource.RLIMIT_RSS, (hard if origin is None else origin, hard))
-    except (AttributeError, OSError, ValueError):  # as of a mark
+    except (AttributeError, OSError, ValueError):  # see give_mark()
         return None
     return origin
 
 
 def compute_origin(supervisor: Process, mark: int) -> int:
-    """Return what tells the supervisor of a tree, and the tree from its others."""
+    """Return a number that identifies the supervisor of a tree, and the tree among this supervisor's."""
     bits = [
         (supervisor.pid, PID_BITS),
         (int(supervisor.start), ORIGIN_START_BITS),
@@ -666,7 +685,7 @@ def compute_origin(supervisor: Process, mark: int) -> int:
 
 
 def fold_mark(mark: int) -> int:
-    """Return the part of an origin that tells the tree of a mark."""
+    """Return the part of an origin that identifies the tree of a mark."""
     return (mark ^ mark >> PID_BITS.bit_length()) & ORIGIN_TREE_BITS
 
 
@@ -683,7 +702,7 @@ def is_condemned(origin: int) -> bool:
 
 
 def is_origin_alive(origin: int) -> bool:
-    """Whether the supervisor that an origin tells is there, or may be."""
+    """Whether the supervisor that an origin identifies is there, or may be."""
     pid, start = origin & PID_BITS, origin >> PID_BITS.bit_length() & ORIGIN_START_BITS
     supervisor = look_at(pid)
     if supervisor is not None and supervisor.start >= 0:
@@ -704,7 +723,7 @@ def is_there(pid: int) -> bool:
 
 
 def condemn(pid: int) -> None:
-    """Note at a process that its supervisor is about to kill it, and does not come to it only if it is killed itself."""
+    """Mark a process as about to be killed. If its supervisor dies before it kills it, a sweep does."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         origin, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
         if is_mark(origin) and not is_condemned(origin):
@@ -712,37 +731,37 @@ def condemn(pid: int) -> None:
 
 
 def lift_marks() -> None:
-    """Leave whatever tree this process is in, as far as marks go."""
+    """Remove the marks of all trees that this process is in."""
     for limit in (resource.RLIMIT_RTTIME, RLIMIT_LOCKS, resource.RLIMIT_RSS):
         _, hard = resource.getrlimit(limit)
         resource.setrlimit(limit, (hard, hard))
 
 
 def replace_mark(pid: int, mark: int, other: int) -> int:
-    """Have a leader carry another mark than the one that it took, and return what it carries from now on."""
+    """Replace the mark that a leader has taken; return the one that it carries from now on."""
     try:
         former, hard = resource.prlimit(pid, resource.RLIMIT_RTTIME)
         if former != mark:
             return mark
         resource.prlimit(pid, resource.RLIMIT_RTTIME, (other, hard))
-    except (AttributeError, OSError, ValueError):  # the variable is its mark, or it is gone
+    except (AttributeError, OSError, ValueError):  # its mark is the variable, or the process is gone
         return mark
     return other
 
 
 def extend_variable(env: Mapping[str, str], mark: int) -> str:
-    """Return what the variable is in a tree of that mark, within those that an environment has in it."""
+    """Return the variable for a tree of that mark, inside the trees that an environment names."""
     return ",".join(filter(None, [env.get(MARK_VARIABLE), str(mark)]))
 
 
 def compute_mark(leader: Process) -> int:
-    """Return a number of microseconds that no other leader since boot has."""
+    """Return a number of microseconds that no other leader has had since boot."""
     # The ticks of a year take 32 bits.
     return MARK_FLAG | (int(leader.start) << PID_BITS.bit_length() | leader.pid) & MARK_FLAG - 1
 
 
 def invent_mark(pid: int) -> int:
-    """Return such a number for a leader whose start is not known."""
+    """Return a random mark for a leader whose start is not known."""
     return MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1) & ~PID_BITS | pid
 
 
@@ -758,10 +777,10 @@ def is_mark_of(limit: int, leader: int) -> bool:
 
 def read_limits(pid: int) -> tuple[int, ...]:
     """
-    Return the marks that a process carries as its limits, its own first, then that of the tree around its own.
+    Return the marks that a process carries as limits: its own tree's, then that of the tree around it.
 
-    Its origin alone if it has set the first limit for itself. None if it is gone, or hidden from us, or has none of its
-    own: whoever lifts that limit has left all.
+    Return its origin alone if it has set the first limit for itself. Return nothing if the process is gone or
+    hidden from us, or if the first limit is lifted: then it has left all trees.
     """
     try:
         own, _ = resource.prlimit(pid, resource.RLIMIT_RTTIME)
@@ -785,7 +804,7 @@ def read_origin(pid: int) -> int | None:
 
 def read_limits_of_others(pid: int) -> tuple[int, int, int]:
     """
-    Return the three limits of another user's process, which everybody may read in /proc.
+    Return the three limits of another user's process, which every user may read in /proc.
 
     -1 for the first if it is not set, 0 for the others.
     """
@@ -802,7 +821,7 @@ def read_limits_of_others(pid: int) -> tuple[int, int, int]:
 
 
 def read_variable(pid: int) -> tuple[int, ...]:
-    """Return the marks in the environment of a process, its own first; none if it is gone, or not ours to read."""
+    """Return the marks in the environment of a process, its own first; none if that cannot be read."""
     try:
         return parse_variable(psutil.Process(pid).environ())
     except (psutil.Error, OSError):
@@ -816,15 +835,16 @@ def parse_variable(env: Mapping[str, str]) -> tuple[int, ...]:
 
 def list_pids() -> list[tuple[int, int | None]]:
     """
-    Return the PIDs that we may see, each with what tells its process from the next one of the same number, if known.
+    Return the PIDs that we may see, each with an identity that changes on reuse (None if unknown).
 
-    That is the number of its inode: the kernel makes one for a process when it is first looked up, and drops it when
-    the process is reaped (proc_flush_pid(), Linux 5.6), so that listing alone recognises those that were read before.
+    The identity is the inode number. The kernel makes an inode for a process when it is first looked up, and
+    drops it when the process is reaped (proc_flush_pid(), Linux 5.6). So a listing alone recognises processes
+    that were read before.
 
-    :raises OSError: if /proc is there, but cannot be listed, for want of a file descriptor or of memory.
+    :raises OSError: if /proc is there, but cannot be listed because a file descriptor or memory is lacking.
     """
     try:
-        # To its end, for the one descriptor that this takes may be the last one, which the look at each needs.
+        # Read it to its end, and close it: its descriptor may be the last one, which look_at() needs.
         with os.scandir(PROC) as entries:
             return [(int(entry.name), entry.inode()) for entry in entries if entry.name.isdigit()]
     except FileNotFoundError:
@@ -838,18 +858,18 @@ def read_process(pid: int) -> Process | None:
 
 
 def read_own_start() -> float:
-    """Return when this process started, which every child of it is younger than; 0 if that cannot be told."""
+    """Return when this process started; all its children are younger. 0 if that is unknown."""
     own = read_process(os.getpid())
     return own.start if own else 0
 
 
 def look_at(pid: int, *, since: float = 0) -> Process | None:
     """
-    Return the process, be it a zombie; None if there is none, or if it is hidden from us.
+    Return the process, even a zombie; None if there is none, or if it is hidden from us.
 
-    :param since: OLDER is enough for a process that started before. To make out no more than that costs two thirds of
-        a look, which a busy machine has thousands of.
-    :raises OSError: if that cannot be told, for want of a file descriptor or of memory.
+    :param since: for a process that started earlier than this, return OLDER and skip the rest of the parsing
+        (a third of the cost). A busy machine has thousands of them.
+    :raises OSError: if a file descriptor or memory is lacking.
     """
     try:
         stat = _read_file(f"{PROC}/{pid}/stat")
@@ -859,7 +879,7 @@ def look_at(pid: int, *, since: float = 0) -> Process | None:
         return None
     except PermissionError:
         return _ask_kernel(pid)
-    # The name may hold anything, parentheses and spaces among it.
+    # The name may contain anything, even parentheses and spaces.
     name, _, rest = stat.partition(b"(")[2].rpartition(b")")
     state, parent, _, session, *others = rest.split(None, 21)
     start = int(others[15])
@@ -878,7 +898,7 @@ def look_at(pid: int, *, since: float = 0) -> Process | None:
 
 
 def _read_file(path: str) -> bytes:
-    """Return a small file at a third of what open() costs: a look reads one for each process of the machine."""
+    """Return a small file, at a third of the cost of open(): a look reads one for each process."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.read(descriptor, STAT_MAX_BYTES)
@@ -890,8 +910,9 @@ def _ask_kernel(pid: int) -> Process | None:
     """
     Return a process of our own user whose entry in /proc is closed to us; None if it is another user's.
 
-    So are, where /proc is mounted with hidepid=1, those that are not dumpable (prctl(2)), as a supervisor of SDK 1.2 or
-    later makes itself, and what it forks. Its user is all that the kernel asks for in the calls below.
+    Where /proc is mounted with hidepid=1, the entries of processes that are not dumpable (prctl(2)) are
+    closed. A supervisor of SDK 1.2 or later makes itself one, and with it the processes that it forks. For
+    the calls below the kernel checks only the user.
     """
     try:
         resource.prlimit(pid, resource.RLIMIT_RTTIME)
@@ -901,7 +922,7 @@ def _ask_kernel(pid: int) -> Process | None:
             name=HIDDEN_NAME,
             parent=0,
             session=os.getsid(pid),
-            # Nobody can tell, and so nobody need wait for it.
+            # It is unknown, so do not wait for the process to stop.
             stopped=True,
             dead=has_ended(pid),
         )
@@ -914,7 +935,7 @@ def _ask_kernel(pid: int) -> Process | None:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process is a zombie, or gone; False where that cannot be told without /proc."""
+    """Whether a process is a zombie, or gone; False where only /proc could say so."""
     try:
         pidfd = os.pidfd_open(pid)
     except AttributeError:
@@ -954,7 +975,7 @@ def _ask_psutil(pid: int, since: float) -> Process | None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether this very process still runs, as far as can be told."""
+    """Whether this process, and no other with its PID, still runs; True if that is unknown."""
     try:
         now = read_process(process.pid)
     except OSError:
@@ -963,12 +984,13 @@ def is_alive(process: Process) -> bool:
 
 
 def send_signals(process: Process, signals: Iterable[int]) -> bool:
-    """Signal a process, and never one that has got its number since; False if that is not allowed."""
+    """Signal a process, but not one that has reused its PID; False if that is not allowed."""
     pidfd = None
     with contextlib.suppress(AttributeError, OSError):  # no pidfd, none left, or the process is gone
         pidfd = os.pidfd_open(process.pid)
     try:
-        # From here on the pidfd stands for one process; without it the number may still change hands, just not likely.
+        # With a pidfd, a process that passes this check is the one that is signalled. Without one, the PID
+        # may still be reused between the check and the signal, which is unlikely.
         if not is_alive(process):
             return True
         for sig in signals:
@@ -993,8 +1015,8 @@ def send_by_sudo(
     Signal processes of other users, as that user or as root, whichever the sudoers permit; all users at once.
 
     :param by_owner: the processes by the uids of their owners.
-    :param deadline: when it is not waited for any longer, by time.monotonic().
-    :returns: by uid, why that failed, None if it did not.
+    :param deadline: when to give up waiting, by time.monotonic().
+    :returns: by uid, why sudo failed, None if it did not.
     """
     sudo = shutil.which("sudo")
     if sudo is None:
@@ -1006,7 +1028,7 @@ def send_by_sudo(
     failures = run_all({uid: [sudo, "-n", "-u", f"#{uid}", *kill] for uid, kill in kills.items()}, deadline)
     refused = [uid for uid, failure in failures.items() if uid and failure not in (None, SUDO_TIMED_OUT)]
     failures.update(run_all({uid: [sudo, "-n", *kills[uid]] for uid in refused}, deadline))
-    # kill fails also when one of them has ended meanwhile, and has signalled the others then.
+    # kill also fails if one of the processes has ended meanwhile; it has signalled the others in this case.
     return {
         uid: failure if failure and all(map(is_alive, by_owner[uid])) else None
         for uid, failure in failures.items()
@@ -1014,17 +1036,17 @@ def send_by_sudo(
 
 
 def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
-    """Return those that still run, by the user that they run as."""
+    """Return the processes that still run, by the uid that they run as."""
     groups: dict[int, list[Process]] = {}
     for process in filter(is_alive, processes):
-        # psutil raises as it is what the kernel says for want of a file descriptor.
+        # psutil does not wrap the OSError for a lack of file descriptors.
         with contextlib.suppress(psutil.Error, OSError):
             groups.setdefault(psutil.Process(process.pid).uids().effective, []).append(process)
     return groups
 
 
 def run_sudo(command: list[str]) -> str | None:
-    """Run sudo; return why that failed, None if it did not."""
+    """Run sudo; return why it failed, None if it did not."""
     return run_all({0: command})[0]
 
 
@@ -1032,7 +1054,7 @@ def run_all(commands: Mapping[int, list[str]], deadline: float = math.inf) -> di
     """
     Run one sudo for each user, at the same time; return why they failed, None where one did not.
 
-    :param deadline: by time.monotonic(); they have SUDO_TIMEOUT at most.
+    :param deadline: by time.monotonic(); each has SUDO_TIMEOUT at most.
     """
     deadline = min(deadline, time.monotonic() + SUDO_TIMEOUT)
     running = {uid: start_sudo(command) for uid, command in commands.items()}
@@ -1043,7 +1065,7 @@ def run_all(commands: Mapping[int, list[str]], deadline: float = math.inf) -> di
 
 
 def start_sudo(command: list[str]) -> subprocess.Popen[str] | str:
-    """Start sudo; return why that failed, if it did."""
+    """Start sudo; return why it could not be started, if so."""
     try:
         return subprocess.Popen(
             command,
@@ -1062,7 +1084,8 @@ def wait_for_sudo(process: subprocess.Popen[str], deadline: float) -> str | None
     try:
         _, complaint = process.communicate(timeout=max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        # subprocess.run() would wait for it without a limit, if it may not kill it: sudo becomes root altogether.
+        # subprocess.run() would wait for ever here: sudo has become root, so that we may not be allowed to
+        # kill it.
         with contextlib.suppress(PermissionError):
             process.kill()
             process.wait()

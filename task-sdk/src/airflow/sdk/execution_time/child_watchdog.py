@@ -15,14 +15,13 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-End a task whose supervisor has died; a program of its own, which the task's runner executes.
+End a task whose supervisor has died. This is a separate program, which the task's runner executes.
 
-It reads what it has to know from its argument, a JSON object: ``limits``, the marks of the runner; ``leader``, its PID
-and start; ``origin``; ``grace``, in seconds; ``ends`` and ``spared``, what the deployment has chosen; ``path``, where
-psutil is.
+Its argument is a JSON object: ``limits``, the marks of the runner; ``leader``, its PID and start; ``origin``;
+``grace``, in seconds; ``ends`` and ``spared``, the choices of the deployment; ``path``, the folder of psutil.
 
-A copy of the runner would be as big as the runner, and be killed with it for want of memory. This is executed with
-neither site-packages nor Airflow (``python -I -S``), and takes a twentieth of that.
+A forked copy of the runner would be as big as the runner, and would be killed with it when memory runs out.
+This program loads neither site-packages nor Airflow (``python -I -S``), and takes a twentieth of that memory.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from typing import Any
 PACKAGE = "airflow.sdk.execution_time"
 
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Whoever ends all processes of a service at once would end this before it has ended the task."""
+"""A service manager may signal all processes of a service at once. The watchdog must first end the task."""
 
 
 def main(argument: str) -> None:
@@ -53,17 +52,17 @@ def main(argument: str) -> None:
 
 
 def leave_task() -> None:
-    """Take no part in a task's end."""
+    """Make this process survive the end of the task: ignore signals, and lead a session of its own."""
     for signum in IGNORED:
         signal.signal(signum, signal.SIG_IGN)
-    # Whoever has started this has blocked them until here.
+    # The runner has blocked these signals until here.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     with contextlib.suppress(OSError):
         os.setsid()
 
 
 def end_task(order: dict[str, Any]) -> None:
-    """End the task that is described; to be called by a process of its own, which has inherited the task's marks."""
+    """End the described task; to be called in a process of its own, which has inherited the task's marks."""
     tree = importlib.import_module(f"{PACKAGE}.child_tree")
     orphan = importlib.import_module(f"{PACKAGE}.child_orphan")
     tree.lift_marks()
@@ -71,7 +70,7 @@ def end_task(order: dict[str, Any]) -> None:
 
 
 def stand_in_for_package() -> None:
-    """Have the modules beside this one imported by their names, without those of the packages that they are in."""
+    """Make the modules beside this one importable by name, without loading the packages that contain them."""
     names = PACKAGE.split(".")
     for depth in range(1, len(names) + 1):
         package = types.ModuleType(".".join(names[:depth]))
