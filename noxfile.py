@@ -23,6 +23,15 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def prereleases(session: nox.Session) -> None:
+    """Say which changes apply to the SDK's pre-releases, which stand for states that upstream's main has had."""
+    install_groups(session, "tool")
+    session.run(
+        "python", "-m", "patches", "prereleases", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT
+    )
+
+
+@nox.session
 def pr(session: nox.Session) -> None:
     """Commit the changes on a new branch of the apache/airflow checkout given, ready for a pull request."""
     install_groups(session, "tool", "lint")  # ruff, for the checkout's own configuration

@@ -1,4 +1,4 @@
-"""The command line: python -m patches {wheel,check,lint,pr,breeze}."""
+"""The command line: python -m patches {wheel,check,prereleases,lint,pr,breeze}."""
 
 from __future__ import annotations
 
@@ -19,20 +19,33 @@ from patches.checkouts import open_checkout
 from patches.commands import interrupt_on_sigterm, run_parallel
 from patches.errors import PatchError
 from patches.linting import lint_changes
+from patches.prereleases import (
+    choose_rules,
+    describe_trials,
+    make_table,
+    read_prerelease,
+    refuse_surprises,
+    try_changes,
+)
 from patches.pull_requests import Wishes, choose_release, make_pull_request
 from patches.releases import all_releases, find_release
 from patches.rules import load_changes
-from patches.upstream import DOWNLOADS_AT_ONCE, fetch_wheel
+from patches.upstream import DOWNLOADS_AT_ONCE, fetch_prerelease, fetch_wheel, list_prereleases
 from patches.wheels import build_wheel, prepare_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from packaging.version import Version
+
+    from patches.prereleases import Trial
     from patches.pull_requests import PullRequest
     from patches.releases import Release
     from patches.rules import Change
 
 INTERRUPTED = 130
+# A file has no width of its own; at this one no row of a table is wrapped.
+COLUMNS_IN_FILE = 200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +76,19 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     check.add_argument("version", metavar="VERSION", help="of Airflow or its SDK")
     check.set_defaults(run=_run_check)
+
+    prereleases = commands.add_parser(
+        "prereleases", help="try the changes on the pre-releases that the package index has"
+    )
+    prereleases.add_argument(
+        "versions", nargs="*", metavar="VERSION", help="of Airflow or its SDK, like 3.3.0b1; all by default"
+    )
+    prereleases.add_argument(
+        "--before",
+        action="store_true",
+        help="with the rules of the last release before each, as if it were tomorrow's main",
+    )
+    prereleases.set_defaults(run=_run_prereleases)
 
     lint = commands.add_parser("lint", help="check the change files without upstream at hand")
     lint.set_defaults(run=_run_lint)
@@ -144,6 +170,38 @@ def _show_progress() -> Progress:
 
 def _run_check(options: argparse.Namespace) -> None:
     print(check_version(options.version, load_changes()))
+
+
+def _run_prereleases(options: argparse.Namespace) -> None:
+    versions = sorted(set(map(read_prerelease, options.versions))) or list_prereleases()
+    rules = {version: choose_rules(version, before=options.before) for version in versions}
+    chosen = {version: release for version, release in rules.items() if release}
+    if not chosen:
+        raise PatchError("No rules are for a state that old: give a pre-release of a supported line.")
+    changes = load_changes()
+    with _show_progress() as progress:
+        trials = _try_prereleases(chosen, changes, progress)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = COLUMNS_IN_FILE
+    console.print(make_table(trials, changes))
+    for line in describe_trials(trials):
+        console.print(line, soft_wrap=True)
+    if not options.before:  # what differs from the release before is no surprise
+        refuse_surprises(trials)
+
+
+def _try_prereleases(
+    rules: dict[Version, Release], changes: Sequence[Change], progress: Progress
+) -> list[Trial]:
+    """Fetch each pre-release and try the changes; give up at the first that cannot be read."""
+
+    def fetch_and_try(version: Version) -> Trial:
+        return try_changes(fetch_prerelease(version), version, rules[version], changes)
+
+    runs = run_parallel(fetch_and_try, rules, workers=DOWNLOADS_AT_ONCE)
+    with contextlib.closing(runs):
+        return [future.result() for _, future in progress.track(runs, len(rules), description="Trying")]
 
 
 def _run_lint(_options: argparse.Namespace) -> None:

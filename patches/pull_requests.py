@@ -19,7 +19,7 @@ from patches.checkouts import (
     open_checkout,
 )
 from patches.errors import PatchError
-from patches.releases import all_releases, find_release, last_of_lines
+from patches.releases import all_releases, find_nearest, find_release, last_of_lines
 from patches.rules import (
     ADVICE,
     CORE,
@@ -126,7 +126,11 @@ def choose_release(checkout: Checkout, line: str | None) -> tuple[Release, list[
     for release in all_releases():
         if release.version == str(version):
             return release, []
-    nearest = _find_last(version)
+    nearest = find_nearest(version)
+    if nearest is None:
+        raise PatchError(
+            f"The checkout has SDK {version}, which belongs to no supported line: name one with --line."
+        )
     return nearest, [
         f"The checkout has SDK {version}, which is not in the table: the rules for {nearest.version} apply."
     ]
@@ -144,19 +148,6 @@ def _find_line(line: str) -> Release:
             return release
     known = ", ".join(f"v3-{Version(release.version).minor}-test" for release in last_of_lines())
     raise PatchError(f"{line} is not a supported line: give {MAIN}, or one of {known}.")
-
-
-def _find_last(version: Version) -> Release:
-    """Return the last release of a version's line, or of all if the line is newer."""
-    lines = last_of_lines()
-    for release in lines:
-        if Version(release.version).release[:2] == version.release[:2]:
-            return release
-    if version > Version(lines[-1].version):
-        return lines[-1]
-    raise PatchError(
-        f"The checkout has SDK {version}, which belongs to no supported line: name one with --line."
-    )
 
 
 def _read_version(checkout: Checkout) -> Version:

@@ -81,6 +81,24 @@ def find_release(version: str) -> Release:
     )
 
 
+def find_nearest(version: Version) -> Release | None:
+    """Return the release whose rules fit a state of upstream's code that goes by a version, which need not be supported.
+
+    It is the first release of the version's line that is not before it, as 1.2.0 is for 1.2.0b1, or else the last of
+    the line, or else the newest of all. Nothing fits what is before all lines.
+    """
+    line = [
+        release for release in all_releases() if Version(release.version).release[:2] == version.release[:2]
+    ]
+    for release in line:
+        if Version(release.version) >= version:
+            return release
+    if line:
+        return line[-1]
+    newest = last_of_lines()[-1]
+    return newest if version > Version(newest.version) else None
+
+
 def name_sdk_version(version: str) -> str:
     """Return the SDK version that an Airflow or SDK version means, in or out of the table."""
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from packaging.version import Version
 
 from patches.commands import run_command
 from patches.errors import PatchError
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from patches.releases import Release
 
 CACHE = ROOT / ".cache" / "upstream"
+# What the table has no sha256 of; pip has checked the one that the index states.
+PRERELEASES = ROOT / ".cache" / "prereleases"
 DOWNLOADS_AT_ONCE = 4
 
 
@@ -27,6 +32,27 @@ def fetch_wheel(release: Release, cache: Path = CACHE) -> Path:
 def fetch_sdist(release: Release, cache: Path = CACHE) -> Path:
     """Return the release's sdist with the table's sha256, downloaded unless it is in the cache."""
     return _fetch(sdist_name(release.version), release.version, release.sdist, cache)
+
+
+def fetch_prerelease(version: Version, cache: Path = PRERELEASES) -> Path:
+    """Return the wheel of a version that the table need not have, downloaded unless it is in the cache."""
+    cached = cache / wheel_name(str(version))
+    return cached if cached.is_file() else download(cached.name, str(version), None, cache)
+
+
+def list_prereleases() -> list[Version]:
+    """Return the pre-releases that the package index has, in order."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "--pre", "--ignore-requires-python", PROJECT]
+    result = run_command(command)
+    listing = re.search(r"^Available versions: (.+)$", result.stdout.decode(), re.MULTILINE)
+    if result.returncode or listing is None:
+        # pip does not tell an index that has none from one that does not answer.
+        raise PatchError(
+            f"The package index gave no list of the versions of {PROJECT}: check the network, the proxy and pip's "
+            f"configuration; pip says: {_find_error(result.stderr.decode(errors='replace'))}"
+        )
+    versions = map(Version, listing[1].split(", "))
+    return sorted(version for version in versions if version.is_prerelease)
 
 
 def wheel_name(version: str) -> str:
@@ -101,5 +127,9 @@ def _explain_failure(name: str, stderr: str) -> str:
         )
     if "No matching distribution found" in stderr:
         return f"The package index has no {name}: check the version."
+    return f"{name} could not be downloaded; pip says: {_find_error(stderr)}"
+
+
+def _find_error(stderr: str) -> str:
     errors = [line for line in stderr.splitlines() if line.startswith("ERROR")] or stderr.splitlines()
-    return f"{name} could not be downloaded; pip says: {' '.join(errors[-1:]) or 'nothing'}"
+    return " ".join(errors[-1:]) or "nothing"

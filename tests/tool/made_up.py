@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import pytest
+
     from patches.rules import Change
 
 FILE = "airflow/sdk/greeting.py"
@@ -165,6 +167,21 @@ def confine_pip(url: str) -> dict[str, str]:
     """Return the variables that have pip ask one index only, and once."""
     pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": url, "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0"}
     return pip | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+def use_index(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Have pip ask one index only."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in confine_pip(url).items():
+        monkeypatch.setenv(name, value)
+
+
+def use_dead_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave pip an index that nobody serves any more."""
+    with contextlib.closing(listen()) as server:
+        port = server.getsockname()[1]
+    use_index(monkeypatch, f"http://127.0.0.1:{port}/")
 
 
 def listen() -> socket.socket:

@@ -218,7 +218,9 @@ NEWEST = last_of_lines()[-1].version
         ("1.3.1", None, "1.3.1"),
         ("1.3.99", None, LAST["1.3"]),
         ("1.4.99", None, LAST["1.4"]),
-        ("1.4.0.dev0", None, LAST["1.4"]),
+        ("1.3.0.dev0", None, "1.3.0"),
+        ("1.2.0b1", None, "1.2.0"),
+        ("1.0.5rc1", None, "1.0.6"),
         ("1.99.0", None, NEWEST),
         ("1.3.2", "main", NEWEST),
         ("1.3.2", "v3-0-test", LAST["1.0"]),
@@ -230,7 +232,7 @@ NEWEST = last_of_lines()[-1].version
 def test_chooses_rules(
     tmp_path: Path, changes: list[Change], version: str, line: str | None, expected: str
 ) -> None:
-    """The rules are those of the checkout's release, or of the last one of its line, or of the newest; or as asked."""
+    """The rules are as asked, or those of the checkout's release, the next or the last of its line, or the newest."""
     checkout = make_checkout(tmp_path / "checkout", version=version)
     request = make_pull_request(checkout, changes, Wishes(line=line))
     assert request.release.version == expected

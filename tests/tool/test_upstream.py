@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,23 +34,14 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Release
     wheel = made_up.pack_wheel(served, VERSION)
     sdist = made_up.pack_sdist(served, VERSION)
     with made_up.serve_index(served.parent) as url:
-        confine_pip(monkeypatch, url)
+        made_up.use_index(monkeypatch, url)
         yield dataclasses.replace(made_up.release(VERSION), wheel=hash_file(wheel), sdist=hash_file(sdist))
 
 
 @pytest.fixture
 def dead_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave pip an index that nobody serves any more."""
-    with contextlib.closing(made_up.listen()) as server:
-        port = server.getsockname()[1]
-    confine_pip(monkeypatch, f"http://127.0.0.1:{port}/")
-
-
-def confine_pip(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    for name, value in made_up.confine_pip(url).items():
-        monkeypatch.setenv(name, value)
+    made_up.use_dead_index(monkeypatch)
 
 
 def with_wrong_hashes(release: Release) -> Release:

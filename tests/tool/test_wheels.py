@@ -21,7 +21,7 @@ import pytest
 from patches.commands import find_tool
 from patches.errors import PatchError
 from patches.releases import all_releases, find_release, last_of_lines, local_version
-from patches.rules import SOURCES, apply_changes, load_changes, select_names
+from patches.rules import SOURCES, apply_changes, compute_patch, load_changes, select_names
 from patches.upstream import fetch_wheel
 from patches.wheels import build_wheel
 from tests.harness.environments import create_environment
@@ -251,6 +251,15 @@ def test_rule_that_does_not_match_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="0 matches instead of 1"):
         build_wheel(made_up.release("1.9.0"), upstream, changes, output)
     assert not list(output.iterdir())
+
+
+def test_refuses_code_that_lacks_what_rules_rely_on() -> None:
+    """Before 1.2.2 upstream does not forget the sockets that it closes: rules that leave that to it do not match."""
+    exit_event = [change for change in load_changes() if change.name == "exit-event"]
+    with zipfile.ZipFile(fetch_wheel(find_release("1.2.1"))) as archive, pytest.raises(PatchError) as refusal:
+        compute_patch(zipfile.Path(archive), find_release("1.2.2"), exit_event)
+    refused = [sentence.split()[1] for sentence in refusal.value.sentences if sentence.startswith("Rule")]
+    assert refused == ["leave-selector-open", "close-selector-after-loop"]
 
 
 def test_refuses_wheel_with_unexplained_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
