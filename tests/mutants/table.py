@@ -1025,6 +1025,22 @@ IN_THE_REST = [
         ("test_child_interruption.py",),
     ),
     Mutant(
+        "interruption-cuts-a-print-short",
+        "child_interruption.py",
+        "        if is_writing_output():\n            # A task",
+        "        if False:\n            # A task",
+        "an on_kill that prints fails, where the task was printing",
+        ("test_child_interruption.py",),
+    ),
+    Mutant(
+        "interruption-misses-the-end-of-a-print",
+        "child_interruption.py",
+        "            sys.setprofile(self._deliver_after_write)\n",
+        "",
+        "a task that prints all the time is killed, without on_kill",
+        ("test_child_interruption.py",),
+    ),
+    Mutant(
         "interruption-runs-callbacks",
         "child_interruption.py",
         "        if isinstance(error, TaskInterrupted) and find_status(failure) == CONFLICT:\n            raise SystemExit(1) from None\n",

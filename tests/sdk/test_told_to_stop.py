@@ -71,6 +71,7 @@ TASKS = {
     "asks_in_on_kill": Expected(tells=("on_kill", "answered")),
     "asks_always": Expected(tells=("on_kill", "answered")),
     "logs": ON_KILL,
+    "prints_always": ON_KILL,
     "has_timeout": ON_KILL,
     "sensor": ON_KILL,
     "bash": ON_KILL,

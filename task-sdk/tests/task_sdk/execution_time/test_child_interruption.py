@@ -58,6 +58,12 @@ from airflow.sdk.execution_time.comms import ErrorResponse, GetVariable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+FLOOD = 1 << 20
+"""Bytes, more than a pipe takes."""
+
+LONG_LOOP = 10**9
+"""Rounds that nobody waits for."""
+
 GOOD_ENDS = [
     getattr(exceptions if hasattr(exceptions, name) else importlib.import_module("airflow.exceptions"), name)
     for name in ("AirflowSkipException", "TaskDeferred")
@@ -542,6 +548,73 @@ class TestLogging:
             runner.note("went on")
 
         assert self.log(runner, execute, Profiled) == ["from execute", "from on_kill", "went on", "on_kill"]
+
+
+class TestOutput:
+    """A write holds the lock of its buffer, which is not reentrant, while it waits for its reader."""
+
+    def stop_print(
+        self, runner: Runner, monkeypatch: pytest.MonkeyPatch, stream: str, execute: Callable[[], None]
+    ) -> str:
+        """Have SIGTERM come in the middle of a print of ``execute``, read what is printed, and return it."""
+
+        def stop_and_read() -> None:
+            while select.select([], [writer], [], 0)[1]:
+                pass
+            # The print waits now, or will before it can return.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+            while not (child_interruption._current.is_put_off or runner.notes):
+                pass
+            while part := os.read(reader, FLOOD):
+                parts.append(part)
+
+        parts: list[bytes] = []
+        reader, writer = os.pipe()
+        thread = threading.Thread(target=stop_and_read)
+        with open(writer, "w") as output:
+            monkeypatch.setattr(sys, stream, output)
+            runner.on_kill = lambda: print("from on_kill", file=output, flush=True)
+            thread.start()
+            assert runner.run(execute) == ["on_kill"]
+        thread.join()
+        os.close(reader)
+        return b"".join(parts).decode()
+
+    @pytest.mark.parametrize("stream", ["stdout", "stderr"])
+    def test_on_kill_prints(self, runner: Runner, monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+        """The print is complete before ``on_kill``, which may print; then the task is interrupted."""
+
+        def execute() -> None:
+            print("x" * FLOOD, file=getattr(sys, stream), flush=True)
+            select.select([], [], [], PATIENCE)
+            runner.note("unreachable")
+
+        # No signal would meet a task between two prints that prints all the time.
+        monkeypatch.setattr(child_interruption, "signal_soon", lambda _task: None)
+        printed = self.stop_print(runner, monkeypatch, stream, execute)
+        assert printed == "x" * FLOOD + "\nfrom on_kill\n"
+
+    def test_print_before_a_loop(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A task that calls nothing after the print is interrupted all the same."""
+
+        def execute() -> None:
+            nonlocal finished
+            rounds, output = range(LONG_LOOP), sys.stdout
+            print("x" * FLOOD, file=output, flush=True)
+            for _ in rounds:
+                pass
+            finished = True
+
+        finished = False
+        printed = self.stop_print(runner, monkeypatch, "stdout", execute)
+        assert not finished
+        assert printed == "x" * FLOOD + "\nfrom on_kill\n"
+
+    def test_no_output(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process without stdout and stderr is interrupted as well."""
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "stderr", None)
+        assert runner.run(stop) == ["on_kill"]
 
 
 class TestEventLoop:

@@ -218,6 +218,14 @@ class PrintsOperator(ToldOperator):
         print_for_ever()
 
 
+class PrintsAlwaysOperator(PrintsOperator):
+    """Prints in execute() all the time, and then in on_kill()."""
+
+    def on_kill(self) -> None:
+        print("on_kill speaks", flush=True)  # noqa: T201  # what many tasks do
+        super().on_kill()
+
+
 class PrintsOnKillOperator(SlowOnKillOperator):
     """Prints in on_kill() all the time."""
 
@@ -355,6 +363,7 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     AsksAlwaysOperator(task_id="asks_always")
     LogsOnKillOperator(task_id="logs")
     PrintsOperator(task_id="prints")
+    PrintsAlwaysOperator(task_id="prints_always")
     PrintsOnKillOperator(task_id="prints_on_kill")
     PostOperator(task_id="post_execute")
     PrintsAfterwardsOperator(task_id="prints_afterwards")

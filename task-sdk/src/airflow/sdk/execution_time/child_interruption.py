@@ -33,7 +33,8 @@ The interruption waits for the end of
 1. a request to the supervisor: answers are not matched to requests, so the next request would get this one's
    answer;
 2. a log call: it holds the lock of the log's file, and an ``on_kill`` that logs would wait for that lock for
-   ever.
+   ever;
+3. a write to stdout or stderr: an ``on_kill`` that prints would fail, with "reentrant call inside".
 
 Python ignores an exception that a finalizer or a weak reference's callback raises. If the interruption is
 lost there, it is repeated.
@@ -161,6 +162,12 @@ class Interruption:
         if is_writing_log(frame):
             sys.setprofile(self._deliver_after_log_call)
             return
+        if is_writing_output():
+            # A task that prints all the time is hardly ever met between two writes by a signal, and one that computes
+            # after the write calls nothing, which from Python 3.12 on no profile function notices.
+            sys.setprofile(self._deliver_after_write)
+            signal_soon(self)
+            return
         self._delivered = True
         # Cancel the task's timeout, which would interrupt on_kill. The grace period is the only limit from
         # now on.
@@ -177,6 +184,12 @@ class Interruption:
         if event == "return" and not is_writing_log(frame.f_back):
             sys.setprofile(None)
             self.deliver(frame.f_back)
+
+    def _deliver_after_write(self, frame: FrameType, _event: str, _value: object) -> None:
+        """Deliver when a write is over; a profile function, too."""
+        if not is_writing_output():
+            sys.setprofile(None)
+            self.deliver(frame)
 
     def _run_on_kill(self) -> None:
         if self._on_kill_called:
@@ -398,6 +411,18 @@ def is_writing_log(frame: FrameType | None) -> bool:
         if frame.f_globals.get("__name__") == LOG_WRITER:
             return True
         frame = frame.f_back
+    return False
+
+
+def is_writing_output() -> bool:
+    """Return whether this thread is in a write to stdout or stderr, whose buffer it may not enter again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.buffer.write(b"")
+        except RuntimeError:
+            return True
+        except (AttributeError, ValueError):  # it has no buffer, or is closed
+            continue
     return False
 
 
