@@ -56,7 +56,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the tool on all supported releases, and the patched SDK on the last of every line."""
-    install_groups(session, "tool", "tests", "bench", "lint")  # ruff compares the style before and after
+    install_groups(session, "tool", "tests", "bench", "lint")  # ruff and mypy compare before and after
     session.run("pytest", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
 
 

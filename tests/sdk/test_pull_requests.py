@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
+from patches.commands import find_tool
 from patches.pull_requests import Wishes, make_pull_request
 from patches.releases import last_of_lines
 from patches.rules import load_changes
@@ -26,12 +29,13 @@ from tests.upstream.results import BROKEN
 from tests.upstream.suites import SUPERVISOR_TESTS, install_suite, run_suite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from concurrent.futures import Future
 
     from patches.pull_requests import PullRequest
     from patches.releases import Release
     from patches.rules import Change
+    from tests.harness.environments import Environment
     from tests.upstream.results import Result
 
 SOURCES = "task-sdk/src"
@@ -43,6 +47,10 @@ NEWEST = last_of_lines()[-1]
 # The last one needs all others.
 ALONE = CHANGES[:-1]
 RUNS_AT_A_TIME = 2
+MYPY_TIMEOUT = 600
+"""Seconds; it takes half a minute on an idle machine."""
+# mypy's exit statuses when it came to its end: it has found nothing, or something.
+CHECKED = (0, 1)
 # What the licence asks of a patched wheel, in the files that are derived from upstream's; upstream has no use for it.
 MARK = b"# Modified by"
 
@@ -183,6 +191,45 @@ def test_commit_before_builds_upstreams_wheel(release: Release, checkout: Path, 
 def read_code(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist() if name.startswith("airflow/")}
+
+
+def test_adds_no_type_error(tmp_path: Path) -> None:
+    """Mypy, with upstream's settings, has nothing against the commit that it had not against the files before."""
+    try:
+        environment = install_release(NEWEST)
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")
+    checkout = unpack_checkout(fetch_sdist(NEWEST), tmp_path / "checkout")
+    request = make_pull_request(checkout, CHANGES, Wishes())
+    modules = {file for file in request.files if file.endswith(".py")}
+    git(checkout, "checkout", "--quiet", "HEAD~1")
+    before = find_type_errors(checkout, modules.difference(request.added), environment)
+    git(checkout, "checkout", "--quiet", request.branch)
+    after = find_type_errors(checkout, modules, environment)
+    assert list((after - before).elements()) == []
+
+
+def find_type_errors(checkout: Path, modules: Iterable[str], environment: Environment) -> Counter[str]:
+    """Return what mypy says of modules and what they import, without the lines' numbers, which move."""
+    result = subprocess.run(
+        [
+            find_tool("mypy"),
+            *("--python-executable", str(environment.python)),
+            *("--cache-dir", str(checkout.with_name("mypy-cache"))),
+            *("--no-error-summary", "--hide-error-context"),
+            *sorted(modules),
+        ],
+        cwd=checkout,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=MYPY_TIMEOUT,
+        check=False,
+    )
+    assert result.returncode in CHECKED, result.stderr
+    assert not result.stderr, "it goes on without settings that it cannot read"
+    places = (line.partition(": error: ") for line in result.stdout.splitlines() if ": error: " in line)
+    return Counter(f"{place.partition(':')[0]}: {error}" for place, _, error in places)
 
 
 def test_patch_gives_the_same_tree(pristine: Path, checkout: Path, tmp_path: Path) -> None:

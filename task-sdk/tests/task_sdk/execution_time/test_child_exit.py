@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-from task_sdk.execution_time.teardown.supervised_task import NEVER, PATIENCE, fork
+from task_sdk.execution_time.teardown.supervised_task import NEVER, PATIENCE, fork, in_turn
 
 from airflow.sdk.execution_time import child_exit
 from airflow.sdk.execution_time.child_exit import ExitWatch, release_sockets
@@ -45,7 +45,7 @@ class Child:
     def __init__(self) -> None:
         reader, self._writer = os.pipe()
         self.socket, theirs = socket.socketpair()
-        self.pid = fork(lambda: (os.close(self._writer), os.read(reader, 1)))
+        self.pid = fork(in_turn(lambda: os.close(self._writer), lambda: os.read(reader, 1)))
         os.close(reader)
         theirs.close()
 

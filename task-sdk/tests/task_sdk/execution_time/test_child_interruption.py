@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import pytest
 import structlog
@@ -36,6 +36,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     Relay,
     ended_by,
     forked,
+    in_turn,
     pause_for_ever,
 )
 
@@ -168,9 +169,14 @@ class TestOrder:
 
     def test_that_has_come(self, runner: Runner) -> None:
         """One that was told to stop already is not asked."""
-        runner.prepare(is_ordered=lambda: runner.note("asked"))
+
+        def is_ordered() -> bool:
+            runner.note("asked")
+            return False
+
+        runner.prepare(is_ordered=is_ordered)
         with pytest.raises(TaskInterrupted):
-            run_interruptibly(lambda: (contextlib.suppress(BaseException).__enter__(), stop()))
+            run_interruptibly(in_turn(contextlib.suppress(BaseException).__enter__, stop))
         assert runner.notes == ["on_kill"]
 
 
@@ -189,6 +195,7 @@ class TestExecute:
             runner.note("unreachable")
 
         assert runner.run(execute) == ["on_kill", "interrupted"]
+        assert runner.error
         assert isinstance(runner.error.__cause__, AirflowTaskTerminated)
         assert not isinstance(runner.error, Exception)
 
@@ -456,8 +463,8 @@ class InterruptingSocket(socket.socket):
             stop()
 
 
-if COMMS := getattr(comms, "CommsDecoder", None):  # before 1.0.3 see child_paired_requests
-    METHODS = ["send", "asend"] if "_async_lock" in COMMS.__annotations__ else ["send"]
+if hasattr(comms, "CommsDecoder"):  # before 1.0.3 see child_paired_requests
+    METHODS = ["send", "asend"] if "_async_lock" in comms.CommsDecoder.__annotations__ else ["send"]
 
     class TestComms:
         @pytest.mark.parametrize("method", METHODS)
@@ -466,8 +473,7 @@ if COMMS := getattr(comms, "CommsDecoder", None):  # before 1.0.3 see child_pair
             ours, theirs = (InterruptingSocket(fileno=end.detach()) for end in socket.socketpair())
 
             def execute() -> None:
-                decoder = COMMS(socket=ours)
-                answer = getattr(decoder, method)(GetVariable(key="k"))
+                answer = getattr(comms.CommsDecoder(socket=ours), method)(GetVariable(key="k"))
                 if method == "asend":
                     asyncio.run(answer)
 
@@ -507,7 +513,7 @@ class TestLogging:
 
         def main() -> None:
             file = kind()
-            logger = structlog.BytesLogger(file)
+            logger = structlog.BytesLogger(cast("BinaryIO", file))
             runner.on_kill = lambda: logger.msg(b"from on_kill")
             runner.run(lambda: execute(logger))
             relay.tell([line.decode().strip() for line in file.written] + runner.notes)

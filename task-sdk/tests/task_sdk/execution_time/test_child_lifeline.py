@@ -40,6 +40,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     ending_all,
     fork,
     forked,
+    in_turn,
     kill_child,
     leave_others_alone,
     list_descriptors,
@@ -50,11 +51,14 @@ from task_sdk.execution_time.teardown.supervised_task import (
 )
 
 from airflow.sdk.execution_time import child_lifeline, child_policy, child_stop, child_tree, child_watchdog
-from airflow.sdk.execution_time.child_tree import mark_process, read_limits, read_origin
+from airflow.sdk.execution_time.child_tree import look_at, mark_process, read_limits, read_origin
 from airflow.sdk.execution_time.supervisor import conf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from airflow.sdk.execution_time.child_tree import Process
 
 
 @pytest.fixture(autouse=True)
@@ -76,18 +80,36 @@ def patient_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_lifeline, "ORPHAN_GRACE", PATIENCE)
 
 
+def read(pid: int) -> Process:
+    """Return a process that is there, dead or alive."""
+    process = look_at(pid)
+    assert process, f"{pid} is gone"
+    return process
+
+
 def tell_when_told(relay: Relay) -> None:
     """Be a runner with an on_kill."""
-    signal.signal(signal.SIGTERM, lambda *_: (relay.tell("on_kill"), os._exit(0)))
+
+    def on_kill(*_: Any) -> None:
+        relay.tell("on_kill")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, on_kill)
     relay.tell(os.getpid())
     pause_for_ever()
 
 
 def tell_of_death_signal(relay: Relay) -> None:
     """Tell when the signal of a parent's end was handled."""
+    assert child_lifeline.DEATH_SIGNAL
     handle = signal.getsignal(child_lifeline.DEATH_SIGNAL)
     assert callable(handle)
-    signal.signal(child_lifeline.DEATH_SIGNAL, lambda *args: (handle(*args), relay.tell("handled")))
+
+    def handle_and_tell(signum: int, frame: FrameType | None) -> None:
+        handle(signum, frame)
+        relay.tell("handled")
+
+    signal.signal(child_lifeline.DEATH_SIGNAL, handle_and_tell)
 
 
 class TestSignal:
@@ -124,6 +146,7 @@ class TestSignal:
 
         def be_child() -> None:
             tell_of_death_signal(relay)
+            assert child_lifeline.DEATH_SIGNAL
             os.kill(os.getpid(), child_lifeline.DEATH_SIGNAL)
             relay.tell([os.getppid(), *list_children()])
 
@@ -165,8 +188,10 @@ class TestSignal:
         """Where the kernel does not tell of a parent's end the runner runs, without a handler."""
 
         def target() -> None:
-            relay.tell(signal.getsignal(signum) in (signal.SIG_DFL, None))
+            handler = signal.getsignal(signum)
+            relay.tell(handler is None or handler == signal.SIG_DFL)
 
+        assert child_lifeline.DEATH_SIGNAL
         signum = child_lifeline.DEATH_SIGNAL
         with supervising(target, lacking):
             assert relay.hear() is True
@@ -246,7 +271,7 @@ class TestFaults:
     def test_handler_that_raises(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
         """A signal whose handler raises comes in the middle, and does not keep the watchdog from being started."""
 
-        def interrupt(*_: Any) -> None:
+        def interrupt(supervisor: int) -> None:
             signal.raise_signal(signal.SIGALRM)
 
         def target() -> None:
@@ -274,9 +299,9 @@ class TestFaults:
             if missing == "ctypes":
                 sys.modules["ctypes"] = None  # type: ignore[assignment]
             elif missing == "prctl":
-                child_lifeline.importlib.import_module = refuse
+                monkeypatch.setattr(child_lifeline.importlib, "import_module", refuse)
             else:
-                child_lifeline.Lifeline.handle = property(refuse)
+                monkeypatch.setattr(child_lifeline.Lifeline, "handle", property(refuse))
 
         with supervising(lambda: relay.tell("started"), lack_means):
             assert relay.hear() == "started"
@@ -319,8 +344,8 @@ class TestSpawner:
         "prepare",
         [
             lambda: None,
-            lambda: (os.setsid(), lack("socket.SO_PEERCRED")),
-            lambda: (os.setsid(), setattr(child_lifeline, "find_creator", lambda _sock: os.getpid())),
+            in_turn(os.setsid, lambda: lack("socket.SO_PEERCRED")),
+            in_turn(os.setsid, lambda: setattr(child_lifeline, "find_creator", lambda _sock: os.getpid())),
         ],
         ids=["none", "unknown", "itself"],
     )
@@ -341,7 +366,7 @@ class TestWatchdog:
     def start(self, pid: int, **kwargs: Any) -> subprocess.Popen[bytes]:
         """Have it end a tree; the times of its imports are noted on stderr."""
         order = {
-            "leader": (pid, child_tree.look_at(pid).start),
+            "leader": (pid, read(pid).start),
             "limits": read_limits(pid),
             "origin": read_origin(pid),
             "grace": PATIENCE,
@@ -386,7 +411,7 @@ class TestWatchdog:
         """Whoever ends all processes of a service does not end it before it can ignore that."""
         leader = self.lead(relay)
         order = {
-            "leader": (leader, child_tree.look_at(leader).start),
+            "leader": (leader, read(leader).start),
             "limits": read_limits(leader),
             "origin": read_origin(leader),
             "grace": 0.2,
@@ -431,7 +456,7 @@ class TestWatchdog:
     def test_kills(self, relay: Relay) -> None:
         """It kills the deaf when the grace is over, and nobody who has got the leader's number since."""
         leader = self.lead(relay)
-        start = child_tree.look_at(leader).start
+        start = read(leader).start
         namesake = self.start(leader, leader=(leader, start - 1), limits=[], origin=None, grace=0.1)
         assert namesake.wait(PATIENCE) == 0
         assert child_tree.read_process(leader) is not None

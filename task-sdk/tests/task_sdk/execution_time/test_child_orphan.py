@@ -42,6 +42,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     ending_all,
     fork,
     forked,
+    in_turn,
     kill_child,
     leave_others_alone,
     list_living,
@@ -51,7 +52,14 @@ from task_sdk.execution_time.teardown.supervised_task import (
 
 from airflow.sdk.execution_time import child_orphan, child_tree
 from airflow.sdk.execution_time.child_orphan import end_orphans, find_orphans, kill_condemned
-from airflow.sdk.execution_time.child_tree import ProcessTree, condemn, look_at, mark_process, read_origin
+from airflow.sdk.execution_time.child_tree import (
+    Process,
+    ProcessTree,
+    condemn,
+    look_at,
+    mark_process,
+    read_origin,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,6 +73,13 @@ def leave_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     look_at_own_processes(monkeypatch)
     with ending_all():
         yield
+
+
+def read(pid: int) -> Process:
+    """Return a process that is there, dead or alive."""
+    process = look_at(pid)
+    assert process, f"{pid} is gone"
+    return process
 
 
 def lead(relay: Relay, main: Callable[[], list[int]]) -> None:
@@ -89,7 +104,7 @@ def leading(
     main: Callable[[], list[int]] = list, supervisor: Callable[[], Any] = lambda: None
 ) -> Iterator[tuple[int, ...]]:
     """Yield the PIDs of a supervisor, which has run a function before, of its leader, and of the leader's processes."""
-    with contextlib.closing(Relay()) as relay, forked(lambda: (supervisor(), lead(relay, main))) as pid:
+    with contextlib.closing(Relay()) as relay, forked(in_turn(supervisor, lambda: lead(relay, main))) as pid:
         yield (pid, *relay.hear())
 
 
@@ -108,7 +123,7 @@ def find() -> list[int]:
 
 def adopt(leader: int, **choices: Any) -> ProcessTree:
     tree = ProcessTree()
-    tree.adopt_orphan(leader, look_at(leader).start)
+    tree.adopt_orphan(leader, read(leader).start)
     for name, value in choices.items():
         setattr(tree, name, value)
     return tree
@@ -121,7 +136,7 @@ def fork_child() -> list[int]:
 def fork_session() -> list[int]:
     """Fork a child that leads a session by now."""
     with contextlib.closing(Relay()) as ready:
-        pid = fork(lambda: (os.setsid(), ready.tell("ready"), pause_for_ever()))
+        pid = fork(in_turn(os.setsid, lambda: ready.tell("ready"), pause_for_ever))
         ready.hear()
         return [pid]
 
@@ -212,6 +227,10 @@ class TestFindOrphans:
             # Not every root has CAP_SYS_RESOURCE.
             return child_tree.read_limits_of_others(pid)[2] or None
 
+        def look_as_nobody() -> dict[str, Any]:
+            os.setuid(NOBODY)
+            return {"origins": [read_origin(ours)], "found": find()}
+
         be_root_or_skip()
         others, *_ = orphan(supervisor=become_nobody)
         ours, *_ = orphan()
@@ -222,7 +241,7 @@ class TestFindOrphans:
             assert find() == [ours]
         assert child_orphan.is_ours(ours)
         assert not child_orphan.is_ours(others)
-        found = run_in_fork(lambda: (os.setuid(NOBODY), {"origins": [read_origin(ours)], "found": find()})[1])
+        found = run_in_fork(look_as_nobody)
         assert found["origins"] == [None]
         assert ours not in found["found"]
 
@@ -271,7 +290,7 @@ class TestMeansToFind:
             become_nobody()
             child_orphan.list_pids = child_tree.list_pids  # psutil would look at each
             leader, _ = orphan(fork_child)
-            return {"found": [pid for pid in find() if pid == leader], "start": look_at(leader).start}
+            return {"found": [pid for pid in find() if pid == leader], "start": read(leader).start}
 
         outcome = run_in_fork(main)
         assert len(outcome["found"]) == 1
@@ -280,7 +299,13 @@ class TestMeansToFind:
     @pytest.mark.parametrize("what", ["resource.RLIMIT_RSS", "resource.prlimit"])
     def test_without_the_limit(self, what: str) -> None:
         """Where there is no origin there are no orphans."""
-        assert run_in_fork(lambda: (lack(what), orphan(fork_child), {"found": find()})[-1]) == {"found": []}
+
+        def main() -> dict[str, Any]:
+            lack(what)
+            orphan(fork_child)
+            return {"found": find()}
+
+        assert run_in_fork(main) == {"found": []}
 
     def test_failing_looks_while_it_ends(self) -> None:
         """A runner that could not be looked for is not taken for gone, and is told to end all the same."""
@@ -288,7 +313,7 @@ class TestMeansToFind:
         def main() -> dict[str, Any]:
             leader, *_ = orphan(ignore_sigterm)
             tree = adopt(leader)
-            child_tree.KILL_TIME = child_orphan.KILL_TIME = 0.1
+            child_orphan.KILL_TIME = 0.1
             misbehave("os.scandir", errno.EMFILE)
             left = end_orphans([tree], 0.1)
             return {"left": [process.pid for process in left], "leader": leader}
@@ -331,13 +356,17 @@ class TestEndOrphans:
         """What has left its group is asked to end when the runner has had its on_kill."""
 
         def lead_daemon() -> list[int]:
+            def tell_and_exit(*_: Any) -> None:
+                told.tell("daemon")
+                os._exit(0)
+
             def on_kill(*_: Any) -> None:
                 told.tell("on_kill")
                 select.select([], [], [], 0.3)
                 told.tell("end of on_kill")
                 os._exit(0)
 
-            signal.signal(signal.SIGTERM, lambda *_: (told.tell("daemon"), os._exit(0)))
+            signal.signal(signal.SIGTERM, tell_and_exit)
             started = fork_session()
             signal.signal(signal.SIGTERM, on_kill)
             return started
@@ -370,7 +399,7 @@ class TestEndOrphans:
     def test_choice(self, choice: str) -> None:
         """Where leftovers are not ended, or spared by name, the runner and its group are all the same, by force."""
         leader, daemon, child = orphan(lambda: [*ignore_sigterm(), *fork_session(), *fork_child()])
-        names = {look_at(daemon).name}
+        names = {read(daemon).name}
         tree = adopt(leader, **({"ends": False} if choice == "ends" else {"spared": frozenset(names)}))
         with contextlib.closing(Tree()) as held:
             held.add(child), held.add(daemon)
@@ -406,7 +435,7 @@ class TestEndOrphans:
             held.add(condemned), held.add(spared)
             # In the place of its name: it is the same program.
             tree = adopt(leader)
-            tree._known_as_spared[spared] = look_at(spared).start
+            tree._known_as_spared[spared] = read(spared).start
             tree.spared = frozenset({"somebody"})
             assert kill_condemned([tree]) == []
             assert ended_by(leader) == signal.SIGKILL

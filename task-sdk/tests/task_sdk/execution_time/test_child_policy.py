@@ -41,7 +41,7 @@ from airflow.sdk.execution_time.child_policy import (
 class Conf(ConfigParser):
     """Airflow's, as far as these options go: what is set in the file, and a grace that nobody has set."""
 
-    def get(self, section: str, option: str, **kwargs: Any) -> Any:
+    def get(self, section: str, option: str, **kwargs: Any) -> Any:  # type: ignore[override]  # as typeshed's own
         if self.has_option(section, option):
             return super().get(section, option, **kwargs)
         return kwargs.get("fallback", "60")

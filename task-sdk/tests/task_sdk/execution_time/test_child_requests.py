@@ -26,6 +26,7 @@ import structlog
 from task_sdk.execution_time.teardown.supervised_task import conflict
 
 from airflow.sdk.api.client import ServerResponseError
+from airflow.sdk.api.datamodels._generated import TaskInstanceState
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.child_requests import (
@@ -36,7 +37,7 @@ from airflow.sdk.execution_time.child_requests import (
 )
 from airflow.sdk.execution_time.comms import GetVariable, PutVariable, SetXCom, TaskState
 
-FAILED = TaskState(state="failed", end_date=datetime.now(timezone.utc))
+FAILED = TaskState(state=TaskInstanceState.FAILED, end_date=datetime.now(timezone.utc))
 
 NUMBERS = [(), (7,)]
 """Of a request: none before 1.0.3, and what it is from then on."""
@@ -122,10 +123,12 @@ class TestHandleRequest:
             ask(Supervised(fail(conflict())), GetVariable(key="k"), log, 7)
 
     @pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
-    def test_task_that_is_gone(self, log: Any, error: type[Exception]) -> None:
+    def test_task_that_is_gone(
+        self, log: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    ) -> None:
         """Nobody may be there to take the answer."""
         process = Supervised(fail(OSError()))
-        process.send_msg = lambda *_, **__: fail(error())()
+        monkeypatch.setattr(process, "send_msg", lambda *_, **__: fail(error())())
         ask(process, GetVariable(key="k"), log, 7)
         assert len(log.calls) == 1
 

@@ -36,6 +36,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     ended_by,
     fork,
     forked,
+    in_turn,
     pause_for_ever,
     waiting,
 )
@@ -48,6 +49,7 @@ from airflow.sdk.execution_time.child_stop import (
     RUNNER_FAILED,
     STOP_SIGNALS,
     StopRequest,
+    _CaughtSignals,
     begin_runner,
     catch_stop_signals,
     find_caught,
@@ -81,6 +83,13 @@ def restored() -> Iterator[None]:
     for signum, handler in former.items():
         signal.signal(signum, handler)
     signal.set_wakeup_fd(descriptor)
+
+
+def get_caught() -> _CaughtSignals:
+    """Return what catches signals here."""
+    caught = find_caught()
+    assert caught
+    return caught
 
 
 def list_handlers() -> list[Any]:
@@ -130,7 +139,7 @@ class TestCatchStopSignals:
         """A handler that logs could wait for ever for the lock that the code that it interrupts holds."""
         with structlog.testing.capture_logs() as logs, catch_stop_signals():
             signal.raise_signal(signum)
-            assert find_caught().signum is signum
+            assert get_caught().signum is signum
         assert logs == []
 
     def test_first_signal_counts(self) -> None:
@@ -138,7 +147,7 @@ class TestCatchStopSignals:
         with catch_stop_signals():
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
                 signal.raise_signal(signum)
-            assert find_caught().signum == signal.SIGINT
+            assert get_caught().signum == signal.SIGINT
 
     def test_inherited_wakeup_descriptor(self) -> None:
         """That of an asyncio loop, say, is not told of our signals, and is there again afterwards."""
@@ -156,11 +165,11 @@ class TestCatchStopSignals:
     def test_many_signals(self, capfd: pytest.CaptureFixture[str]) -> None:
         """A wakeup descriptor that is full neither blocks nor complains (signal.set_wakeup_fd)."""
         with catch_stop_signals():
-            find_caught().writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            get_caught().writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
             for _ in range(2000):
                 signal.raise_signal(signal.SIGTERM)
             with pytest.raises(BlockingIOError):
-                find_caught().writer.send(b"." * 4096 * 1024)
+                get_caught().writer.send(b"." * 4096 * 1024)
         assert capfd.readouterr().err == ""
 
     def test_ignored_signal_stays_ignored(self) -> None:
@@ -169,7 +178,7 @@ class TestCatchStopSignals:
         with catch_stop_signals():
             signal.raise_signal(signal.SIGINT)
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-            assert find_caught().signum is None
+            assert get_caught().signum is None
 
     def test_former_handlers_return(self) -> None:
         """They do so however the supervision ends, and the descriptors are closed."""
@@ -179,7 +188,7 @@ class TestCatchStopSignals:
         def monitor() -> None:
             with catch_stop_signals():
                 assert handle not in list_handlers()
-                sockets.extend([find_caught().reader, find_caught().writer])
+                sockets.extend([get_caught().reader, get_caught().writer])
                 raise InterruptedError
 
         sockets: list[socket.socket] = []
@@ -221,7 +230,7 @@ class TestCatchStopSignals:
     def test_nested(self) -> None:
         """The inner one changes nothing, and ends nothing that the outer one has begun."""
         with catch_stop_signals():
-            caught = find_caught()
+            caught = get_caught()
             with catch_stop_signals():
                 assert find_caught() is caught
             signal.raise_signal(signal.SIGTERM)
@@ -257,11 +266,11 @@ class TestCatchStopSignals:
         """A runner that gets a signal before it comes to begin_runner() dies of it, and tells its supervisor nothing."""
         ready = Relay()
         with catch_stop_signals():
-            with forked(lambda: (ready.tell("ready"), pause_for_ever())) as pid:
+            with forked(in_turn(lambda: ready.tell("ready"), pause_for_ever)) as pid:
                 assert ready.hear() == "ready"
                 os.kill(pid, signal.SIGTERM)
                 assert ended_by(pid) == signal.SIGTERM
-            assert find_caught().signum is None
+            assert get_caught().signum is None
         ready.close()
 
 
@@ -274,7 +283,7 @@ class TestWatchStopSignals:
             timer.start()
             assert process.selector.select(PATIENCE)
             timer.join()
-            assert find_caught().signum == signal.SIGTERM
+            assert get_caught().signum == signal.SIGTERM
         assert not process.selector.get_map()
 
     def test_signal_during_start(self) -> None:
@@ -303,7 +312,7 @@ class TestBusyLoop:
             with watch_stop_signals(process, conf):
                 signal.raise_signal(signal.SIGTERM)
                 assert ended_by(pid) == signal.SIGTERM
-                received_at = find_caught().received_at
+                received_at = get_caught().received_at
                 heed_stop_signals(process, conf, send=sent)
         assert sent == []
         assert process._stop.kill_at == received_at + STOP_GRACE

@@ -46,6 +46,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     fork,
     forked,
     hear_ready,
+    in_turn,
     keep_open,
     kill_child,
     leave_others_alone,
@@ -171,6 +172,12 @@ def leave(
     return runner, told[int]
 
 
+def was_condemned(pid: int) -> bool:
+    origin = read_origin(pid)
+    assert origin is not None
+    return is_condemned(origin)
+
+
 def name_shared(relay: Relay) -> None:
     ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
     relay.tell(["shared", os.getpid()])
@@ -219,14 +226,14 @@ class TestSweep:
 
         def succeed() -> None:
             # It does not hold the sockets, for which the supervisor would wait.
-            detach(lambda: (keep_open(relay.writer), be_polite(relay)))
+            detach(in_turn(lambda: keep_open(relay.writer), lambda: be_polite(relay)))
 
         def supervise_success() -> None:
             code = start_task(succeed).wait()
             relay.tell(["code", code])
             pause_for_ever()
 
-        with supervising(lambda: (relay.tell(os.getpid()), pause_for_ever())) as living:
+        with supervising(in_turn(lambda: relay.tell(os.getpid()), pause_for_ever)) as living:
             stopped = relay.hear()
             os.kill(stopped, signal.SIGSTOP)
             with forked(supervise_success) as dying:
@@ -249,7 +256,7 @@ class TestSweep:
         def target() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             detach(lambda: be_deaf(relay))
-            detach(lambda: (signal.signal(signal.SIGTERM, signal.SIG_IGN), name_shared(relay)))
+            detach(in_turn(lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: name_shared(relay)))
             relay.tell({"runner": os.getpid()})
             wait_to_end(relay)
 
@@ -259,10 +266,10 @@ class TestSweep:
             send(tree, processes, *signals, **kwargs)
 
         def supervise() -> None:
-            ProcessTree.signal = die_before_it_kills
+            monkeypatch.setattr(ProcessTree, "signal", die_before_it_kills)
             api = Api()
             # What the runner starts is to have its origin.
-            process = start_task(lambda: (start.hear(), target()), api)
+            process = start_task(in_turn(start.hear, target), api)
             start.tell("start")
             order.hear()
             end_task(way, process, api)
@@ -276,7 +283,7 @@ class TestSweep:
             os.waitpid(dying, 0)
         left = {runner, daemon} if way == "conflict" else {daemon}
         assert set(list_left()) == {shared, *left}
-        assert {pid: is_condemned(read_origin(pid)) for pid in (shared, *left)} == {
+        assert {pid: was_condemned(pid) for pid in (shared, *left)} == {
             shared: False,
             **dict.fromkeys(left, True),
         }
@@ -285,7 +292,9 @@ class TestSweep:
         assert sweep()["survivors"] == []
         assert list_left() == [shared]
 
-    def test_death_in_the_grace(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+    def test_death_in_the_grace(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
         """What a failed task has left, and was asked to end when the supervisor died, does not stay."""
 
         def ask_and_die(tree: ProcessTree, processes: Any, *signals: int, **kwargs: Any) -> None:
@@ -293,8 +302,8 @@ class TestSweep:
             os.kill(os.getpid(), signal.SIGKILL)
 
         def supervise() -> None:
-            ProcessTree.signal = ask_and_die
-            process = start_task(lambda: (detach(lambda: be_deaf(relay)), wait_to_end(relay)))
+            monkeypatch.setattr(ProcessTree, "signal", ask_and_die)
+            process = start_task(in_turn(lambda: detach(lambda: be_deaf(relay)), lambda: wait_to_end(relay)))
             order.hear()
             end_task("failed", process, Api())
 
@@ -364,8 +373,13 @@ class TestSweepOnce:
 
     def test_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A process looks once, and one that it forks looks for itself."""
+
+        def note_look() -> list[Any]:
+            looks.append(os.getpid())
+            return []
+
         looks: list[int] = []
-        monkeypatch.setattr(child_sweep, "find_orphans", lambda: looks.append(os.getpid()) or [])
+        monkeypatch.setattr(child_sweep, "find_orphans", note_look)
 
         def look_twice() -> dict[str, Any]:
             child_sweep.sweep_once(conf)
@@ -402,7 +416,8 @@ class TestSweepOnce:
             thread.join()
             return {"returned": returned}
 
-        looking, overtaken, returned = threading.Event(), threading.Event(), []
+        looking, overtaken = threading.Event(), threading.Event()
+        returned: list[bool] = []
         monkeypatch.setattr(child_sweep, "find_orphans", look)
         assert run_in_fork(start)["returned"] == [False]
 
@@ -426,7 +441,7 @@ class TestSweepCommand:
         runner, daemon = leave(relay)
         name = psutil.Process(runner).name()
         condemn(daemon)
-        assert is_condemned(read_origin(daemon))
+        assert was_condemned(daemon)
         status, lines = run("--dry-run")
         assert status == 0
         assert sorted(lines) == [

@@ -44,6 +44,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 from airflow.sdk.execution_time import child_teardown
 from airflow.sdk.execution_time.child_exit import ExitWatch
 from airflow.sdk.execution_time.child_policy import GRACE, MAX_GRACE, MIN_GRACE, StopPolicy
+from airflow.sdk.execution_time.child_status import is_unreaped_child
 from airflow.sdk.execution_time.child_stop import StopRequest, catch_stop_signals
 from airflow.sdk.execution_time.child_teardown import (
     NAMED_IN_LOG,
@@ -78,7 +79,7 @@ def longest_gap(times: list[float]) -> float:
 class Conf(ConfigParser):
     """Airflow's, as far as this goes: what is set in the file, and a grace that nobody has set."""
 
-    def get(self, section: str, option: str, **kwargs: Any) -> Any:
+    def get(self, section: str, option: str, **kwargs: Any) -> Any:  # type: ignore[override]  # as typeshed's own
         if self.has_option(section, option):
             return super().get(section, option, **kwargs)
         return kwargs.get("fallback", "60")
@@ -605,9 +606,11 @@ class TestKill:
         assert 0.1 <= call.args[0] <= 0.5
         assert call.kwargs == {"with_leader": True}
 
-    def test_runner_that_somebody_else_has_collected(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_runner_that_somebody_else_has_collected(
+        self, conf: Conf, process: Any, clock: Clock, mocker: MockerFixture
+    ) -> None:
         """Its number may be another's: nobody is signalled by it, and what it has left ends here and now."""
-        child_teardown.is_unreaped_child.return_value = False
+        mocker.patch.object(child_teardown, "is_unreaped_child", spec=is_unreaped_child, return_value=False)
         prepare_kill(process, GRACE, conf)
         assert process._exit_code == 1, "unknown is not success"
         assert process._tree.kill_all.called

@@ -28,7 +28,7 @@ import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import pytest
@@ -50,6 +50,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     ending_all,
     fork,
     hear_in_popen,
+    in_turn,
     lift_limit,
     pause_for_ever,
     waiting,
@@ -86,6 +87,8 @@ if TYPE_CHECKING:
 
 PR_SET_NAME = 15
 
+Started = TypeVar("Started")
+
 SLEEPER = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"]
 
 
@@ -96,22 +99,22 @@ def leave_nothing() -> Iterator[None]:
         yield
 
 
-def start_waiting(main: Callable[[], Any]) -> tuple[int, list[int]]:
-    """Fork a child that runs ``main`` and then waits for signals; return its PID, and those that ``main`` returned."""
+def start_waiting(*steps: Callable[[], Any]) -> tuple[int, list[Any]]:
+    """Fork a child that takes steps and then waits for signals; return its PID, and what the last step returned."""
 
     def tell_and_wait() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever other tests have installed
-        told.tell(main() or [])
+        told.tell([step() for step in steps][-1] or [])
         pause_for_ever()
 
     with contextlib.closing(Relay()) as told:
         return fork(tell_and_wait), told.hear()
 
 
-def lead(*starts: Callable[[], int]) -> tuple[ProcessTree, int, list[int]]:
+def lead(*starts: Callable[[], Started]) -> tuple[ProcessTree, int, list[Started]]:
     """Fork a marked session leader that starts what it is told to; return its tree, its PID and theirs."""
 
-    def main() -> list[int]:
+    def main() -> list[Started]:
         os.setsid()
         mark_process()
         return [start() for start in starts]
@@ -120,6 +123,20 @@ def lead(*starts: Callable[[], int]) -> tuple[ProcessTree, int, list[int]]:
     tree = ProcessTree()
     tree.adopt(pid)
     return tree, pid, started
+
+
+def read(pid: int) -> Process:
+    """Return a process that lives."""
+    process = read_process(pid)
+    assert process, f"{pid} has ended"
+    return process
+
+
+def read_set_origin(pid: int) -> int:
+    """Return the origin of a process that has one."""
+    origin = read_origin(pid)
+    assert origin is not None
+    return origin
 
 
 def find(tree: ProcessTree) -> list[int]:
@@ -142,7 +159,7 @@ def start_session() -> int:
 
 def start_orphan(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
     """Start a process whose parent is gone."""
-    parent, [pid] = start_waiting(lambda: (prepare(), [subprocess.Popen(SLEEPER, **kwargs).pid])[1])
+    parent, [pid] = start_waiting(prepare, lambda: [subprocess.Popen(SLEEPER, **kwargs).pid])
     end(parent)
     return pid
 
@@ -155,7 +172,7 @@ def start_orphan_fork(prepare: Callable[[], Any], main: Callable[[], Any]) -> in
         main()
 
     with contextlib.closing(Relay()) as orphaned:
-        parent, [pid] = start_waiting(lambda: (prepare(), [fork(wait_and_run)])[1])
+        parent, [pid] = start_waiting(prepare, lambda: [fork(wait_and_run)])
         end(parent)
         orphaned.tell("orphaned")
         return pid
@@ -163,7 +180,7 @@ def start_orphan_fork(prepare: Callable[[], Any], main: Callable[[], Any]) -> in
 
 def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
     """Start a process in a session of its own whose parent is gone."""
-    return start_orphan(lambda: (os.setsid(), prepare()), **kwargs)
+    return start_orphan(in_turn(os.setsid, prepare), **kwargs)
 
 
 def start_daemon_without_environment() -> int:
@@ -193,7 +210,7 @@ def fork_stray() -> int:
 
 def fork_waiting(main: Callable[[], Any]) -> int:
     """Fork a process that runs ``main``, and then waits for signals."""
-    return start_waiting(lambda: (main(), [])[1])[0]
+    return start_waiting(main, list)[0]
 
 
 def fork_when_adopted(main: Callable[[], Any]) -> tuple[ProcessTree, int, int]:
@@ -255,7 +272,7 @@ class TestFind:
         tree, _, _ = lead(start_child)
         stranger = start_session()
         known = len(find(tree))
-        tree._remembered[stranger] = read_process(stranger).start - 1
+        tree._remembered[stranger] = read(stranger).start - 1
         assert len(find(tree)) == known == 1
 
     def test_strangers_are_not_found(self) -> None:
@@ -281,6 +298,7 @@ class TestFind:
             tree, _, [child] = lead(start_child)
             start_session()
             tree._oldest = 0
+            assert tree._mark
             resource.prlimit(0, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
             with pytest.MonkeyPatch.context() as patching:
                 marks = {1: (tree._mark,)}
@@ -302,7 +320,7 @@ class TestFind:
         older = start_session()
         time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # start times are counted in ticks
         tree, leader, _ = lead()
-        mark = compute_mark(read_process(leader))
+        mark = compute_mark(read(leader))
         resource.prlimit(older, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
         assert mark in read_limits(older)
         assert find(tree) == []
@@ -310,6 +328,7 @@ class TestFind:
     def test_recycled_leader(self) -> None:
         """The session of a process that has got the leader's number since is not the leader's."""
         tree, _, _ = lead(start_child)
+        assert tree._leader
         tree._leader = replace(tree._leader, start=tree._leader.start - 1)
         tree._marks = {1}
         assert find(tree) == []
@@ -325,6 +344,7 @@ class TestFind:
 
         stranger, [child] = start_waiting(open_session)
         end(stranger)
+        assert tree._leader
         tree._leader = replace(tree._leader, pid=stranger)
         assert os.getsid(child) == stranger
         assert find(tree) == []
@@ -372,6 +392,7 @@ class TestFind:
 
         def start_script() -> list[int]:
             shell = subprocess.Popen(["bash", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+            assert shell.stdout
             return [shell.pid, int(shell.stdout.readline())]
 
         tree, leader, [pids] = lead(start_script)
@@ -380,7 +401,7 @@ class TestFind:
 
     def test_session_that_is_not_its_own(self) -> None:
         """A leader that could not open a session is in that of its supervisor, whose others are strangers."""
-        pid, [child] = start_waiting(lambda: (mark_process(), [start_child()])[1])
+        pid, [child] = start_waiting(mark_process, lambda: [start_child()])
         start_child()
         tree = ProcessTree()
         tree.adopt(pid)
@@ -412,7 +433,7 @@ class TestFind:
 
     def test_leader_that_is_dead_before(self) -> None:
         """What a leader has left that is dead before it could be adopted, but not collected, belongs to it."""
-        pid, [daemon] = start_waiting(lambda: (os.setsid(), mark_process(), [start_daemon()])[-1])
+        pid, [daemon] = start_waiting(os.setsid, mark_process, lambda: [start_daemon()])
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         tree = ProcessTree()
@@ -446,7 +467,7 @@ class TestFind:
         pid, _ = start_waiting(os.setsid)
         tree = ProcessTree()
         tree.adopt(pid)
-        assert read_limits(pid) == (compute_mark(read_process(pid)),)
+        assert read_limits(pid) == (compute_mark(read(pid)),)
 
 
 def supervise(*starts: Callable[[], Any]) -> list[Any]:
@@ -505,7 +526,7 @@ class TestNested:
         """What a leader has started before it was marked carries the supervisor's mark, which ties nobody to it."""
 
         def supervise_spawned() -> list[Any]:
-            leader, [child] = start_waiting(lambda: (os.setsid(), [start_child()])[1])
+            leader, [child] = start_waiting(os.setsid, lambda: [start_child()])
             tree = ProcessTree()
             tree.adopt(leader)
             start_session()
@@ -527,7 +548,7 @@ class TestNested:
                 told.tell(supervise(start_daemon))
                 pause_for_ever()
 
-            return start_orphan_fork(lambda: (os.setsid(), lift_limit()), start_task)
+            return start_orphan_fork(in_turn(os.setsid, lift_limit), start_task)
 
         with contextlib.closing(Relay()) as told:
             tree, leader, _ = lead(start_worker)
@@ -535,7 +556,7 @@ class TestNested:
             assert find(tree) == []
             end(leader)
             assert find(tree) == []
-            assert read_limits(inner) == read_limits(daemon) == (compute_mark(read_process(inner)),)
+            assert read_limits(inner) == read_limits(daemon) == (compute_mark(read(inner)),)
 
     def test_mark_around_is_that_of_the_supervisor(self) -> None:
         """Whoever has left its tree by lifting the limit has left those around that, too."""
@@ -547,7 +568,7 @@ class TestNested:
             return []
 
         leader, _ = start_waiting(become_leader)
-        assert read_limits(leader) == (compute_mark(read_process(leader)),)
+        assert read_limits(leader) == (compute_mark(read(leader)),)
 
     def test_with_a_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the limit cannot be set the variable has the marks of all trees."""
@@ -582,7 +603,7 @@ class TestNested:
             invented = child_tree.invent_mark(leader)
             if first == "leader":
                 assert told.hear() == "marked"
-                own = compute_mark(read_process(leader))
+                own = compute_mark(read(leader))
                 assert child_tree.give_mark(leader, invented) == own
                 assert read_limits(leader) == (own,)
             else:
@@ -664,7 +685,7 @@ class TestOrigin:
     def test_alive(self) -> None:
         """A supervisor is, until it has ended, whether or not somebody collects it then."""
         pid = fork_child()
-        origin = make_origin(look_at(pid))
+        origin = make_origin(read(pid))
         assert is_origin_alive(origin)
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -674,8 +695,8 @@ class TestOrigin:
 
     def test_both_give_the_same(self) -> None:
         """A leader gives itself what its supervisor gives it, and before: what it starts at once has it, too."""
-        leader, [child] = start_waiting(lambda: (os.setsid(), mark_process(), [start_child()])[-1])
-        given = read_origin(leader)
+        leader, [child] = start_waiting(os.setsid, mark_process, lambda: [start_child()])
+        given = read_set_origin(leader)
         assert given == read_origin(child)
         ProcessTree().adopt(leader)
         assert read_origin(leader) == given
@@ -683,13 +704,13 @@ class TestOrigin:
 
     def test_recycled_supervisor(self) -> None:
         """Whoever has got its number since is not the supervisor."""
-        supervisor = look_at(os.getpid())
+        supervisor = read(os.getpid())
         assert is_origin_alive(make_origin(supervisor))
         assert not is_origin_alive(make_origin(replace(supervisor, start=supervisor.start - 1)))
 
     def test_largest_numbers(self) -> None:
         """Whatever the numbers are, it is a limit that is never reached, and is not condemned."""
-        supervisor = replace(look_at(os.getpid()), pid=(1 << 22) - 1, start=(1 << 40) - 1)
+        supervisor = replace(read(os.getpid()), pid=(1 << 22) - 1, start=(1 << 40) - 1)
         origin = compute_origin(supervisor, (1 << 63) - 1)
         assert 1 << 62 <= origin < 1 << 63
         assert not is_condemned(origin)
@@ -698,12 +719,13 @@ class TestOrigin:
         """Who is stopped to be killed is condemned before, and told by its origin still; who is spared is not."""
         tree, leader, daemon = fork_when_adopted(limit_realtime)
         _, _, shared = fork_when_adopted(lambda: ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared"))
+        assert tree._mark
         resource.prlimit(shared, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
         assert {daemon, shared} <= set(find(tree))
         tree.spared = frozenset({"shared"})
         origins = {pid: read_origin(pid) for pid in (leader, daemon, shared)}
         tree.stop(PATIENCE, with_leader=True)
-        condemned = {pid: is_condemned(read_origin(pid)) for pid in origins}
+        condemned = {pid: is_condemned(read_set_origin(pid)) for pid in origins}
         assert condemned == {leader: True, daemon: True, shared: False}
         assert read_limits(daemon) == (origins[daemon],)
         assert find(tree) == [daemon]
@@ -727,7 +749,7 @@ class TestOrphan:
 
     def adopt(self, pid: int, *marks: Any) -> ProcessTree:
         tree = ProcessTree()
-        tree.adopt_orphan(pid, read_process(pid).start, *marks)
+        tree.adopt_orphan(pid, read(pid).start, *marks)
         return tree
 
     def test_everything_is_found(self) -> None:
@@ -748,7 +770,7 @@ class TestOrphan:
         """Who ends it may be told what the leader carries, which is dead when it looks."""
         _, leader, daemon = fork_when_adopted(limit_realtime)
         marks = (read_limits(leader), read_origin(leader))
-        start = read_process(leader).start
+        start = read(leader).start
         end(leader)
         tree = ProcessTree()
         tree.adopt_orphan(leader, start, *marks)
@@ -774,18 +796,18 @@ class TestOrphan:
         leader, [daemon] = start_waiting(main)
         tree = ProcessTree()
         tree.adopt(leader, mark)
-        assert read_limits(leader) == (compute_mark(read_process(leader)),)
+        assert read_limits(leader) == (compute_mark(read(leader)),)
         assert find(tree) == [daemon]
 
     def test_session_of_others(self) -> None:
         """A leader that could not open a session is in that of others, who are strangers."""
-        leader, [child] = start_waiting(lambda: (mark_process(), [start_child()])[1])
+        leader, [child] = start_waiting(mark_process, lambda: [start_child()])
         start_child()
         assert find(self.adopt(leader)) == [child]
 
     def test_tree_around(self) -> None:
         """The tree that its supervisor was in is not its own."""
-        _, _, [[inner, daemon], _] = lead(lambda: supervise(start_daemon), start_daemon)
+        _, _, [[inner, daemon], _] = lead(lambda: supervise(start_daemon), lambda: [start_daemon()])
         assert find(self.adopt(inner)) == [daemon]
 
 
@@ -810,7 +832,7 @@ class TestLook:
         tree, _, _ = lead()
         find(tree)
         own = os.getpid()
-        renewed = [(pid, identity + (pid == own)) for pid, identity in list_pids()]
+        renewed = [(pid, (identity or 0) + (pid == own)) for pid, identity in list_pids()]
         mocker.patch.object(child_tree, "list_pids", autospec=True, return_value=renewed)
         look = mocker.spy(child_tree, "look_at")
         find(tree)
@@ -903,6 +925,7 @@ class TestSpared:
         def start_spared() -> int:
             command = [str(program), "-c", "sleep 600 & echo $!; wait"]
             process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+            assert process.stdout
             return int(process.stdout.readline())
 
         return start_spared
@@ -910,12 +933,12 @@ class TestSpared:
     def test_left_out(self, start_spared: Callable[[], int]) -> None:
         """A program of that name is left out with all that descends from it, and neither stopped; the rest is not."""
         tree, leader, [child, other] = lead(start_spared, start_child)
-        spared = read_process(child).parent
+        spared = read(child).parent
         assert {child, spared, other} <= set(find(tree))
         tree.spared = frozenset({self.NAME})
         assert find(tree) == [other]
         tree.stop(PATIENCE, with_leader=True)
-        assert [pid for pid in (leader, child, spared, other) if read_process(pid).stopped] == [leader, other]
+        assert [pid for pid in (leader, child, spared, other) if read(pid).stopped] == [leader, other]
 
     def test_descendant_that_is_left(self, start_spared: Callable[[], int]) -> None:
         """What it has started is left out also when the program itself has ended since."""
@@ -923,7 +946,7 @@ class TestSpared:
         tree.spared = frozenset({self.NAME})
         assert find(tree) == []
         with contextlib.closing(Tree()) as held:
-            parent = held.add(read_process(child).parent)
+            parent = held.add(read(child).parent)
             os.kill(parent, signal.SIGKILL)
             assert held.gone(parent)
         assert find(tree) == []
@@ -932,7 +955,7 @@ class TestSpared:
         """A name that another one begins with is not that one's."""
         tree, _, [child] = lead(start_spared)
         tree.spared = frozenset({self.NAME[:8]})
-        assert {child, read_process(child).parent} <= set(find(tree))
+        assert {child, read(child).parent} <= set(find(tree))
 
     def test_leader(self) -> None:
         """The leader is ended, whatever its name is, and so is what it has started."""
@@ -950,7 +973,7 @@ class TestNumberOfTheLeader:
     @pytest.mark.parametrize(("older", "found"), [(0, False), (1, True)])
     def test_member_that_has_got_it(self, mocker: MockerFixture, older: int, found: bool) -> None:
         """A look leaves out the leader, but not a member that was started when the leader's number was free."""
-        member = read_process(os.getpid())
+        member = read(os.getpid())
         mocker.patch.object(ProcessTree, "_look", autospec=True, return_value={member.pid: member})
         tree = ProcessTree()
         tree._leader = replace(member, start=member.start - older)
@@ -962,24 +985,24 @@ class TestStop:
         """When it returns, none of them can start another process; the leader runs unless told otherwise."""
         tree, leader, started = lead(*STARTS)
         assert sorted(process.pid for process in tree.stop(PATIENCE)) == sorted(started)
-        assert all(read_process(pid).stopped for pid in started)
-        assert not read_process(leader).stopped
+        assert all(read(pid).stopped for pid in started)
+        assert not read(leader).stopped
         tree.stop(PATIENCE, with_leader=True)
-        assert read_process(leader).stopped
+        assert read(leader).stopped
 
     def test_children_come_before_their_parents(self) -> None:
         """A stopped group whose last tie to its session dies is continued: it must be as good as dead by then."""
         tree, leader, started = lead(*STARTS)
         stopped = tree.stop(PATIENCE, with_leader=True)
         assert [process.start for process in stopped] == sorted(
-            (read_process(pid).start for pid in [leader, *started]), reverse=True
+            (read(pid).start for pid in [leader, *started]), reverse=True
         )
         assert stopped[-1].pid == leader
-        assert stopped.index(read_process(started[0])) > stopped.index(read_process(started[1]))
+        assert stopped.index(read(started[0])) > stopped.index(read(started[1]))
 
     def test_last_look_begins_when_all_have_stopped(self, mocker: MockerFixture) -> None:
         """A look may have passed the place where what somebody is forking appears: another one follows the stop."""
-        process = read_process(os.getpid())
+        process = read(os.getpid())
         looks = [[replace(process, stopped=stopped)] for stopped in (False, False, True, True)]
         look = mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=looks)
         send = mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
@@ -989,7 +1012,7 @@ class TestStop:
 
     def test_one_look_that_finds_nobody_is_not_enough(self, mocker: MockerFixture) -> None:
         """Who has started a successor and exited, after the list was read and before its own turn, shows neither."""
-        stopped = [replace(read_process(os.getpid()), stopped=True)]
+        stopped = [replace(read(os.getpid()), stopped=True)]
         looks = [[], stopped, stopped, stopped]
         mocker.patch.object(ProcessTree, "find", autospec=True, side_effect=looks)
         mocker.patch.object(child_tree, "send_signals", autospec=True, return_value=True)
@@ -1019,14 +1042,14 @@ class TestStop:
             mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=start_another_and_send)
             stopped = tree.stop(PATIENCE)
         assert sorted(process.pid for process in stopped) == sorted([child, *started_meanwhile])
-        assert all(read_process(process.pid).stopped for process in stopped)
+        assert all(read(process.pid).stopped for process in stopped)
 
     def test_no_time_at_all(self) -> None:
         """All are sent SIGSTOP once in any case."""
         tree, _, started = lead(*STARTS)
         assert sorted(process.pid for process in tree.stop(0)) == sorted(started)
         deadline = time.monotonic() + PATIENCE
-        while not all(read_process(pid).stopped for pid in started):
+        while not all(read(pid).stopped for pid in started):
             assert time.monotonic() < deadline
 
     def limit_time(self, mocker: MockerFixture, find: Callable[..., list[Process]]) -> None:
@@ -1049,7 +1072,7 @@ class TestStop:
     def test_time_is_limited_whatever_appears(self, mocker: MockerFixture) -> None:
         """Processes that cannot be stopped, and start others all the time, do not keep it from an end."""
         tree, _, [pid] = lead(start_child)
-        process = read_process(pid)
+        process = read(pid)
         self.limit_time(mocker, lambda *_, **__: [replace(process, start=time.monotonic())])
         assert len(tree.stop(0.1)) == 1
 
@@ -1081,7 +1104,7 @@ class TestKillAll:
 
         def look_and_send(process: Process, signals: Any) -> bool:
             if signal.SIGKILL in signals and not stopped:
-                stopped.extend(read_process(pid).stopped for pid in started)
+                stopped.extend(read(pid).stopped for pid in started)
             return send(process, signals)
 
         mocker.patch.object(child_tree, "send_signals", autospec=True, side_effect=look_and_send)
@@ -1135,7 +1158,7 @@ class TestFallbacks:
     def test_without_proc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Elsewhere than on Linux psutil knows the processes."""
         monkeypatch.setattr(child_tree, "PROC", str(tmp_path / "missing"))
-        own = read_process(os.getpid())
+        own = read(os.getpid())
         assert own is not None
         assert (own.pid, own.parent, own.session) == (os.getpid(), os.getppid(), os.getsid(0))
         tree, leader, started = lead(start_child, start_session, start_daemon)
@@ -1206,7 +1229,7 @@ class TestHidden:
         def main() -> None:
             forks = [fork_child, fork_session, fork_daemon, fork_stray]
             tree, leader, started = lead(*forks)
-            starts = {read_process(pid).start for pid in [leader, *started]}
+            starts = {read(pid).start for pid in [leader, *started]}
             assert max(starts) < 0
             assert len(starts) == 1 + len(started), "each is told from the others"
             assert find(tree) == sorted(started)
@@ -1238,7 +1261,9 @@ class TestHidden:
             orders = [Relay(), Relay()]
             with contextlib.closing(Relay()) as told:
                 leader = fork(
-                    lambda: (os.setsid(), mark_process(), told.tell(start()), become_sleeper(orders[1]))
+                    in_turn(
+                        os.setsid, mark_process, lambda: told.tell(start()), lambda: become_sleeper(orders[1])
+                    )
                 )
                 tree = ProcessTree()
                 tree.adopt(leader)
@@ -1248,7 +1273,7 @@ class TestHidden:
                 for order in orders:
                     order.tell("execute")
                 deadline = time.monotonic() + PATIENCE
-                while any(read_process(pid).start < 0 for pid in (leader, child)):
+                while any(read(pid).start < 0 for pid in (leader, child)):
                     assert time.monotonic() < deadline
                 assert sorted(process.pid for process in tree.find(with_leader=True)) == sorted(
                     [leader, child]
@@ -1266,7 +1291,7 @@ class TestHidden:
             tree, _, [child] = lead(fork_child)
             _, other, others = lead(fork_child, fork_daemon)
             assert find(tree) == [child]
-            process = read_process(child)
+            process = read(child)
             assert is_alive(process)
             assert not is_alive(replace(process, start=process.start - 1))
             assert send_signals(replace(process, start=process.start - 1), [signal.SIGKILL])
@@ -1292,7 +1317,7 @@ class TestHidden:
         def main() -> None:
             supervisor = fork_child()
             origin = make_origin(Process(supervisor, 1, "", 0, 0, stopped=False, dead=False))
-            assert read_process(supervisor).start < 0
+            assert read(supervisor).start < 0
             assert is_origin_alive(origin)
             end(supervisor)
             assert not is_origin_alive(origin)
@@ -1306,7 +1331,7 @@ class TestHidden:
         def main() -> None:
             pid = fork_child()
             lack("os.pidfd_open")
-            assert read_process(pid).start < 0
+            assert read(pid).start < 0
 
         self.run(main)
 
@@ -1316,7 +1341,7 @@ class TestHidden:
 
         def main() -> None:
             tree, _, [child] = lead(fork_child)
-            process = read_process(child)
+            process = read(child)
             misbehave("os.pidfd_open", error)
             assert is_alive(process)
             assert find(tree) == []
@@ -1341,7 +1366,9 @@ class TestReadProcess:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert read_process(pid) is None
-        assert look_at(pid).dead
+        zombie = look_at(pid)
+        assert zombie
+        assert zombie.dead
 
     def test_process_without_its_first_thread(self) -> None:
         """A process lives on in its other threads, although its state says zombie."""
@@ -1376,7 +1403,7 @@ class TestSendSignal:
             raise OSError(pidfd, "refused")
 
         pid, _ = start_waiting(lambda: None)
-        process = read_process(pid)
+        process = read(pid)
         with contextlib.closing(Tree()) as held:
             held.add(pid)
             if pidfd is None:
@@ -1393,7 +1420,7 @@ class TestSendSignal:
     def test_recycled_number(self, monkeypatch: pytest.MonkeyPatch, *, pidfd: bool) -> None:
         """Whoever has got the number since is not signalled."""
         pid, _ = start_waiting(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) and [])
-        present = read_process(pid)
+        present = read(pid)
         if not pidfd:
             monkeypatch.delattr(os, "pidfd_open")
         assert send_signals(replace(present, start=present.start - 1), [signal.SIGTERM])
@@ -1409,7 +1436,7 @@ class TestSendSignal:
         mocker.patch.object(
             *((signal, "pidfd_send_signal") if pidfd else (os, "kill")), side_effect=PermissionError
         )
-        assert not send_signals(read_process(os.getpid()), [signal.SIGCONT])
+        assert not send_signals(read(os.getpid()), [signal.SIGCONT])
 
     def test_every_signal(self) -> None:
         """A stopped process is told to end, and continued so that it can."""
@@ -1424,7 +1451,7 @@ class TestSendSignal:
         """It leaves none behind."""
         pid, _ = start_waiting(lambda: None)
         before = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
-        send_signals(read_process(pid), [signal.SIGCONT])
+        send_signals(read(pid), [signal.SIGCONT])
         after = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
         assert len(before) == len(after)
 
@@ -1607,7 +1634,7 @@ class TestSudoTime:
 class TestGroupByOwner:
     def test_effective_user(self, mocker: MockerFixture) -> None:
         """It is the effective user whom sudo is asked to signal as, for a set-user-ID program has another real one."""
-        process = read_process(start_child())
+        process = read(start_child())
         ids = SimpleNamespace(real=1, effective=2, saved=3)
         mocker.patch.object(psutil.Process, "uids", autospec=True, return_value=ids)
         assert group_by_owner([process]) == {2: [process]}
@@ -1615,13 +1642,13 @@ class TestGroupByOwner:
     def test_dead_process(self) -> None:
         """Whoever has ended belongs to nobody."""
         pid, _ = start_waiting(lambda: None)
-        process = read_process(pid)
+        process = read(pid)
         end(pid)
         assert group_by_owner([process]) == {}
 
     def test_no_descriptor_left(self) -> None:
         """Where the owner cannot be told for want of a file descriptor, nobody is asked, and nothing raised."""
-        process = read_process(start_child())
+        process = read(start_child())
         with contextlib.closing(Relay()) as told:
 
             def use_up_descriptors() -> None:
@@ -1635,7 +1662,7 @@ class TestGroupByOwner:
 class TestMark:
     def test_no_two_are_alike(self) -> None:
         """It is a limit that is never reached, and differs with the PID and with the start."""
-        process = read_process(os.getpid())
+        process = read(os.getpid())
         marks = {
             compute_mark(replace(process, pid=pid, start=start))
             for pid in (2, 3, 1 << 21)

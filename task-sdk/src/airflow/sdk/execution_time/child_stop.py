@@ -112,7 +112,9 @@ class _SupervisedProcess(Protocol):
     _exit_watch: ExitWatch
     _new_session: bool
     _stop: StopRequest
-    _stop_policy: StopPolicy
+
+    @property
+    def _stop_policy(self) -> StopPolicy: ...
 
     def kill(self, signal_to_send: signal.Signals, *, force: bool) -> None: ...
 

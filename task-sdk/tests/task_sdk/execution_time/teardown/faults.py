@@ -137,7 +137,12 @@ def run_in_namespace(main: Callable[[], dict[str, Any]], *, own_proc: bool = Tru
     told = Relay()
 
     def be_first() -> None:
-        report(told, lambda: (own_proc and mount_proc(), main())[1])
+        report(told, run_main)
+
+    def run_main() -> dict[str, Any]:
+        if own_proc:
+            mount_proc()
+        return main()
 
     def enter() -> dict[str, Any]:
         unshare(CLONE_NEWPID)

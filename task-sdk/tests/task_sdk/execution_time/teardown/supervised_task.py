@@ -37,7 +37,7 @@ import subprocess
 import sys
 import traceback
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from uuid import uuid4
 
 import psutil
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     import pytest
+
+Supervised = TypeVar("Supervised", bound=WatchedSubprocess)
 
 PATIENCE = int(os.environ.get("TEARDOWN_TESTS_PATIENCE", "30"))
 """Seconds after which an event that should come has not come; fewer are of use on an unfixed supervisor alone."""
@@ -195,14 +197,24 @@ def conflict(status: int = 409) -> ServerResponseError:
     return error
 
 
-def start_task(target: Callable[[], None], client: Any = None, **kwargs: Any) -> ActivitySubprocess:
+def start_task(target: Callable[[], object], client: Any = None, **kwargs: Any) -> ActivitySubprocess:
     """Start a supervised task that runs ``target`` instead of a Dag."""
-    return ActivitySubprocess.start(target=target, **describe_task(client, **kwargs))
+    return ActivitySubprocess.start(target=in_turn(target), **describe_task(client, **kwargs))
+
+
+def in_turn(*steps: Callable[[], object]) -> Callable[[], None]:
+    """Return a function that takes steps, one after the other."""
+
+    def take_steps() -> None:
+        for step in steps:
+            step()
+
+    return take_steps
 
 
 def describe_task(client: Any = None, **kwargs: Any) -> dict[str, Any]:
     """Return the arguments that every way to start a task takes."""
-    fields = {
+    fields: dict[str, Any] = {
         "id": uuid4(),
         "task_id": "t",
         "dag_id": "d",
@@ -226,7 +238,7 @@ def describe_task(client: Any = None, **kwargs: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def ending(process: WatchedSubprocess) -> Iterator[WatchedSubprocess]:
+def ending(process: Supervised) -> Iterator[Supervised]:
     """End ``process`` by its PID when the test is over, however it ends."""
     pidfd = os.pidfd_open(process.pid)
     try:
@@ -239,7 +251,7 @@ def ending(process: WatchedSubprocess) -> Iterator[WatchedSubprocess]:
         os.close(pidfd)
 
 
-def pause_for_ever() -> None:
+def pause_for_ever() -> NoReturn:
     while True:
         signal.pause()
 
@@ -277,7 +289,7 @@ def detach(prepare: Callable[[], Any]) -> None:
         pause_for_ever()
 
     with contextlib.closing(orphaned):
-        os.waitpid(fork(lambda: (os.setsid(), fork(be_daemon))), 0)
+        os.waitpid(fork(in_turn(os.setsid, lambda: fork(be_daemon))), 0)
         orphaned.tell("orphaned")
 
 
@@ -318,8 +330,8 @@ def wait_to_end(relay: Relay) -> None:
     os._exit(1)
 
 
-def hear_ready(relay: Relay, processes: int = 1) -> list[int]:
-    """Wait until a runner is ready, and as many of its processes have told their PID; return these."""
+def hear_ready(relay: Relay, processes: int = 1) -> list[Any]:
+    """Wait until a runner is ready, and as many of its processes have told their PID or more; return what they told."""
     told = [relay.hear() for _ in range(processes + 1)]
     told.remove("ready")
     return told
@@ -405,7 +417,7 @@ def supervising(target: Callable[[], Any], prepare: Callable[[], Any] = lambda: 
 
     def supervise() -> None:
         prepare()
-        start_task(lambda: (started.hear(), target()))
+        start_task(in_turn(started.hear, target))
         started.tell("started")
         pause_for_ever()
 

@@ -63,6 +63,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     exec_sleeper,
     fork,
     hear_ready,
+    in_turn,
     keep_open,
     list_descriptors,
     list_living,
@@ -300,8 +301,8 @@ class TestDescriptors:
         """All that the task has started is found and ended all the same."""
 
         def use_up(*_: Any) -> None:
-            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(list_descriptors()) + 1, hard))
+            limit = (max(list_descriptors()) + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
             with contextlib.suppress(OSError):
                 while True:
                     os.dup(relay.reader)
@@ -407,12 +408,13 @@ class TestKill:
 
             def select_and_kill(timeout: float | None = None) -> Any:
                 events = select(timeout)
-                process.selector.select = select
+                patching.stop()
                 process.kill(signal.SIGTERM)
                 return events
 
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            process.selector.select = select_and_kill
+            patching = mock.patch.object(process.selector, "select", select_and_kill)
+            patching.start()
 
         outcome = end_supervised(relay, "failed", after=interrupt)
         assert outcome.left == []
@@ -447,7 +449,9 @@ class TestRecycledNumber:
 
         def forge(process: ActivitySubprocess, _: int) -> None:
             stranger = fork(pause_for_ever)
-            process._tree._remembered[stranger] = child_tree.read_process(stranger).start - 1
+            namesake = child_tree.read_process(stranger)
+            assert namesake
+            process._tree._remembered[stranger] = namesake.start - 1
             relay.tell(stranger)
 
         outcome = end_supervised(relay, "killed", after=forge)
@@ -467,7 +471,9 @@ class TestRecycledNumber:
                 fork_as(daemon)
                 return send(victim, signals)
 
-            process = start_task(lambda: (detach(lambda: be_polite(relay)), wait_to_end(relay)))
+            process = start_task(
+                in_turn(lambda: detach(lambda: be_polite(relay)), lambda: wait_to_end(relay))
+            )
             [daemon] = hear_ready(relay)
             child_tree.send_signals = mock.create_autospec(send, side_effect=replace_and_send)
             os.kill(process.pid, signal.SIGKILL)
@@ -486,11 +492,13 @@ class TestRecycledNumber:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
                     # Not a child of ours, for then psutil would collect it.
-                    fork(lambda: (fork_as(pid), relay.tell("replaced"), pause_for_ever()))
+                    fork(in_turn(lambda: fork_as(pid), lambda: relay.tell("replaced"), pause_for_ever))
                     assert relay.hear() == "replaced"
                     raise conflict()
 
-            process = start_task(lambda: (detach(lambda: be_polite(relay)), wait_to_end(relay)), Slow())
+            process = start_task(
+                in_turn(lambda: detach(lambda: be_polite(relay)), lambda: wait_to_end(relay)), Slow()
+            )
             hear_ready(relay)
             code = process.wait()
             return {"code": code, "log": [], "left": list_living(), "number": process.pid}

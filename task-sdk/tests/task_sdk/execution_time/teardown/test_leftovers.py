@@ -45,6 +45,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     ending,
     exec_sleeper,
     hear_ready,
+    in_turn,
     keep_open,
     leave_holder,
     lift_limit,
@@ -56,6 +57,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 )
 
 from airflow.sdk.api.client import ServerResponseError
+from airflow.sdk.api.datamodels._generated import TaskInstanceState
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.comms import TaskState, _RequestFrame
 
@@ -126,7 +128,7 @@ class TestLeftovers:
     ) -> None:
         """Whatever the daemon does, and however the task ends but well."""
         api = Api()
-        process = start_task(lambda: (detach(lambda: daemon(relay)), wait_to_end(relay)), api)
+        process = start_task(in_turn(lambda: detach(lambda: daemon(relay)), lambda: wait_to_end(relay)), api)
         hear_ready(relay)
         end_task(way, process, api)
         assert list_left() == []
@@ -135,7 +137,9 @@ class TestLeftovers:
         self, relay: Relay, list_left: Callable[[], list[int]]
     ) -> None:
         """A runner that fails, or that the kernel kills, takes its group along."""
-        process = start_task(lambda: (relay.tell(subprocess.Popen(SLEEPER).pid), wait_to_end(relay)))
+        process = start_task(
+            in_turn(lambda: relay.tell(subprocess.Popen(SLEEPER).pid), lambda: wait_to_end(relay))
+        )
         hear_ready(relay)
         end_task("failed", process, Api())
         assert list_left() == []
@@ -168,7 +172,7 @@ class TestLeftovers:
 
         def target() -> None:
             detach(lambda: be_polite(relay))
-            report = TaskState(state="failed", end_date=datetime.now(timezone.utc))
+            report = TaskState(state=TaskInstanceState.FAILED, end_date=datetime.now(timezone.utc))
             os.write(1, b"busy\n")
             gate.hear()
             os.write(0, _RequestFrame(id=0, body=report.model_dump()).as_bytes())
@@ -193,7 +197,9 @@ class TestLeftovers:
                 raise conflict()
 
         with pytest.raises(ServerResponseError):
-            start_task(lambda: (detach(lambda: be_polite(relay)), wait_to_end(relay)), Refusing())
+            start_task(
+                in_turn(lambda: detach(lambda: be_polite(relay)), lambda: wait_to_end(relay)), Refusing()
+            )
         assert list_left() == []
 
     def test_runner_goes_first(
@@ -235,8 +241,12 @@ class TestLeftovers:
             assert asked.hear() == "asked"
             os._exit(0)
 
+        def tell_and_exit(*_: Any) -> None:
+            asked.tell("asked")
+            os._exit(0)
+
         def hand_over(*_: Any) -> None:
-            signal.signal(signal.SIGTERM, lambda *_: (asked.tell("asked"), os._exit(0)))
+            signal.signal(signal.SIGTERM, tell_and_exit)
             detach(lambda: None)
             os._exit(0)
 
@@ -268,7 +278,9 @@ class TestLeftovers:
             relay.tell(os.getpid())
 
         log = Log()
-        process = start_task(lambda: (detach(be_talkative), wait_to_end(relay)), logger=log.logger)
+        process = start_task(
+            in_turn(lambda: detach(be_talkative), lambda: wait_to_end(relay)), logger=log.logger
+        )
         hear_ready(relay)
         end_task("killed", process, Api())
         assert log.find("last words") == ["last words"]
@@ -279,7 +291,9 @@ class TestLeftovers:
         """Once they have ended, nobody waits for a heartbeat to find that somebody out of reach holds a socket."""
         for interval in ("SOCKET_CLEANUP_TIMEOUT", "MIN_HEARTBEAT_INTERVAL", "HEARTBEAT_TIMEOUT"):
             monkeypatch.setattr(supervisor, interval, NEVER)
-        process = start_task(lambda: (detach(lambda: be_polite(relay)), leave_holder(relay, "stdout")))
+        process = start_task(
+            in_turn(lambda: detach(lambda: be_polite(relay)), lambda: leave_holder(relay, "stdout"))
+        )
         relay.hear(), relay.hear()
         end_task("killed", process, Api())
         assert len(list_left()) == 1
@@ -287,7 +301,9 @@ class TestLeftovers:
     def test_log_names_what_was_ended(self, relay: Relay) -> None:
         """One event with number, PID, name and signal, and no command line, which may hold a secret."""
         log = Log()
-        process = start_task(lambda: (detach(lambda: be_deaf(relay)), wait_to_end(relay)), logger=log.logger)
+        process = start_task(
+            in_turn(lambda: detach(lambda: be_deaf(relay)), lambda: wait_to_end(relay)), logger=log.logger
+        )
         [pid] = hear_ready(relay)
         name = psutil.Process(pid).name()
         end_task("failed", process, Api())
@@ -320,7 +336,7 @@ class TestPatience:
     ) -> None:
         """One that is stopped is continued when it is told to end, so that it does not take the whole grace."""
         set_grace(monkeypatch, NEVER)
-        process = start_task(lambda: (detach(lambda: be_stopped(relay)), wait_to_end(relay)))
+        process = start_task(in_turn(lambda: detach(lambda: be_stopped(relay)), lambda: wait_to_end(relay)))
         hear_ready(relay)
         end_task("failed", process, Api())
         assert list_left() == []
@@ -336,7 +352,11 @@ class TestNested:
 
         def start_inner_task() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            start_task(lambda: (detach(lambda: be_deaf(relay)), relay.tell(os.getpid()), pause_for_ever()))
+            start_task(
+                in_turn(
+                    lambda: detach(lambda: be_deaf(relay)), lambda: relay.tell(os.getpid()), pause_for_ever
+                )
+            )
             wait_to_end(relay)
 
         api = Api()
@@ -358,7 +378,9 @@ class TestNested:
                 detach(lambda: be_polite(inner))
                 sibling = inner.hear()
                 api = Api()
-                process = start_task(lambda: (detach(lambda: be_deaf(inner)), wait_to_end(inner)), api)
+                process = start_task(
+                    in_turn(lambda: detach(lambda: be_deaf(inner)), lambda: wait_to_end(inner)), api
+                )
                 daemon = [process.pid, *hear_ready(inner)]
                 end_task(way, process, api)
             relay.tell([sibling, daemon])
@@ -380,7 +402,7 @@ class TestUnchanged:
             keep_open(relay.writer)
             relay.tell(os.getpid())
 
-        process = start_task(lambda: (detach(lift), wait_to_end(relay)))
+        process = start_task(in_turn(lambda: detach(lift), lambda: wait_to_end(relay)))
         daemon = tree.add(hear_ready(relay)[0])
         end_task("killed", process, Api())
         assert tree.runs(daemon)

@@ -42,7 +42,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
 from airflow.sdk.coordinators._subprocess import _PopenActivitySubprocess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, MutableMapping
 
     from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
@@ -134,7 +134,7 @@ class TestRuntimes:
         """A signal to the supervisor's group, which the runtime is not in, ends the runtime, or lets it finish."""
         set_stop_policy(monkeypatch, policy)
 
-        def tell_event(_logger: Any, _method: str, event: dict[str, Any]) -> Any:
+        def tell_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Any:
             if "told to stop" in event["event"]:
                 relay.tell("told")
             raise structlog.DropEvent

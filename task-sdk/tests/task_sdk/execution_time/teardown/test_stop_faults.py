@@ -149,6 +149,7 @@ class TestExceptions:
 
         def raise_once(*_: Any) -> None:
             setattr(*place, original)
+            assert second
             raise second
 
         def main() -> dict[str, Any]:
@@ -224,13 +225,13 @@ class TestRequests:
                 raise ConnectionError("no route to host")
 
         def target() -> None:
-            decoder = comms.CommsDecoder()
+            decoder: comms.CommsDecoder[comms.ToTask, comms.ToSupervisor] = comms.CommsDecoder()
             decoder._read_frame()
             for _ in "ab":
                 try:
                     decoder.send(comms.GetVariable(key="k"))
                 except AirflowRuntimeError as error:
-                    relay.tell(error.error.detail["status_code"])
+                    relay.tell((error.error.detail or {})["status_code"])
             os._exit(3)
 
         def main() -> dict[str, Any]:
@@ -248,11 +249,11 @@ class TestRequests:
             try:
                 decoder.send(comms.SucceedTask(end_date=datetime.now(timezone.utc)))
             except AirflowRuntimeError as error:
-                relay.tell(error.error.detail["status_code"])
+                relay.tell((error.error.detail or {})["status_code"])
             os._exit(0)
 
         def target() -> None:
-            decoder = comms.CommsDecoder()
+            decoder: comms.CommsDecoder[comms.ToTask, comms.ToSupervisor] = comms.CommsDecoder()
             decoder._read_frame()
             signal.signal(signal.SIGTERM, lambda *_: report(decoder))
             relay.tell("ready")

@@ -37,6 +37,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     Tree,
     describe_task,
     forked,
+    in_turn,
     pause_for_ever,
     start_task,
     stop_supervisor,
@@ -67,7 +68,7 @@ class TestStopping:
 
         def supervise() -> None:
             tell_when_monitoring(relay, monkeypatch)
-            process = start_task(lambda: (relay.tell(subprocess.Popen(SLEEPER).pid), pause_for_ever()))
+            process = start_task(in_turn(lambda: relay.tell(subprocess.Popen(SLEEPER).pid), pause_for_ever))
             signal.signal(signum, handle)
             code = process.wait()
             relay.tell([code, signal.getsignal(signum) is handle])
@@ -188,7 +189,7 @@ class TestIgnoredSignal:
         def supervise() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             api = SteppingApi(interrupt, lambda: runner.tell("go"))
-            tell_end(relay, start_task(lambda: (runner.hear(), os._exit(3)), api))
+            tell_end(relay, start_task(in_turn(runner.hear, lambda: os._exit(3)), api))
 
         with forked(supervise):
             assert relay.hear() == ["ended", 3, "failed"]
