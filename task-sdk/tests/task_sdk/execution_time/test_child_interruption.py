@@ -568,13 +568,15 @@ class TestOutput:
             while select.select([], [writer], [], 0)[1]:
                 pass
             # The print waits now, or will before it can return.
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-            while not (child_interruption._current.is_put_off or runner.notes):
+            signal.pthread_kill(main, signal.SIGTERM)
+            task = child_interruption._current
+            while not (runner.notes or (task is not None and task.is_put_off)):
                 pass
             while part := os.read(reader, FLOOD):
                 parts.append(part)
 
         parts: list[bytes] = []
+        main = threading.get_ident()
         reader, writer = os.pipe()
         thread = threading.Thread(target=stop_and_read)
         with open(writer, "w") as output:
@@ -602,6 +604,7 @@ class TestOutput:
 
     def test_print_before_a_loop(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         """A task that calls nothing after the print is interrupted all the same."""
+        finished = False
 
         def execute() -> None:
             nonlocal finished
@@ -611,7 +614,6 @@ class TestOutput:
                 pass
             finished = True
 
-        finished = False
         printed = self.stop_print(runner, monkeypatch, "stdout", execute)
         assert not finished
         assert printed == "x" * FLOOD + "\nfrom on_kill\n"
