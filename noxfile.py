@@ -80,6 +80,13 @@ def e2e(session: nox.Session) -> None:
 
 
 @nox.session
+def programs(session: nox.Session) -> None:
+    """Start real programs in tasks, end these in every way, and say what is left, stock and patched; see --help."""
+    install_groups(session, "tool", "tests")
+    session.run("python", "-m", "tests.programs", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure the stock and the patched SDK of a version (3.1.8 unless given) side by side, and draw pictures."""
     install_groups(session, "tool", "bench")

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness.real.scene import run_scene
-from tests.harness.real.supervising import DAG, fork
+from tests.harness.real.supervising import fork
 
 REQUEST_MAX_BYTES = 1 << 16
 DAGS = Path(__file__).parent / "dags"
+FIRST_DAG = "told.py"
 PRELOADED = (
     "airflow.models.dagbag",
     "airflow.sdk.execution_time.task_runner",
@@ -62,7 +63,7 @@ def preload() -> None:
     """Import what a task runner imports on its way."""
     for name in PRELOADED:
         importlib.import_module(name)
-    runpy.run_path(str(DAGS / DAG))
+    runpy.run_path(str(DAGS / FIRST_DAG))
 
 
 if __name__ == "__main__":
