@@ -69,14 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     try:
         releases = [find_release(version) for version in options.versions]
-        programs = choose(options.program, console, large=options.large)
+        refusal = find_namespace_refusal()
+        programs = choose(options.program, console, large=options.large, private=not refusal)
         if options.list:
             for program in programs:
                 console.print(program.name, highlight=False)
             return 0
+        if refusal:
+            console.print(
+                f"What counts as left are descendants, for there is no PID namespace: {refusal}", markup=False
+            )
         ways = [way for way in WAYS if not options.way or way.name in options.way]
         for release in releases:
-            failures += run_release(release, plan(programs, ways), console)
+            failures += run_release(release, plan(programs, ways), console, own_namespace=not refusal)
     except PatchError as error:
         errors.print(error)
         return UNUSABLE
@@ -89,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return PROBLEM if failures else 0
 
 
-def choose(texts: Sequence[str] | None, console: Console, *, large: bool) -> list[Program]:
+def choose(texts: Sequence[str] | None, console: Console, *, large: bool, private: bool) -> list[Program]:
     """Return the programs that are asked for, or all; name those that the machine has not."""
     for text in texts or ():
         if not any(text in program.name for program in PROGRAMS):
@@ -99,11 +104,13 @@ def choose(texts: Sequence[str] | None, console: Console, *, large: bool) -> lis
         if texts and not any(text in program.name for text in texts):
             continue
         if missing := list(program.list_missing()):
-            console.print(f"Not run: {program.name}. There is no {', no '.join(missing)}.", highlight=False)
+            console.print(f"Not run: {program.name}. It needs {', '.join(missing)}.", highlight=False)
         elif program.large and not large:
             console.print(
                 f"Not run: {program.name}. It is a large download: --large has it made.", highlight=False
             )
+        elif program.public and not private:
+            console.print(f"Not run: {program.name}. It would listen on every network.", highlight=False)
         else:
             chosen.append(program)
     if not chosen:
@@ -111,15 +118,10 @@ def choose(texts: Sequence[str] | None, console: Console, *, large: bool) -> lis
     return chosen
 
 
-def run_release(release: Release, runs: Sequence[Run], console: Console) -> list[str]:
+def run_release(release: Release, runs: Sequence[Run], console: Console, *, own_namespace: bool) -> list[str]:
     """Run on a release, stock and patched, report, and return what has failed."""
     folder = DIST / f"programs-{release.airflow}"
     prepare_output(folder)
-    refusal = find_namespace_refusal()
-    if refusal:
-        console.print(
-            f"Only descendants count as left, for there is no PID namespace: {refusal}", markup=False
-        )
     console.print(f"Installing Airflow {release.airflow}, stock and patched")
     packages = sorted({package for run in runs for package in run.program.packages})
     sides = {
@@ -144,7 +146,7 @@ def run_release(release: Release, runs: Sequence[Run], console: Console) -> list
     with tempfile.TemporaryDirectory(prefix="programs-") as name:
         data = Path(name)
         data.chmod(ENTERED_BY_ALL)  # some programs change to a user of their own
-        outcomes = run_all(sides, runs, data, own_namespace=not refusal, on_finished=tell)
+        outcomes = run_all(sides, runs, data, own_namespace=own_namespace, on_finished=tell)
     write_json(folder / "outcomes.json", outcomes)
     console.print(make_table(release, outcomes))
     for line in (*list_exceptions(outcomes), *sum_up(outcomes)):

@@ -58,6 +58,8 @@ class Program:
     """Whether these are so large that they are installed only where somebody asks for them."""
     root: bool = False
     """Whether it takes root to start it so."""
+    public: bool = False
+    """Whether it listens on every network: it is run only where these can be kept from it."""
     stays: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Names of processes that the patched side may leave, each with the documented reason."""
     stays_after: tuple[str, ...] = ()

@@ -83,15 +83,12 @@ def find_failures(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
 
 def list_exceptions(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:
     """Yield a line for each program that has left what the documents say that it leaves."""
-    reasons = {
-        (run.program.name, name, run.program.stays[name])
-        for run, outcome in outcomes.items()
-        if run.patched
-        for name in outcome.left
-        if name in run.program.stays
-    }
-    for program, name, reason in sorted(reasons):
-        yield f"{program}: {name} stays, for {reason}."
+    left: dict[tuple[str, str], set[str]] = {}
+    for run, outcome in outcomes.items():
+        for name in outcome.left if is_documented(run, outcome) else ():
+            left.setdefault((run.program.name, run.program.stays[name]), set()).add(name)
+    for (program, reason), names in left.items():
+        yield f"Of {program} the patched side leaves {', '.join(sorted(names))}: {reason}."
 
 
 def sum_up(outcomes: Mapping[Run, Outcome]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The programs, by the commands with which people start them.
 
-Each listens on a Unix socket or on loopback, and keeps its data in a folder that the session removes.
+Each listens on a Unix socket or on loopback, unless it is `public`, and keeps its data in a folder that the session removes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ FRESH_LIMITS = (
     "PAM gives what sudo and su start fresh limits, and with them the mark is gone; it has left the session and lost its "
     "parent as well"
 )
-OWN_LIMIT = "it sets RLIMIT_RTTIME itself, which is the mark, has left the session and lost its parent"
 
 # In a process of its own: in that of a task neither method can import Airflow again, whose database the runner hides.
 POOL = """
@@ -118,7 +117,6 @@ pulseaudio -n --daemonize=yes --exit-idle-time=-1 --load=module-null-sink
 pulseaudio --check
 """,
         needs=("pulseaudio",),
-        stays={"pulseaudio": OWN_LIMIT},
     ),
     Program(
         "start-stop-daemon",
@@ -141,7 +139,7 @@ await test -s pid
         """
 chromium --headless --no-sandbox --disable-gpu --user-data-dir="$DATA/profile" --remote-debugging-port="$PORT" \\
     about:blank &
-await test -s profile/DevToolsActivePort
+await bash -c "exec 3<> /dev/tcp/127.0.0.1/$PORT"
 """,
         needs=("chromium",),
     ),
@@ -412,6 +410,7 @@ RAY_DISABLE_IMPORT_WARNING=1 "$PYTHON" -m ray.scripts.scripts start --head --nod
 """,
         packages=("ray",),
         large=True,
+        public=True,
     ),
     Program(
         "dbt",

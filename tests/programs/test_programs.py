@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from patches.errors import PatchError
 from patches.releases import find_release
 from tests.harness.processes import find_marked, make_cookie
 from tests.harness.real.running import UNSHARE, Result, end_namespace, find_namespace_refusal
+from tests.programs import __main__ as command_line
 from tests.programs.__main__ import UNUSABLE, main
 from tests.programs.program import SHELL, WAYS, Program
 from tests.programs.report import find_failures, list_exceptions, make_table, sum_up, write_json
@@ -65,6 +67,23 @@ def test_what_is_missing() -> None:
     """A program that the machine has not is named with all that it lacks."""
     program = Program("x", needs=("sh", "no-such-tool", "no-such-tool-either"))
     assert list(program.list_missing()) == ["no-such-tool", "no-such-tool-either"]
+
+
+def test_what_is_not_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program that is not run is named in one line, with the reason; with none left that is an error."""
+    absent = Program("absent", needs=("no-such-tool",))
+    large, public = Program("large", large=True), Program("public", public=True)
+    monkeypatch.setattr(command_line, "PROGRAMS", (MADE_UP, absent, large, public))
+    console = Console(width=100)
+    assert command_line.choose(None, console, large=False, private=False) == [MADE_UP]
+    assert capsys.readouterr().out.splitlines() == [
+        "Not run: absent. It needs no-such-tool.",
+        "Not run: large. It is a large download: --large has it made.",
+        "Not run: public. It would listen on every network.",
+    ]
+    assert command_line.choose(None, console, large=True, private=True) == [MADE_UP, large, public]
+    with pytest.raises(PatchError):
+        command_line.choose(["absent"], console, large=True, private=True)
 
 
 def test_case() -> None:
@@ -146,7 +165,7 @@ def test_report(tmp_path: Path) -> None:
     [row] = [line for line in capture.get().splitlines() if "sleeper" in line]
     assert "3 (sh, 2 sleep); hung" in row
     assert row.rstrip().endswith("0.2")
-    assert list(list_exceptions(outcomes)) == ["sleeper: sleep stays, for no reason."]
+    assert list(list_exceptions(outcomes)) == ["Of sleeper the patched side leaves sleep: no reason."]
     assert list(sum_up(outcomes)) == [
         "Stock: 3 processes left by 1 of 1 tasks, 1 supervisors crashed, hung or died.",
         "Patched: 1 processes left by 1 of 1 tasks, 0 supervisors crashed, hung or died.",

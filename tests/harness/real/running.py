@@ -35,7 +35,7 @@ IMPORT_TIMEOUT = 120.0
 GRACE = 20
 """Seconds of [core] killed_task_cleanup_time, of which a task with nothing to wait for needs less than half."""
 
-UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+UNSHARE = ("unshare", "--pid", "--net", "--fork", "--mount-proc", "--kill-child")
 
 SETTINGS = {
     "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -173,7 +173,8 @@ class Driver:
 def start_driver(environment: Environment, *, own_namespace: bool = False) -> Iterator[Driver]:
     """Start a driver with what an environment has; nothing of it outlives the context.
 
-    With `own_namespace` it is the first process of a PID namespace, and all of that ends with the context, at once.
+    With `own_namespace` it is the first process of a PID namespace, and all of that ends with the context, at once. Of networks
+    there is loopback alone.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with tempfile.TemporaryDirectory(prefix="real-runner-") as name, ours:
@@ -210,7 +211,7 @@ def start_driver(environment: Environment, *, own_namespace: bool = False) -> It
 
 
 def find_namespace_refusal() -> str | None:
-    """Return why there can be no PID namespace, None if there can."""
+    """Return why there can be no PID and network namespaces, None if there can."""
     try:
         tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
