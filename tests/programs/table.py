@@ -46,7 +46,7 @@ as_user postgres initdb --pgdata=pg --auth=trust --no-sync
 as_user postgres pg_ctl --wait --pgdata=pg --log=pg.log \\
     --options="-c listen_addresses= -c unix_socket_directories=$DATA" start
 """,
-        needs=("initdb", "pg_ctl"),
+        needs=("initdb", "pg_ctl", "setpriv"),
     ),
     Program(
         "nginx",

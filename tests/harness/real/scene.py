@@ -37,7 +37,15 @@ READY_TIMEOUT = 60.0
 """Seconds until a task must be where it is to be ended, on a machine that is busy."""
 BEATS = 2
 """Heartbeats after which a supervisor has noticed a signal that was sent before them."""
-NO_END = {"end": "", "at": "ready", "dies_at_stop": 0, "dies_after_fork": None, "slow_fork": 0}
+NO_END = {
+    "dag": "told",
+    "end": "",
+    "at": "ready",
+    "dies_at_stop": 0,
+    "dies_after_fork": None,
+    "slow_fork": 0,
+}
+"""Of a task that runs beside the one that is ended, or after it."""
 SWEEP = "airflow.sdk.execution_time.child_sweep"
 CHATTER = b'"line '
 """Begins what a task logs all the time."""
@@ -273,7 +281,7 @@ def list_left(hosts: set[int | None], before: set[int] | None) -> list[tuple[int
 
 
 def list_new(before: set[int]) -> list[psutil.Process]:
-    """Return the processes that are new. Numbers are not given again as soon: a namespace has as many as the machine."""
+    """Return the processes that are new. A number comes back only when all others were given, which no scene gets to."""
     return [process for process in psutil.process_iter() if process.pid not in before]
 
 

@@ -161,7 +161,7 @@ def supervise_beside_another(case: dict[str, Any], order: int) -> None:
 
 def stand_by(case: dict[str, Any], order: int) -> None:
     """Supervise the bystander, whom nobody ends."""
-    exit_code = run_task({**case, "task": BYSTANDER, "end": ""}, order)
+    exit_code = run_task({**case, "dag": "told", "task": BYSTANDER, "end": ""}, order)
     tell("bystander_returned", exit_code=exit_code)
 
 
