@@ -13,6 +13,8 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 INTERRUPT_TIMEOUT = 10
 # The servers of an Airflow are asked to end one after the other, before they are killed.
 E2E_INTERRUPT_TIMEOUT = 60
+# Where there is no PID namespace, which ends at once, the tasks that run are ended in the way that they were to be.
+PROGRAMS_INTERRUPT_TIMEOUT = 60
 
 
 @nox.session
@@ -86,6 +88,15 @@ def e2e(session: nox.Session) -> None:
     """End tasks of a real Airflow, stock and patched, in the ways that users do; see --help for a part of it."""
     install_groups(session, "tool", "tests")
     session.run("python", "-m", "tests.e2e", *session.posargs, interrupt_timeout=E2E_INTERRUPT_TIMEOUT)
+
+
+@nox.session
+def programs(session: nox.Session) -> None:
+    """Start real programs in tasks, end these in every way, and say what is left, stock and patched; see --help."""
+    install_groups(session, "tool", "tests")
+    session.run(
+        "python", "-m", "tests.programs", *session.posargs, interrupt_timeout=PROGRAMS_INTERRUPT_TIMEOUT
+    )
 
 
 @nox.session

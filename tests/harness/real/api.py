@@ -96,7 +96,7 @@ def build_run_context(case: dict[str, Any]) -> Any:
     dag_run = build(
         models.DagRun,
         **times,
-        dag_id="told",
+        dag_id=case["dag"],
         run_id="run",
         end_date=None,
         run_type="manual",
@@ -114,7 +114,7 @@ def build_task_instance(case: dict[str, Any]) -> Any:
         models.TaskInstance,
         id=uuid.uuid4(),
         task_id=case["task"],
-        dag_id="told",
+        dag_id=case["dag"],
         run_id="run",
         try_number=1,
         dag_version_id=uuid.uuid4(),

@@ -7,6 +7,7 @@ driver, which has imported Airflow, forks a scene. Python 3.9.
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import itertools
 import json
@@ -14,16 +15,21 @@ import os
 import runpy
 import signal
 import socket
+import struct
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.harness.real.scene import run_scene
-from tests.harness.real.supervising import DAG, fork
+from tests.harness.real.supervising import fork
 
 REQUEST_MAX_BYTES = 1 << 16
 DAGS = Path(__file__).parent / "dags"
+FIRST_DAG = "told.py"
+FIRST = 1
+"""The first process of a PID namespace, which has a network namespace beside it."""
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 PRELOADED = (
     "airflow.models.dagbag",
     "airflow.sdk.execution_time.task_runner",
@@ -50,6 +56,8 @@ def be_scene(connection: socket.socket, case: dict[str, Any], folder: Path, answ
 def main() -> None:
     connection, folder = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody collects the scenes
+    if os.getpid() == FIRST:
+        start_loopback()
     preload()
     serve(connection, folder)
     try:
@@ -58,11 +66,17 @@ def main() -> None:
         return  # the last scene has ended
 
 
+def start_loopback() -> None:
+    """Have the loopback interface of a new network namespace up: netdevice(7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+
+
 def preload() -> None:
     """Import what a task runner imports on its way."""
     for name in PRELOADED:
         importlib.import_module(name)
-    runpy.run_path(str(DAGS / DAG))
+    runpy.run_path(str(DAGS / FIRST_DAG))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from patches.errors import PatchError
 from patches.releases import ROOT
@@ -32,6 +34,8 @@ SCENE_TIMEOUT = 180.0
 IMPORT_TIMEOUT = 120.0
 GRACE = 20
 """Seconds of [core] killed_task_cleanup_time, of which a task with nothing to wait for needs less than half."""
+
+UNSHARE = ("unshare", "--pid", "--net", "--fork", "--mount-proc", "--kill-child")
 
 SETTINGS = {
     "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -56,11 +60,12 @@ class DriverFailedError(PatchError):
 
 @dataclass(frozen=True)
 class Case:
-    """A task of dags/told.py, and how it is ended when it is ready."""
+    """A task of a Dag file in dags/, and how it is ended when it is ready."""
 
     task: str
     end: str = "SIGTERM"
-    """A signal, the status of the answer to a heartbeat, or nothing: the task ends by itself."""
+    """A signal, the status of the answer to a heartbeat, or nothing: the task ends by itself. With another word nobody asks it to
+    end, but it may be freed when it is ready."""
     at: str = "ready"
     """The event that shows that it is time."""
     to: str = "supervisor"
@@ -94,6 +99,10 @@ class Case:
     """Kill the supervisor when it has sent so many SIGSTOPs."""
     bystander: str = ""
     """Where another task runs meanwhile: below another `supervisor`, or in another `thread` of the host."""
+    dag: str = "told"
+    """The Dag, and the stem of its file."""
+    everything: bool = False
+    """Whatever is new in the PID namespace counts as left, descendant or not: the driver must have one of its own."""
     memory: int = 0
     """Megabytes that the host, and all that it starts, may have."""
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -161,15 +170,22 @@ class Driver:
 
 
 @contextmanager
-def start_driver(environment: Environment) -> Iterator[Driver]:
-    """Start a driver with what an environment has; nothing of it outlives the context."""
+def start_driver(environment: Environment, *, own_namespace: bool = False) -> Iterator[Driver]:
+    """Start a driver with what an environment has; nothing of it outlives the context.
+
+    With `own_namespace` it is the first process of a PID namespace, and all of that ends with the context, at once. Of networks
+    there is loopback alone.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with tempfile.TemporaryDirectory(prefix="real-runner-") as name, ours:
         folder = Path(name)
         log = folder / "driver.log"
         with theirs, log.open("wb") as output:
             process = subprocess.Popen(
-                [environment.python, "-m", "tests.harness.real.driver", str(theirs.fileno()), folder],
+                [
+                    *(UNSHARE if own_namespace else ()),
+                    *(environment.python, "-m", "tests.harness.real.driver", str(theirs.fileno()), folder),
+                ],
                 env={
                     **clean_env(folder, python=environment.python),
                     **SETTINGS,
@@ -189,4 +205,22 @@ def start_driver(environment: Environment) -> Iterator[Driver]:
             yield Driver(ours, log)
         finally:
             ours.close()
+            if own_namespace:
+                end_namespace(process)
             process.wait()
+
+
+def find_namespace_refusal() -> str | None:
+    """Return why there can be no PID and network namespaces, None if there can."""
+    try:
+        tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unshare is not installed"
+    return (tried.stderr.strip() or f"unshare exited {tried.returncode}") if tried.returncode else None
+
+
+def end_namespace(unshare: subprocess.Popen[bytes]) -> None:
+    """Kill the first process of a namespace: unshare returns when the kernel has ended all others there."""
+    for first in psutil.Process(unshare.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            first.kill()

@@ -37,7 +37,15 @@ READY_TIMEOUT = 60.0
 """Seconds until a task must be where it is to be ended, on a machine that is busy."""
 BEATS = 2
 """Heartbeats after which a supervisor has noticed a signal that was sent before them."""
-NO_END = {"end": "", "at": "ready", "dies_at_stop": 0, "dies_after_fork": None, "slow_fork": 0}
+NO_END = {
+    "dag": "told",
+    "end": "",
+    "at": "ready",
+    "dies_at_stop": 0,
+    "dies_after_fork": None,
+    "slow_fork": 0,
+}
+"""Of a task that runs beside the one that is ended, or after it."""
 SWEEP = "airflow.sdk.execution_time.child_sweep"
 CHATTER = b'"line '
 """Begins what a task logs all the time."""
@@ -92,6 +100,7 @@ def is_below(pid: int, ancestor: int) -> bool:
 
 def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
     told = Told(folder, answer)
+    before = set(psutil.pids()) if case["everything"] else None
     os.environ.update(TOLD=str(told.path), FREED=str(told.freed_path))
     order_reader, order_writer = os.pipe()
     begin = partial(fork_host, order_reader, not_theirs=(answer, order_writer))
@@ -111,7 +120,7 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
         told.wait_for("beat", times=BEATS, after=len(told.events), until=until, pidfd=pidfd)
     if case["free"]:
         told.free()
-    result = observe(case, told, host, pidfd, began=began, until=until, bystander=bystander)
+    result = observe(case, told, host, pidfd, began=began, until=until, bystander=bystander, before=before)
     if case["bystander"]:
         free_bystander(told, bystander)
     return {**describe(told.events, began), **result}
@@ -156,6 +165,7 @@ def observe(
     began: float,
     until: float,
     bystander: int,
+    before: set[int] | None,
 ) -> dict[str, Any]:
     """Wait for the supervisor's return, or its death, and describe what has come of it at that moment."""
     returned = told.wait_for("returned", until=until, pidfd=pidfd)
@@ -165,11 +175,11 @@ def observe(
     others = {host, find(told.events, "supervisor", "supervisor")}
     if bystander != host or returned:
         others |= {bystander, find(told.events, BYSTANDER, "pid")}
-    left = wait_until_nothing_left(others, ended + case["left_for"])
+    left = wait_until_nothing_left(others, ended + case["left_for"], before)
     if case["sweep"]:
         os.kill(host, signal.SIGKILL)
         run_next_supervisor(case)
-        left = wait_until_nothing_left(others, time.monotonic())
+        left = wait_until_nothing_left(others, time.monotonic(), before)
     told.hear_rest()
     return {
         "hung": hung,
@@ -229,9 +239,11 @@ def list_states(events: list[dict[str, Any]], *, accepted: bool) -> list[str]:
     return [state for state in told if state != ACKNOWLEDGED]
 
 
-def wait_until_nothing_left(hosts: set[int | None], until: float) -> list[tuple[int, str]]:
+def wait_until_nothing_left(
+    hosts: set[int | None], until: float, before: set[int] | None = None
+) -> list[tuple[int, str]]:
     """Return what is left, at the latest when the time is up."""
-    while (left := list_left(hosts)) and time.monotonic() < until:
+    while (left := list_left(hosts, before)) and time.monotonic() < until:
         # It belongs to nobody who could be waited for: those that are looked for have yet to be adopted.
         time.sleep(LOOK_INTERVAL)
     return left
@@ -250,10 +262,13 @@ def run_next_supervisor(case: dict[str, Any]) -> None:
     os.waitpid(fork(be), 0)
 
 
-def list_left(hosts: set[int | None]) -> list[tuple[int, str]]:
-    """Return PID and name of those alive; the supervisor is none of them, nor the loop that has forked it."""
+def list_left(hosts: set[int | None], before: set[int] | None) -> list[tuple[int, str]]:
+    """Return PID and name of those alive; the supervisor is none of them, nor the loop that has forked it.
+
+    They are the descendants of the scene, or all that were not there before.
+    """
     left = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process().children(recursive=True) if before is None else list_new(before):
         try:
             if process.pid not in hosts and process.status() not in {
                 psutil.STATUS_ZOMBIE,
@@ -263,6 +278,11 @@ def list_left(hosts: set[int | None]) -> list[tuple[int, str]]:
         except psutil.NoSuchProcess:
             continue  # just gone
     return left
+
+
+def list_new(before: set[int]) -> list[psutil.Process]:
+    """Return the processes that are new. A number comes back only when all others were given, which no scene gets to."""
+    return [process for process in psutil.process_iter() if process.pid not in before]
 
 
 def read_signal(pidfd: int) -> int | None:

@@ -25,7 +25,6 @@ SOCKET_CLEANUP_TIMEOUT = 1.0
 LOOP_LIMIT = 50
 """Signals after which a loop that answers each with another gives up."""
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-DAG = "told.py"
 PR_SET_PDEATHSIG = 1
 BYSTANDER = "stands_by"
 TICK = 0.01
@@ -57,7 +56,7 @@ def run_task(case: dict[str, Any], order: int) -> int:
     arguments = {
         "ti": build_task_instance(case),
         "bundle_info": models.BundleInfo(name="real", version=None),
-        "dag_rel_path": DAG,
+        "dag_rel_path": f"{case['dag']}.py",
         "token": "",
         "server": URL,
         "client": make_client(Server(case, order)),
@@ -162,7 +161,7 @@ def supervise_beside_another(case: dict[str, Any], order: int) -> None:
 
 def stand_by(case: dict[str, Any], order: int) -> None:
     """Supervise the bystander, whom nobody ends."""
-    exit_code = run_task({**case, "task": BYSTANDER, "end": ""}, order)
+    exit_code = run_task({**case, "dag": "told", "task": BYSTANDER, "end": ""}, order)
     tell("bystander_returned", exit_code=exit_code)
 
 
