@@ -119,7 +119,7 @@ def tell_fates(example: Example) -> dict[int, Fate]:
     looks_in_time = example.ending in {"409", "orphaned"}
     known_after = known if looks_in_time else find_known(runs, {TASK, ORIGIN}, runner)
     fates = {
-        number: tell_fate(member, example, members[0], known=number in known, surely=number in known_after)
+        number: tell_fate(member, example, known=number in known, surely=number in known_after)
         for number, member in members.items()
     }
     if not example.succeeds:
@@ -194,7 +194,7 @@ def find_known(alive: dict[int, Member], marks: set[Mark], runner: Member) -> se
     return known
 
 
-def tell_fate(member: Member, example: Example, runner: Member, *, known: bool, surely: bool) -> Fate:
+def tell_fate(member: Member, example: Example, *, known: bool, surely: bool) -> Fate:
     """Return the fate of a member other than the runner.
 
     `known`: whether it belongs to the task while the runner lives; `surely`: also when the task is looked at.
@@ -202,8 +202,9 @@ def tell_fate(member: Member, example: Example, runner: Member, *, known: bool, 
     if example.succeeds:
         return "ends" if member.then == "exit" else "lives"
     if example.early:
-        # Of those that can be recognised by descent alone, some had lost their parents already, and others had not.
-        return "ends" if keeps_a_sign(member, runner) else "either"
+        # Some that can be recognised by descent or session alone had lost their parents, or were started while their
+        # session mates were ended; others were not. Whoever lifts the limit has no sign until it sets another one.
+        return "ends" if member.marked and not member.has_opted_out else "either"
     if member.then == "exit":
         return "ends"
     if not known:
@@ -212,13 +213,3 @@ def tell_fate(member: Member, example: Example, runner: Member, *, known: bool, 
         return "either"
     # An unmarked heir descends from nobody.
     return "either" if member.then == "heir" and not member.marked else "ends"
-
-
-def keeps_a_sign(member: Member, runner: Member) -> bool:
-    """Tell whether a member, and all that it starts of its own accord, can be recognised whoever its parent is.
-
-    That has to be so at any moment while it grows: who has lifted the limit has no sign until it sets another one.
-    """
-    return (member.marked and not member.has_opted_out) or (
-        member.session is runner.session and member.then not in {"heir", "breed"}
-    )
