@@ -210,9 +210,17 @@ IN_TREE = [
     Mutant(
         "tree-does-not-look-at-the-exit",
         "child_tree.py",
-        "        if self._leader is not None and has_exited(self._leader.pid):\n            self.find()",
-        "        pass",
+        "        if exited:\n            self.find()\n",
+        "        if exited:\n            pass\n",
         "what the session alone tells of is lost when the leader is collected",
+        ("test_child_tree.py",),
+    ),
+    Mutant(
+        "tree-lets-a-late-exit-pass",
+        "child_tree.py",
+        "        elif exited is not None:\n",
+        "        elif False:\n",
+        "a leader that ends just after the look is collected before its session is looked at",
         ("test_child_tree.py",),
     ),
     Mutant(

@@ -417,10 +417,11 @@ class TestFind:
         assert find(tree) == started
 
     def test_running_leader_costs_no_look(self, mocker: MockerFixture) -> None:
-        """Whether it has ended is asked for without a look."""
+        """Whether it has ended is asked for without a look; it is not to be collected then."""
         tree, _, _ = lead()
         look = mocker.spy(child_tree, "list_pids")
-        tree.note_exit()
+        with pytest.raises(psutil.TimeoutExpired):
+            tree.note_exit()
         assert not look.called
 
     def test_leader_that_is_gone_before(self) -> None:

@@ -61,7 +61,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -266,15 +266,26 @@ class ProcessTree:
         """Record the current members: an unmarked descendant can only be found while its parent is alive."""
         self.find()
 
-    def note_exit(self) -> None:
+    def note_exit(self, tracker: Any = None) -> None:
         """
         Record the current members if the leader has ended; to be called just before the leader is reaped.
 
         Until then its session proves that a process belongs; afterwards the number may be reused. While the
         leader runs, this costs one system call.
+
+        :param tracker: what reaps the leader, from SDK 1.4 on with a ``TimeoutExpired`` of its own.
+        :raises psutil.TimeoutExpired: or the tracker's, if the leader runs: reaped now, it might have ended meanwhile,
+            unrecorded.
         """
-        if self._leader is not None and has_exited(self._leader.pid):
+        if self._leader is None:
+            return
+        exited = has_exited(self._leader.pid)
+        if exited:
             self.find()
+        elif exited is not None:
+            if getattr(tracker, "TimeoutExpired", None) is subprocess.TimeoutExpired:
+                raise subprocess.TimeoutExpired(str(self._leader.pid), timeout=0)
+            raise psutil.TimeoutExpired(0, pid=self._leader.pid)
 
     def find(self, *, with_leader: bool = False) -> list[Process]:
         """
@@ -552,12 +563,12 @@ def recognise(leader: Process) -> Process:
     return leader
 
 
-def has_exited(child: int) -> bool:
-    """Whether a child of ours has ended, and is still to be collected."""
+def has_exited(child: int) -> bool | None:
+    """Whether a child of ours has ended, and is still to be collected; None if that is unknown."""
     try:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except (AttributeError, OSError):  # other code has reaped it, or the call is missing or refused
-        return False
+        return None
 
 
 def add_tied(

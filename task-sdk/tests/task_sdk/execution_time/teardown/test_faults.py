@@ -65,6 +65,7 @@ from task_sdk.execution_time.teardown.supervised_task import (
     hear_ready,
     in_turn,
     keep_open,
+    lift_limit,
     list_descriptors,
     list_living,
     pause_for_ever,
@@ -364,6 +365,30 @@ class TestStolenStatus:
         outcome = end_supervised(relay, way, after=collect)
         assert outcome.left == []
         assert outcome.code
+
+    def test_exit_after_the_look(self, relay: Relay) -> None:
+        """A runner that ends when the supervisor has just seen it run is looked at again before it is collected."""
+
+        def leave_stray() -> None:
+            # Only the session of its runner ties it to the task.
+            stray = in_turn(lift_limit, lambda: ready.tell("ready"), pause_for_ever)
+            os.waitpid(fork(lambda: fork(stray)), 0)
+            ready.hear()
+
+        def look_too_early(child: int) -> bool:
+            child_tree.has_exited = has_exited
+            os.kill(child, signal.SIGKILL)
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            return False
+
+        def prepare() -> None:
+            child_tree.has_exited = mock.create_autospec(has_exited, side_effect=look_too_early)
+
+        has_exited = child_tree.has_exited
+        with contextlib.closing(Relay()) as ready:
+            outcome = end_supervised(relay, "signalled", runner=leave_stray, after=lambda *_: prepare())
+        assert outcome.left == []
+        assert outcome.code == -signal.SIGKILL
 
     def test_collected_before_the_kill(self, relay: Relay) -> None:
         """The runner is collected just before the server says that it should be killed."""
