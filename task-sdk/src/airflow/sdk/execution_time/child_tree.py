@@ -697,7 +697,8 @@ def compute_origin(supervisor: Process, mark: int) -> int:
 
 def fold_mark(mark: int) -> int:
     """Return the part of an origin that identifies the tree of a mark."""
-    return (mark ^ mark >> PID_BITS.bit_length()) & ORIGIN_TREE_BITS
+    # Fibonacci hashing: processes that start one after the other differ by little in both PID and start.
+    return (mark * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 45 & ORIGIN_TREE_BITS
 
 
 def is_origin_of(origin: int, mark: int) -> bool:
