@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patches.releases import last_of_lines
 from patches.rules import TESTS, load_changes, select_names
 from tests.harness.environments import clean_env, create_environment
 from tests.harness.processes import kill_inside
@@ -41,6 +42,9 @@ FURTHER_PYTHONS = [
     ("1.3.2", "3.13"),
     ("1.4.0b2", "3.13"),
 ]
+Run = tuple[str, "str | None"]
+"""A version of the SDK and an interpreter, None for the preferred one."""
+RUNS: list[Run] = [*((release.version, None) for release in last_of_lines()), *FURTHER_PYTHONS]
 
 
 def install_release(release: Release, *, wheel: Path | None = None, python: str | None = None) -> Environment:

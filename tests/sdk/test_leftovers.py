@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, get_args
 
 import pytest
 
-from patches.releases import find_release, last_of_lines
+from patches.releases import find_release
 from tests.harness.environments import NoInterpreterError, create_environment
 from tests.harness.forking import start_fork_server
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
 from tests.harness.supervised import KILL_GRACE, Ending
 from tests.harness.wheels import build_patched_wheel
-from tests.sdk.running import FURTHER_PYTHONS
+from tests.sdk.running import RUNS, Run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,22 +36,16 @@ PATIENT = BY_NAME["deaf"].name
 SLOW_RUNNER = BY_NAME["slow-runner"].name
 SOCKET_CLEANUP_TIMEOUT = 1
 
-Interpreter = tuple[str, "str | None"]
-"""A version of the SDK and an interpreter, None for the preferred one."""
-INTERPRETERS: list[Interpreter] = [
-    *((release.version, None) for release in last_of_lines()),
-    *FURTHER_PYTHONS,
-]
 # The line that most run and the one that is next, where every shape is run to every end. On each of the others a shape is
 # run to one end, and together they run all to all.
-NEED_FULL_TABLE: set[Interpreter] = {("1.1.8", None), ("1.4.0b2", None)}
+NEED_FULL_TABLE: set[Run] = {("1.1.8", None), ("1.4.0b2", None)}
 # Have tests of their own.
 RUN_TO_EVERY_END = {PATIENT, SLOW_RUNNER}
 
 Results = dict[tuple[str, Ending], "Neighbourhood"]
 
 
-@pytest.fixture(scope="module", params=INTERPRETERS, ids=lambda param: "-".join(filter(None, param)))
+@pytest.fixture(scope="module", params=RUNS, ids=lambda param: "-".join(filter(None, param)))
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run shapes to their ends."""
     version, python = request.param
@@ -76,25 +70,23 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return {(shape.name, ending): result for (shape, ending), result in results.items()}
 
 
-def select_runs(interpreter: Interpreter) -> list[tuple[Shape, Ending]]:
+def select_runs(run: Run) -> list[tuple[Shape, Ending]]:
     """Return the shapes that are run on a line and an interpreter, and the ends to which they are."""
     endings = get_args(Ending)
     # The two interpreters of a line do not do the same.
-    turn = INTERPRETERS.index(interpreter) + (interpreter[1] is not None)
+    turn = RUNS.index(run) + (run[1] is not None)
     # Shapes innermost: the heavy ones are not run all at once.
     return [
         (shape, ending)
         for number, ending in enumerate(endings)
         for place, (name, shape) in enumerate(BY_NAME.items())
-        if interpreter in NEED_FULL_TABLE
-        or name in RUN_TO_EVERY_END
-        or (turn + place) % len(endings) == number
+        if run in NEED_FULL_TABLE or name in RUN_TO_EVERY_END or (turn + place) % len(endings) == number
     ]
 
 
 def test_every_line_takes_its_turn() -> None:
     """The lines that do not run everything run everything together."""
-    others = [interpreter for interpreter in INTERPRETERS if interpreter not in NEED_FULL_TABLE]
+    others = [run for run in RUNS if run not in NEED_FULL_TABLE]
     together = {(shape.name, ending) for each in others for shape, ending in select_runs(each)}
     assert together == {(name, ending) for name in BY_NAME for ending in get_args(Ending)}
 

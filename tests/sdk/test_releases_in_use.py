@@ -13,7 +13,7 @@ from rich.progress import Progress
 from patches.releases import find_release, last_of_lines
 from tests.harness.environments import NoInterpreterError
 from tests.harness.wheels import build_patched_wheel
-from tests.sdk.running import FURTHER_PYTHONS, SCENARIOS, install_release, run_our_tests
+from tests.sdk.running import FURTHER_PYTHONS, RUNS, SCENARIOS, Run, install_release, run_our_tests
 from tests.upstream.judging import judge_release
 from tests.upstream.suites import RUNTIME_TESTS, SUPERVISOR_TESTS
 
@@ -83,8 +83,6 @@ NEED_NAMESPACES = {
 }
 
 Results = dict[str, "Result"]
-Run = tuple[str, "str | None"]
-"""A version of the SDK and an interpreter, None for the preferred one."""
 # Upstream's, of what the rules edit.
 SUITES = [
     *((release.version, SUPERVISOR_TESTS) for release in last_of_lines()),
@@ -94,7 +92,6 @@ SUITES = [
         if Version(release.version) >= Version("1.4.0b1")
     ),
 ]
-RUNS: list[Run] = [*((release.version, None) for release in last_of_lines()), *FURTHER_PYTHONS]
 # Run all our tests: each line and each interpreter once. The other runs have the scenarios, which show what the edits of a
 # line do on an interpreter.
 WHOLE: set[Run] = {*FURTHER_PYTHONS[:-1], (last_of_lines()[-1].version, None)}
