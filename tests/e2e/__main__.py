@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
@@ -21,10 +19,13 @@ from tests.e2e.outcomes import Outcome
 from tests.e2e.report import Result, find_failures, list_problems, make_table, write_json
 from tests.e2e.scenarios import SCENARIOS
 from tests.e2e.servers import ServerFailedError
+from tests.harness.consoles import open_consoles
 from tests.harness.wheels import DIST, build_patched_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
 
     from patches.releases import Release
     from tests.e2e.deployment import Executor
@@ -53,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     executors = [word for word in options.what if word in EXECUTORS] or list(EXECUTORS)
     versions = [word for word in options.what if word not in EXECUTORS] or DEFAULT_VERSIONS
-    console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = COLUMNS_IN_FILE
+    console, errors = open_consoles(COLUMNS_IN_FILE)
     began = time.monotonic()
     failures: list[str] = []
     try:

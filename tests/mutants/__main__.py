@@ -8,11 +8,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
+from tests.harness.consoles import open_consoles
 from tests.harness.wheels import DIST, build_patched_wheel
 from tests.mutants.report import describe, print_report
 from tests.mutants.running import find_broken, run_mutant
@@ -21,6 +20,8 @@ from tests.sdk.running import install_release
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
 
     from tests.harness.environments import Environment
     from tests.mutants.mutant import Mutant
@@ -42,9 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plant the mutants; return 1 if any survives, or if a test fails without one, and 2 after a sentence on stderr."""
     options = parse_arguments(arguments)
-    console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = COLUMNS_IN_FILE
+    console, errors = open_consoles(COLUMNS_IN_FILE)
     mutants = [mutant for mutant in MUTANTS if mutant.name.startswith(tuple(options.name) or "")]
     if not mutants:
         errors.print("No mutant has a name that begins so: --list names them all.")

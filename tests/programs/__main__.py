@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
 from patches.wheels import prepare_output
+from tests.harness.consoles import open_consoles
 from tests.harness.environments import create_environment
 from tests.harness.real.running import find_namespace_refusal
 from tests.harness.wheels import DIST, build_patched_wheel
@@ -25,6 +24,8 @@ from tests.programs.table import PROGRAMS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from patches.releases import Release
     from tests.programs.program import Program
@@ -62,9 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if the patched side left nothing that is not documented, 1 if it did, 2 if nothing could be run."""
     options = parse_arguments(arguments)
-    console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = COLUMNS_IN_FILE
+    console, errors = open_consoles(COLUMNS_IN_FILE)
     began = time.monotonic()
     failures: list[str] = []
     try:
