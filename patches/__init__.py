@@ -12,6 +12,7 @@ multi-document YAML file. Its first document says what the change is::
     refers: "closes: #1"        # upstream's issue; optional
     needs: [name, ...]          # changes before it that it builds on; optional
     files: [airflow/sdk/...]    # whole files of ours, below task-sdk/src/, that it brings; may be empty
+    shared: [airflow/sdk/...]   # the same for files that several changes bring, whichever comes first; optional
     tests: [task_sdk/...]       # its tests, below task-sdk/tests/, that go along to upstream; several changes may share one
 
 An entry of the lists may be for some releases alone: ``airflow/sdk/...: ">=1.3.1"``.

@@ -25,14 +25,14 @@ UPSTREAM_PACKAGES = {"task_sdk/__init__.py", "task_sdk/execution_time/__init__.p
 
 def lint_changes(changes: Sequence[Change], sources: Path = SOURCES, tests: Path = TESTS) -> None:
     """Raise a PatchError with a sentence for every fault of the change files."""
-    files = {item.name for change in changes for item in change.files}
+    files = {item.name for change in changes for item in (*change.files, *change.shared)}
     modules = {item.name for change in changes for item in change.tests}
     problems = [
         *_compare_claims(files, "files", _list_modules(sources), sources),
         *_compare_claims(modules, "tests", _list_modules(tests) - UPSTREAM_PACKAGES, tests),
     ]
     for change in changes:
-        for item in (*change.needs, *change.files, *change.tests):
+        for item in (*change.needs, *change.files, *change.shared, *change.tests):
             problems += _find_gaps(f"{item.name} in change {change.name}", item.releases)
         for rule in change.rules:
             problems += _lint_rule(rule)

@@ -36,7 +36,7 @@ SDK, CORE = "airflow/", "airflow-core/"
 TEST_FOLDER = "task_sdk/"
 
 CHANGE_KEYS = {"change", "what", "why", "upstream", "files", "tests"}
-OPTIONAL_CHANGE_KEYS = {"needs", "subject", "news", "refers"}
+OPTIONAL_CHANGE_KEYS = {"needs", "subject", "news", "refers", "shared"}
 RULE_KEYS = {"id", "language", "message", "note", "rule", "fix", "metadata"}
 OPTIONAL_RULE_KEYS = {"constraints", "utils", "transform", "rewriters"}
 METADATA_KEYS = {"file"}
@@ -93,6 +93,8 @@ class Change:
     refers: str
     needs: tuple[Item, ...]
     files: tuple[Item, ...]
+    shared: tuple[Item, ...]
+    """Files that it brings unless another change has brought them before."""
     tests: tuple[Item, ...]
     rules: tuple[Rule, ...]
 
@@ -103,7 +105,7 @@ class Change:
 
     def touches(self, file: str, release: Release) -> bool:
         """Say whether it adds or edits a file of a release."""
-        return file in select_names(self.files, release) or any(
+        return file in select_names((*self.files, *self.shared), release) or any(
             rule.file == file and rule.count_expected(release) for rule in self.rules
         )
 
@@ -265,6 +267,7 @@ def _load_change(path: Path) -> Change:
         refers=_read_optional_text(document, "refers", path.name),
         needs=_read_items(document.get("needs", []), "needs", path.name),
         files=_read_files(document["files"], "files", path.name, SDK),
+        shared=_read_files(document.get("shared", []), "shared", path.name, SDK),
         tests=_read_files(document["tests"], "tests", path.name, TEST_FOLDER),
         rules=tuple(_load_rule(text, path.name) for text in texts[1:]),
     )
@@ -399,16 +402,19 @@ def _contains(releases: SpecifierSet, release: Release) -> bool:
 
 
 def _add_files(tree: Tree, patch: Patch, change: Change, release: Release, sources: Path) -> Iterator[str]:
-    for file in select_names(change.files, release):
-        if tree.joinpath(file).is_file():
+    shared = select_names(change.shared, release)
+    for file in (*select_names(change.files, release), *shared):
+        if not (sources / file).is_file():
+            yield f"{file} of change {change.name} is not below {sources}."
+            continue
+        content, there = (sources / file).read_bytes(), _read_file(tree, file)
+        if there is None:
+            patch.added[file] = content
+        elif there != content or file not in shared:
             yield (
                 f"{file} of change {change.name} is there already: patch pristine upstream only (or upstream now has a "
                 "file of that name)."
             )
-        elif not (sources / file).is_file():
-            yield f"{file} of change {change.name} is not below {sources}."
-        else:
-            patch.added[file] = (sources / file).read_bytes()
 
 
 def apply_rule(tree: Tree, patch: Patch, rule: Rule, release: Release) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from airflow.sdk.execution_time.child_orphan import find_orphans
+from airflow.sdk.execution_time.teardown.orphans import find_orphans
 
 if TYPE_CHECKING:
     from collections.abc import Callable

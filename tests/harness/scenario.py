@@ -44,9 +44,9 @@ except ImportError:
     catch_signals = nullcontext
 
 try:
-    from airflow.sdk.execution_time import child_interruption
+    from airflow.sdk.execution_time.teardown import interruption
 except ImportError:  # stock
-    child_interruption = None
+    interruption = None
 
 CALLS_ON_KILL = Version(version("apache-airflow-task-sdk")) >= Version("1.0.4")
 """Whether the stock runner has a handler for SIGTERM, which calls on_kill() and returns; else SIGTERM ends it."""
@@ -226,11 +226,11 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], None]] = {
 def run_task(plan: dict[str, Any]) -> NoReturn:
     """Be the task, for which SIGTERM means what it does for one of the release's own runner."""
     task = Task(plan)
-    if child_interruption is not None:
-        child_interruption.interrupt_on_sigterm(SimpleNamespace(task=task))
+    if interruption is not None:
+        interruption.interrupt_on_sigterm(SimpleNamespace(task=task))
         try:
-            child_interruption.run_interruptibly(task.execute)
-        except child_interruption.TaskInterrupted:
+            interruption.run_interruptibly(task.execute)
+        except interruption.TaskInterrupted:
             sys.exit(EXITS["exit-1"])
     elif CALLS_ON_KILL:
         signal.signal(signal.SIGTERM, lambda *_: task.on_kill())

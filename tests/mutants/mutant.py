@@ -12,9 +12,9 @@ from patches.rules import TESTS
 if TYPE_CHECKING:
     from pathlib import Path
 
-PACKAGE = "airflow/sdk/execution_time"
+PACKAGE = "airflow/sdk/execution_time/teardown"
 SOURCES = ROOT / "task-sdk" / "src" / PACKAGE
-MODULES = TESTS / "task_sdk" / "execution_time"
+MODULES = TESTS / "task_sdk" / "execution_time" / "teardown"
 
 
 class StaleMutantError(PatchError):
@@ -27,14 +27,14 @@ class Mutant:
 
     name: str
     file: str
-    """Below task-sdk/src/airflow/sdk/execution_time."""
+    """Below task-sdk/src/airflow/sdk/execution_time/teardown."""
     old: str
     """What is replaced; it is there exactly once."""
     new: str
     breaks: str
     """What goes wrong with it, in a few words."""
     modules: tuple[str, ...]
-    """The test modules that are to find it, below task-sdk/tests/task_sdk/execution_time."""
+    """The test modules that are to find it, below task-sdk/tests/task_sdk/execution_time/teardown."""
     version: str = "1.3.2"
     """The SDK on which its tests run."""
 

@@ -18,7 +18,7 @@ from tests.mutants.table import MUTANTS
 if TYPE_CHECKING:
     from pathlib import Path
 
-MADE_UP = Mutant("M00", "child_stop.py", "twice", "once", "nothing", ("test_child_stop.py",))
+MADE_UP = Mutant("M00", "stop_request.py", "twice", "once", "nothing", ("test_stop_request.py",))
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def test_it_is_tested(mutant: Mutant) -> None:
     files, tests = list_files(mutant.version)
     assert f"{PACKAGE}/{mutant.file}" in files
     assert mutant.modules
-    assert {f"task_sdk/execution_time/{module}" for module in mutant.modules} <= tests
+    assert {f"task_sdk/execution_time/teardown/{module}" for module in mutant.modules} <= tests
     assert all(path.is_file() for path in mutant.paths)
 
 
@@ -66,7 +66,7 @@ def test_copy(tmp_path: Path) -> None:
     """The mutant is in a copy, without the bytecode of the original, which stays what it was."""
     site_packages = f"venv/lib/python3.11/site-packages/{PACKAGE}"
     original = tmp_path / "original" / site_packages / MADE_UP.file
-    compiled = original.parent / "__pycache__" / "child_stop.cpython-311.pyc"
+    compiled = original.parent / "__pycache__" / "stop_request.cpython-311.pyc"
     compiled.parent.mkdir(parents=True)
     original.write_text("do it twice")
     compiled.touch()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import psutil
 
-from airflow.sdk.execution_time import child_lifeline, child_orphan, child_sweep, child_teardown, child_tree
+from airflow.sdk.execution_time.teardown import leftovers, lifeline, orphans, process_tree, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-send = child_tree.ProcessTree.signal
-find = child_tree.ProcessTree.find
+send = process_tree.ProcessTree.signal
+find = process_tree.ProcessTree.find
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
@@ -27,22 +27,22 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 def ignore_mark() -> None:
     for name in ("read_limits", "read_variable"):
-        replace(child_tree, name, lambda _pid: ())
+        replace(process_tree, name, lambda _pid: ())
 
 
 def ignore_descent() -> None:
-    replace(child_tree, "list_descent", lambda _process: [])
+    replace(process_tree, "list_descent", lambda _process: [])
 
 
 def forget() -> None:
-    replace(child_tree.ProcessTree, "remember", lambda _tree: None)
+    replace(process_tree.ProcessTree, "remember", lambda _tree: None)
 
 
 def leave_stopped() -> None:
     def signal_but_continue(tree: Any, processes: Iterable[Any], *signals: int, **options: float) -> None:
         send(tree, processes, *(sig for sig in signals if sig != signal.SIGCONT), **options)
 
-    replace(child_tree.ProcessTree, "signal", signal_but_continue)
+    replace(process_tree.ProcessTree, "signal", signal_but_continue)
 
 
 def look_once() -> None:
@@ -51,56 +51,56 @@ def look_once() -> None:
         tree.signal(members, signal.SIGSTOP)
         return members
 
-    replace(child_tree.ProcessTree, "stop", stop_without_looking_again)
+    replace(process_tree.ProcessTree, "stop", stop_without_looking_again)
 
 
 def never_kill() -> None:
-    replace(child_teardown.Teardown, "kill", lambda _teardown: [])
+    replace(leftovers.Teardown, "kill", lambda _teardown: [])
 
 
 def take_siblings() -> None:
     """Take other children of the supervisor for members."""
 
     def find_with_siblings(tree: Any, **options: bool) -> list[Any]:
-        children = map(child_tree.read_process, [child.pid for child in psutil.Process().children()])
+        children = map(process_tree.read_process, [child.pid for child in psutil.Process().children()])
         return [*find(tree, **options), *(child for child in children if child not in (None, tree._leader))]
 
-    replace(child_tree.ProcessTree, "find", find_with_siblings)
+    replace(process_tree.ProcessTree, "find", find_with_siblings)
 
 
 def count_collected() -> None:
     """Take the session of the leader's number for the task's when the leader was collected."""
-    replace(child_tree, "is_uncollected", lambda _leader: True)
+    replace(process_tree, "is_uncollected", lambda _leader: True)
 
 
 def ignore_start_of_supervisor() -> None:
     """Take whoever has got the number of a supervisor for it."""
 
     def is_number_in_use(origin: int) -> bool:
-        process = child_tree.look_at(origin & child_tree.PID_BITS)
+        process = process_tree.look_at(origin & process_tree.PID_BITS)
         return process is not None and not process.dead
 
-    replace(child_orphan, "is_origin_alive", is_number_in_use)
+    replace(orphans, "is_origin_alive", is_number_in_use)
 
 
 def never_notice() -> None:
-    replace(child_lifeline, "start_watchdog", lambda _conf: None)
+    replace(lifeline, "start_watchdog", lambda _conf: None)
 
 
 def never_sweep() -> None:
-    replace(child_sweep, "find_orphans", list)
+    replace(sweep, "find_orphans", list)
 
 
 def sweep_successes() -> None:
     """Take what a task has left for a task without a supervisor."""
 
     def find_any(pid: int) -> Iterator[Any]:
-        origin = child_tree.read_origin(pid)
-        process = child_tree.read_process(pid)
-        if origin and process and not child_tree.is_origin_alive(origin):
-            yield child_orphan.Orphan(process, origin)
+        origin = process_tree.read_origin(pid)
+        process = process_tree.read_process(pid)
+        if origin and process and not process_tree.is_origin_alive(origin):
+            yield orphans.Orphan(process, origin)
 
-    replace(child_orphan, "find_orphan", find_any)
+    replace(orphans, "find_orphan", find_any)
 
 
 BUGS: dict[str, Callable[[], None]] = {

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
-from airflow.sdk.execution_time import child_lifeline, child_orphan, child_sweep, child_watchdog, supervisor
+from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+from airflow.sdk.execution_time.teardown import lifeline, orphans, sweep, watchdog
 from tests.harness.processes import Process, kill_if, read_state, read_strings, set_subreaper, wait_for_exit
 from tests.harness.scenario import EXITS, TaskInstances, describe_task, make_recorder
 from tests.harness.shapes import NOT_ENDED_EVENT
@@ -134,8 +135,8 @@ def run_example(example: dict[str, Any], cookie: str, *, strangers: bool) -> dic
 
 def shorten_orphan_grace(grace: float) -> None:
     """Have watchdogs and sweeps give the same grace as a kill, in what this process forks from now on."""
-    child_lifeline.ORPHAN_GRACE = grace
-    child_sweep.end_orphans = partial(child_orphan.end_orphans, grace=grace)
+    lifeline.ORPHAN_GRACE = grace
+    sweep.end_orphans = partial(orphans.end_orphans, grace=grace)
 
 
 def start_supervisor(scene: Scene, name: str) -> int:
@@ -269,7 +270,7 @@ def observe(scene: Scene, began: float, runner: int) -> dict[str, Any]:
         }
     if scene.example["ending"] == "success-orphaned":
         kill_supervisor(scene)
-        sweep(scene, deadline + RETURN_TIMEOUT)
+        sweep_apart(scene, deadline + RETURN_TIMEOUT)
     return {
         "hung": False,
         "alive": list_alive(spares_dying=orphaned),
@@ -288,7 +289,7 @@ def await_end_of_orphans(scene: Scene, runner: int, deadline: float) -> None:
 
     scene.follow(lambda: has_exited(runner) or is_stopped(), deadline)
     if not has_exited(runner):
-        sweep(scene, deadline)
+        sweep_apart(scene, deadline)
     scene.follow(lambda: not list_watchdogs(), deadline)
 
 
@@ -296,12 +297,12 @@ def has_exited(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
 
 
-def sweep(scene: Scene, deadline: float) -> None:
+def sweep_apart(scene: Scene, deadline: float) -> None:
     """Look for orphans as the next supervisor does, in a process that has not done so."""
     sweeper = os.fork()
     if sweeper == 0:
         try:
-            child_sweep.sweep_once(child_sweep.airflow_conf)
+            sweep.sweep_once(sweep.airflow_conf)
         finally:
             os._exit(0)
     scene.follow(lambda: os.waitpid(sweeper, os.WNOHANG)[0] == sweeper, deadline)
@@ -310,7 +311,7 @@ def sweep(scene: Scene, deadline: float) -> None:
 def list_watchdogs() -> list[int]:
     """Return what runners have executed to end them."""
     pids = [process.pid for process in psutil.Process().children(recursive=True)]
-    return [pid for pid in pids if os.fsencode(child_watchdog.__file__) in read_strings(pid, "cmdline")]
+    return [pid for pid in pids if os.fsencode(watchdog.__file__) in read_strings(pid, "cmdline")]
 
 
 def list_alive(*, spares_dying: bool = False) -> list[int]:

@@ -24,7 +24,7 @@ POLL_INTERVAL = 0.001
 MARK_BITS = 62
 MARK_FLAG = 1 << MARK_BITS
 RLIMIT_LOCKS = 10
-"""These as child_tree.py has them, which an emptied environment cannot import."""
+"""These as process_tree.py has them, which an emptied environment cannot import."""
 OWN_LIMIT = 200_000
 """Microseconds, as rtkit sets it."""
 BROOD = 40

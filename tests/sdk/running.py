@@ -25,14 +25,14 @@ PACKAGES = ("pytest", "pytest-mock")
 TIMEOUT = 1800
 # Show on a stock wheel what goes wrong there; the other modules test what only the patched one has.
 SCENARIOS = (
-    "teardown/test_exit.py",
-    "teardown/test_stopping.py",
-    "teardown/test_truth.py",
-    "teardown/test_*leftovers.py",
-    "teardown/test_orphans.py",
-    "teardown/test_runtimes.py",
-    "teardown/test_session.py",
-    "teardown/test_stolen_status.py",
+    "teardown/supervised/test_exit.py",
+    "teardown/supervised/test_stopping.py",
+    "teardown/supervised/test_truth.py",
+    "teardown/supervised/test_*leftovers.py",
+    "teardown/supervised/test_orphans.py",
+    "teardown/supervised/test_runtimes.py",
+    "teardown/supervised/test_session.py",
+    "teardown/supervised/test_stolen_status.py",
 )
 # The oldest and the newest interpreters, where the preferred one is in between.
 FURTHER_PYTHONS = [

@@ -46,7 +46,7 @@ NO_END = {
     "slow_fork": 0,
 }
 """Of a task that runs beside the one that is ended, or after it."""
-SWEEP = "airflow.sdk.execution_time.child_sweep"
+SWEEP = "airflow.sdk.execution_time.teardown.sweep"
 CHATTER = b'"line '
 """Begins what a task logs all the time."""
 
@@ -82,13 +82,13 @@ def keep_sweeps_to_scene() -> None:
     """Have the supervisors of this scene find its own orphans alone: they would end those of others, which run meanwhile."""
     if importlib.util.find_spec(SWEEP) is None:  # a stock one
         return
-    child_sweep: Any = importlib.import_module(SWEEP)
-    find_orphans, scene = child_sweep.find_orphans, os.getpid()
+    sweep: Any = importlib.import_module(SWEEP)
+    find_orphans, scene = sweep.find_orphans, os.getpid()
 
     def find_own_orphans() -> list[Any]:
         return [orphan for orphan in find_orphans() if is_below(orphan.process.pid, scene)]
 
-    child_sweep.find_orphans = find_own_orphans
+    sweep.find_orphans = find_own_orphans
 
 
 def is_below(pid: int, ancestor: int) -> bool:

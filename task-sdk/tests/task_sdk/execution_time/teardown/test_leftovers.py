@@ -14,416 +14,730 @@
 # KIND, either express or implied.  See the License for the
 # specific language governing permissions and limitations
 # under the License.
-"""Nothing that a task has started outlives it, unless it succeeds."""
-
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import resource
-import select
 import signal
-import subprocess
-from datetime import datetime, timezone
+import threading
+import time
+from configparser import ConfigParser
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
-import psutil
 import pytest
-from task_sdk.execution_time.teardown.supervised_task import (
+import structlog
+from task_sdk.execution_time.teardown.supervised.supervised_task import (
     NEVER,
     PATIENCE,
-    SLEEPER,
-    Api,
-    Log,
     Relay,
     Tree,
-    be_deaf,
-    be_polite,
-    conflict,
-    detach,
-    end_task,
-    ending,
-    exec_sleeper,
-    hear_ready,
-    in_turn,
-    keep_open,
-    leave_holder,
-    lift_limit,
+    ending_all,
+    fork,
     pause_for_ever,
-    set_grace,
-    start_task,
-    wait_to_end,
-    wait_until_left,
+    waiting,
 )
 
-from airflow.sdk.api.client import ServerResponseError
-from airflow.sdk.api.datamodels._generated import TaskInstanceState
-from airflow.sdk.execution_time import supervisor
-from airflow.sdk.execution_time.comms import TaskState, _RequestFrame
+from airflow.sdk.execution_time.teardown import leftovers
+from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
+from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
+from airflow.sdk.execution_time.teardown.leftovers import (
+    NAMED_IN_LOG,
+    end_leftovers,
+    end_on_exception,
+    end_unless_started,
+    handle_request_of_tree,
+    prepare_kill,
+    signal_tree,
+)
+from airflow.sdk.execution_time.teardown.policy import GRACE, MAX_GRACE, MIN_GRACE, StopPolicy
+from airflow.sdk.execution_time.teardown.process_tree import Process, ProcessTree
+from airflow.sdk.execution_time.teardown.stop_request import StopRequest, catch_stop_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from airflow.sdk.api.datamodels._generated import TIRunContext
+    from pytest_mock import MockerFixture
 
-
-def be_exec(relay: Relay) -> None:
-    """Drop the environment, as ``env -i`` does."""
-    exec_sleeper(relay, env={})
+STUBBORN = Process(pid=2**22 + 1, start=1, name="stubborn", parent=1, session=1, stopped=False, dead=False)
 
 
-def be_stopped(relay: Relay) -> None:
-    relay.tell(os.getpid())
-    os.kill(os.getpid(), signal.SIGSTOP)
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in ("", "_CMD", "_SECRET"):
+        monkeypatch.delenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", raising=False)
 
 
-def be_phoenix(relay: Relay) -> None:
-    """Start a successor when told to end."""
-
-    def hand_over(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        detach(lambda: None)
-        os._exit(0)
-
-    signal.signal(signal.SIGTERM, hand_over)
-    relay.tell(os.getpid())
+def longest_gap(times: list[float]) -> float:
+    """Return the longest time between two events that follow one another."""
+    return max(times[i] - times[i - 1] for i in range(1, len(times)))
 
 
-def be_forker(relay: Relay) -> None:
-    """Start a detached successor every 20 ms, and be deaf."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    relay.tell(os.getpid())
-    while True:
-        detach(lambda: None)
-        select.select([], [], [], 0.02)
+class Conf(ConfigParser):
+    """Airflow's, as far as this goes: what is set in the file, and a grace that nobody has set."""
+
+    def get(self, section: str, option: str, **kwargs: Any) -> Any:  # type: ignore[override]  # as typeshed's own
+        if self.has_option(section, option):
+            return super().get(section, option, **kwargs)
+        return kwargs.get("fallback", "60")
 
 
-def be_pool(relay: Relay) -> None:
-    """Start 30 children, every third of them in a session of its own."""
-    for number in range(30):
-        if os.fork() == 0:
-            if number % 3 == 0:
-                os.setsid()
-            pause_for_ever()
-    relay.tell(os.getpid())
+@pytest.fixture
+def conf() -> Conf:
+    return Conf()
 
 
-def be_realtime(relay: Relay) -> None:
-    """Limit what is scheduled in real time, as PipeWire does in all of its clients."""
-    resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, resource.RLIM_INFINITY))
-    relay.tell(os.getpid())
+@pytest.fixture
+def process(mocker: MockerFixture) -> Any:
+    """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
+    tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failures={}, look_failure=None)
+    tree.configure_mock(ended={}, spared=frozenset(), ends=True)
+    tree.find.return_value = tree.kill_all.return_value = [STUBBORN]
+    selector = mocker.MagicMock()
+    selector.select.return_value = []
+    mocker.patch.object(leftovers, "is_alive", autospec=True, return_value=True)
+    mocker.patch.object(leftovers, "is_unreaped_child", autospec=True, return_value=True)
+    return SimpleNamespace(
+        pid=4711,
+        id="the task instance's",
+        client=SimpleNamespace(task_instances=mocker.Mock(spec_set=["heartbeat"])),
+        failed_heartbeats=0,
+        final_state="failed",
+        selector=selector,
+        process_log=structlog.testing.CapturingLogger(),
+        _exit_code=None,
+        _exit_watch=ExitWatch(),
+        _last_heartbeat_attempt=0,
+        _last_successful_heartbeat=1.0,
+        _new_session=True,
+        _stop=StopRequest(),
+        _stop_policy=StopPolicy.STOP,
+        _service_subprocess=lambda max_wait_time: None,
+        _terminal_state=None,
+        _tree=tree,
+    )
 
 
-DAEMONS = [be_polite, be_exec, be_stopped, be_deaf, be_phoenix, be_forker, be_pool, be_realtime]
+class TestGrace:
+    @pytest.mark.parametrize("option", [None, "17", "60"])
+    def test_kill_by_others_than_the_server(self, conf: Conf, process: Any, option: str | None) -> None:
+        """A caller of kill() gets the grace that it names: 5 s after failed heartbeats, whatever the option says."""
+        if option:
+            conf.read_dict({"core": {"killed_task_cleanup_time": option}})
+        assert prepare_kill(process, GRACE, conf) == GRACE
+        assert process._exit_watch.grace_ends(default=NEVER) <= time.monotonic() + GRACE
 
-
-@pytest.mark.usefixtures("short_grace")
-class TestLeftovers:
-    """What has left the task's group, its session, or lost its parent, ends with the task."""
-
-    @pytest.mark.parametrize("way", ["conflict", "killed", "failed"])
-    @pytest.mark.parametrize("daemon", DAEMONS, ids=lambda daemon: daemon.__name__)
-    def test_nothing_is_left(
-        self, relay: Relay, daemon: Callable[[Relay], None], way: str, list_left: Callable[[], list[int]]
+    @pytest.mark.parametrize(("option", "grace"), [(None, 5), ("17", 17), ("60", 60), ("soon", 5)])
+    def test_kill_because_the_server_has_ended_the_task(
+        self, conf: Conf, process: Any, option: str | None, grace: float
     ) -> None:
-        """Whatever the daemon does, and however the task ends but well."""
-        api = Api()
-        process = start_task(in_turn(lambda: detach(lambda: daemon(relay)), lambda: wait_to_end(relay)), api)
-        hear_ready(relay)
-        end_task(way, process, api)
-        assert list_left() == []
+        """What the deployment has set counts."""
+        if option:
+            conf.read_dict({"core": {"killed_task_cleanup_time": option}})
+        process._stop.server_ended = True
+        assert prepare_kill(process, GRACE, conf) == grace
 
-    def test_child_in_the_group_of_a_failed_task_ends(
-        self, relay: Relay, list_left: Callable[[], list[int]]
+    @pytest.mark.parametrize(("grace", "limited"), [(0, MIN_GRACE), (float("inf"), MAX_GRACE)])
+    def test_limits(self, conf: Conf, process: Any, grace: float, limited: float) -> None:
+        """kill() collects nobody without a grace, and cannot wait for ever."""
+        assert prepare_kill(process, grace, conf) == limited
+
+    def test_other_types(self, conf: Conf, process: Any) -> None:
+        """Without a session of its own a process is killed as ever."""
+        conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
+        process._new_session = False
+        process._stop.server_ended = True
+        assert prepare_kill(process, 0, conf) == 0
+        process._tree.remember.assert_not_called()
+
+
+class Clock:
+    """Time that passes only while somebody waits, and as long as that says, however busy the machine is."""
+
+    def __init__(self, mocker: MockerFixture, process: Any) -> None:
+        self._now = mocker.patch.object(leftovers.time, "monotonic", autospec=True, return_value=100.0)
+        mocker.patch.object(leftovers.time, "sleep", autospec=True, side_effect=self.wait)
+        self.meanwhile: Callable[[], Any] = lambda: None
+        process._service_subprocess = self.wait
+        process._last_heartbeat_attempt = 100.0
+
+    @property
+    def passed(self) -> float:
+        passed: float = self._now.return_value - 100
+        return passed
+
+    def wait(self, max_wait_time: float) -> None:
+        self._now.return_value += max_wait_time
+        self.meanwhile()
+
+
+@pytest.fixture
+def clock(mocker: MockerFixture, process: Any) -> Clock:
+    return Clock(mocker, process)
+
+
+@pytest.mark.usefixtures("clock")
+class TestSurvivors:
+    @pytest.mark.parametrize(
+        ("refused", "reason"), [(4711, "after SIGKILL"), (4712, "a password is required")]
+    )
+    def test_survivor_is_named(
+        self, conf: Conf, process: Any, mocker: MockerFixture, refused: int, reason: str
     ) -> None:
-        """A runner that fails, or that the kernel kills, takes its group along."""
-        process = start_task(
-            in_turn(lambda: relay.tell(subprocess.Popen(SLEEPER).pid), lambda: wait_to_end(relay))
-        )
-        hear_ready(relay)
-        end_task("failed", process, Api())
-        assert list_left() == []
+        """What cannot be ended is named once, with its own reason, and the supervisor goes on."""
+        owners = mocker.patch.object(leftovers, "group_by_owner", autospec=True)
+        owners.return_value = {4712: [STUBBORN]}
+        process._tree.sudo_failures = {refused: "a password is required"}
+        assert end_leftovers(process, -9, conf) == -9
+        [call] = process.process_log.calls
+        assert call.method_name == "error"
+        assert call.kwargs["processes"] == [{"pid": STUBBORN.pid, "name": "stubborn"}]
+        assert reason in call.kwargs["reason"]
+
+    def test_survivor_that_cannot_be_looked_for(self, conf: Conf, process: Any) -> None:
+        """Nobody is said to have ended whom a look that fails has merely not found."""
+
+        def fail(*_: Any, **__: Any) -> list[Process]:
+            process._tree.look_failure = "Too many open files"
+            process._tree.ended = {STUBBORN: "SIGTERM"}
+            return []
+
+        process._tree.kill_all.side_effect = fail
+        end_leftovers(process, -9, conf)
+        assert [call.method_name for call in process.process_log.calls] == ["error", "error"]
+
+    def test_survivor_that_came_late(self, conf: Conf, process: Any) -> None:
+        """What a process has started between the last look and its own end is killed, and named if it stays."""
+        late = replace(STUBBORN, pid=STUBBORN.pid + 1)
+        process._tree.find.return_value = [STUBBORN, late]
+        end_leftovers(process, -9, conf)
+        process._tree.signal.assert_called_with([late], signal.SIGKILL)
+        [call] = process.process_log.calls
+        assert [named["pid"] for named in call.kwargs["processes"]] == [STUBBORN.pid, late.pid]
+
+    def test_survivor_that_a_late_one_has_started(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """On a busy machine a late one, too, starts something before it is killed; the time is kept all the same."""
+        crowd = [replace(STUBBORN, pid=STUBBORN.pid + number) for number in range(3)]
+        looks = iter([crowd[:2], crowd, crowd])
+        process._tree.find.side_effect = lambda: next(looks) if process._tree.kill_all.called else [STUBBORN]
+        end_leftovers(process, -9, conf)
+        process._tree.signal.assert_called_with(crowd[2:], signal.SIGKILL)
+        [call] = process.process_log.calls
+        assert [named["pid"] for named in call.kwargs["processes"]] == [member.pid for member in crowd]
+        assert clock.passed <= GRACE + 1
+
+    def test_time(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """A second after the grace nobody is waited for any longer."""
+        end_leftovers(process, -9, conf)
+        assert GRACE < clock.passed <= GRACE + 1
+
+    def test_looks_for_what_others_start(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """While one does not die, all are looked for, and killed, time and again."""
+        killed_at: list[float] = []
+
+        def kill_all(*_: Any, **__: Any) -> list[Process]:
+            killed_at.append(clock.passed)
+            return [STUBBORN]
+
+        process._tree.kill_all.side_effect = kill_all
+        end_leftovers(process, -9, conf)
+        assert len(killed_at) >= 3
+        assert longest_gap(killed_at) < 0.5
+
+    def test_log_line_has_an_end(self, conf: Conf, process: Any) -> None:
+        """A hundred processes are named, of those that have ended and of those that have not, and all are counted."""
+        crowd = [replace(STUBBORN, pid=STUBBORN.pid + number) for number in range(250)]
+        process._tree.kill_all.return_value = process._tree.find.return_value = crowd[:120]
+        process._tree.ended = dict.fromkeys(crowd, "SIGKILL")
+        end_leftovers(process, -9, conf)
+        counts = [(call.kwargs["count"], len(call.kwargs["processes"])) for call in process.process_log.calls]
+        assert counts == [(130, NAMED_IN_LOG), (120, NAMED_IN_LOG)]
+
+    def test_nobody_is_said_to_have_ended_who_has_not(self, conf: Conf, process: Any) -> None:
+        """A survivor was asked to end, and killed, like those that have ended, and is named among survivors alone."""
+        gone = replace(STUBBORN, pid=STUBBORN.pid + 1)
+        process._tree.ended = {STUBBORN: "SIGKILL", gone: "SIGTERM"}
+        end_leftovers(process, -9, conf)
+        named = [[named["pid"] for named in call.kwargs["processes"]] for call in process.process_log.calls]
+        assert named == [[gone.pid], [STUBBORN.pid]]
+
+    def test_ended_is_told_once(self, conf: Conf, process: Any) -> None:
+        """What was ended is not told of again, as when kill() comes after the end."""
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        process._tree.ended = {STUBBORN: "SIGTERM"}
+        for _ in "ab":
+            end_leftovers(process, -9, conf)
+        [call] = process.process_log.calls
+        assert call.kwargs["count"] == 1
+
+    def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
+        """What goes wrong with a request of the task does not end the teardown."""
+        process._service_subprocess = Mock(side_effect=RuntimeError)
+        assert end_leftovers(process, -9, conf) == -9
+        assert process._service_subprocess.called
+        assert process._tree.kill_all.called
+
+    def test_sockets_are_given_up(self, conf: Conf, process: Any) -> None:
+        """Whoever is left may hold them for as long as it likes, but the time is up."""
+        end_leftovers(process, -9, conf)
+        assert process._exit_watch.sockets_overdue(-9)
+        assert process._exit_watch.exit_expected
+        assert process._exit_watch.grace_ends(default=60) <= time.monotonic()
+        process._exit_watch._started = True
+        assert process._exit_watch._limit(60, process.selector, -9) == 0, "nobody is followed any more"
+
+    def test_next_look_has_the_descriptor_of_the_wait(self, conf: Conf, process: Any) -> None:
+        """The file descriptor by which one is waited for may be the last one, which the next look needs."""
+        own = replace(STUBBORN, pid=os.getpid())  # which a tree that is a mock does not signal
+        held: list[int] = []
+
+        def look(*_: Any, **__: Any) -> list[Process]:
+            held.append(len(os.listdir("/proc/self/fd")))
+            return [own]
+
+        process._tree.find.side_effect = process._tree.kill_all.side_effect = look
+        end_leftovers(process, -9, conf)
+        assert len(held) > 2
+        assert len(set(held)) == 1
+
+
+class TestTerminate:
+    """The grace of what a task has left."""
+
+    def test_look_that_fails(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """One that cannot be taken has found nobody, which does not mean that nobody is there to be asked."""
+        looks = []
+
+        def fail_once() -> list[Process]:
+            looks.append(clock.passed)
+            process._tree.look_failure = "Too many open files" if len(looks) == 1 else None
+            return [] if len(looks) == 1 else [STUBBORN]
+
+        process._tree.find.side_effect = fail_once
+        end_leftovers(process, -9, conf)
+        asked = [call.args for call in process._tree.signal.mock_calls]
+        assert ([STUBBORN], signal.SIGTERM, signal.SIGCONT) in asked
+        assert clock.passed >= GRACE
+
+    def test_looks_that_all_fail(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """They are repeated until the grace is over, and no longer."""
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        process._tree.look_failure = "Too many open files"
+        end_leftovers(process, -9, conf)
+        assert GRACE <= clock.passed < GRACE + 1
+
+    def test_grace_of_a_kill(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What the runner has left of the grace of a kill is all that its leftovers have."""
+        process._exit_watch.expect_exit(2)
+        end_leftovers(process, -9, conf)
+        assert 2 <= clock.passed <= 3
+
+    def test_nobody(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """Nobody is waited for where nobody is."""
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        end_leftovers(process, -9, conf)
+        assert clock.passed == 0
+        assert process.process_log.calls == []
+
+    def test_everybody_is_asked_once(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What comes while another is deaf is asked to end, too, and nobody twice."""
+        late = replace(STUBBORN, pid=STUBBORN.pid + 1)
+
+        def appear() -> None:
+            process._tree.find.return_value = [STUBBORN, late]
+
+        clock.meanwhile = appear
+        end_leftovers(process, -9, conf)
+        asked = [call.args[0] for call in process._tree.signal.mock_calls if signal.SIGTERM in call.args]
+        assert asked == [[STUBBORN], [late], *[[]] * (len(asked) - 2)]
+
+    def test_what_appears_is_asked_soon(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """While one is deaf, there is a look every half second for what others start."""
+        looked_at: list[float] = []
+
+        def look() -> list[Process]:
+            if clock.passed < GRACE:
+                looked_at.append(clock.passed)
+            return [STUBBORN]
+
+        process._tree.find.side_effect = look
+        end_leftovers(process, -9, conf)
+        assert longest_gap(looked_at) <= 1
+
+    def test_told_to_stop(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """A supervisor that is told to stop ends the grace: whoever has told it may kill it soon. Both logs say so."""
+        conf.read_dict({"core": {"killed_task_cleanup_time": "60"}})
+        clock.meanwhile = lambda: signal.raise_signal(signal.SIGTERM)
+        with structlog.testing.capture_logs() as logs, catch_stop_signals():
+            end_leftovers(process, -9, conf)
+        assert clock.passed < GRACE
+        told = [call for call in process.process_log.calls if "told to stop" in call.args[0]]
+        assert len(told) == len(logs) == 1
+
+    def test_told_to_finish(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """One that is to let its task finish lets leftovers have their grace."""
+        process._stop_policy = StopPolicy.FINISH
+        clock.meanwhile = lambda: signal.raise_signal(signal.SIGTERM)
+        with catch_stop_signals():
+            end_leftovers(process, -9, conf)
+        assert clock.passed >= GRACE
+
+    @pytest.mark.parametrize(("pending", "grace"), [({}, 1), ({"pending": object()}, GRACE)])
+    def test_told_retry(
+        self, conf: Conf, process: Any, clock: Clock, pending: dict[str, Any], grace: float
+    ) -> None:
+        """A retry that the server knows of may start at any moment, and what the try has left has little time."""
+        process._terminal_state = "up_for_retry"
+        process._pending_terminal_state_msg = pending.get("pending")
+        end_leftovers(process, 0, conf)
+        assert grace <= clock.passed < grace + 1.5
+
+
+class TestHeartbeats:
+    """While leftovers end the server is told that the task is not over: it would start a retry beside them."""
+
+    @pytest.fixture(autouse=True)
+    def long_grace(self, conf: Conf, clock: Clock) -> None:
+        conf.read_dict({"core": {"killed_task_cleanup_time": "60"}})
+
+    @pytest.fixture(autouse=True)
+    def in_foreground(self, mocker: MockerFixture) -> None:
+        """Have each be over when the clock goes on, which only waits for the supervisor."""
+        mocker.patch.object(leftovers, "beat_in_background", leftovers.send_heartbeat)
+
+    @pytest.fixture
+    def heartbeat(self, process: Any) -> Any:
+        return process.client.task_instances.heartbeat
+
+    def test_sent(self, conf: Conf, process: Any, clock: Clock, heartbeat: Any) -> None:
+        """They are sent as long as leftovers have their grace."""
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_called_with(process.id, pid=process.pid)
+        assert heartbeat.call_count >= 10, "every five seconds, or a look later"
+        assert heartbeat.call_count <= clock.passed / 5
+
+    def test_task_that_the_server_has_ended(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """The server knows of that."""
+        process._stop.server_ended = True
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_not_called()
+
+    def test_server_that_is_away(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """None is sent after one has failed: each would take as long."""
+        heartbeat.side_effect = ConnectionError("away")
+        assert end_leftovers(process, -9, conf) == -9
+        heartbeat.assert_called_once()
+        assert process.failed_heartbeats == 1
+
+    def test_task_that_was_not_let_start(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """The server has refused it, and knows of no heartbeat of its."""
+        process._last_successful_heartbeat = 0
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_not_called()
+
+    def test_heartbeats_that_have_failed(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+        """Nor is any where those of the loop have failed."""
+        process.failed_heartbeats = 1
+        end_leftovers(process, -9, conf)
+        heartbeat.assert_not_called()
+
+
+class TestHeartbeatThread:
+    def test_server_that_hangs(self, process: Any) -> None:
+        """A heartbeat that is under way keeps nobody waiting, and no second one is sent beside it."""
+        answer = threading.Event()
+        process.client.task_instances.heartbeat.side_effect = lambda *_, **__: answer.wait(PATIENCE)
+        for _ in range(2):
+            process._last_heartbeat_attempt = -leftovers.HEARTBEAT_INTERVAL
+            leftovers.send_heartbeat_if_due(process)
+        answer.set()
+        process._stop.heartbeat.join()
+        process.client.task_instances.heartbeat.assert_called_once()
+
+
+class TestTold:
+    """What a task has told decides what becomes of what it has left, whatever exit code follows."""
+
+    @pytest.mark.parametrize("state", ["success", "skipped", "deferred", "up_for_reschedule"])
+    @pytest.mark.parametrize("exit_code", [0, 1, -9, -11])
+    def test_good_state_stands(self, conf: Conf, process: Any, state: str, exit_code: int) -> None:
+        """A crash in an atexit hook comes after it, or a kill for overtime: what was left on purpose stays."""
+        process._terminal_state = state
+        process._exit_watch.expect_exit(GRACE)
+        assert end_leftovers(process, exit_code, conf) == exit_code
+        assert not process._tree.mock_calls
 
     @pytest.mark.parametrize("state", ["failed", "up_for_retry"])
-    def test_daemon_of_a_task_that_reports_its_failure_ends(
-        self, relay: Relay, list_left: Callable[[], list[int]], state: str
-    ) -> None:
-        """The runner catches whatever a task raises, tells the state, and exits with 0."""
-        process = start_task(lambda: detach(lambda: be_polite(relay)))
+    @pytest.mark.usefixtures("clock")
+    def test_failure(self, conf: Conf, process: Any, state: str) -> None:
+        """A task that has told its failure exits with 0, and leaves nothing."""
         process._terminal_state = state
-        relay.hear()
-        assert process.wait() == 0
-        assert list_left() == []
+        end_leftovers(process, 0, conf)
+        assert process._tree.kill_all.called
 
-    def test_daemon_ends_of_a_task_whose_report_is_read_late(
-        self, relay: Relay, list_left: Callable[[], list[int]]
+    @pytest.mark.usefixtures("clock")
+    def test_task_that_the_server_has_ended(self, conf: Conf, process: Any) -> None:
+        """A task whose state the server does not want leaves nothing, whatever it says."""
+        process._stop.server_ended = True
+        process._terminal_state = "success"
+        end_leftovers(process, 0, conf)
+        assert process._tree.kill_all.called
+
+    def test_last_words(self, conf: Conf, process: Any) -> None:
+        """What a runner has said before it exited is heard before anything is ended."""
+        process.selector.select.side_effect = [["a message"], []]
+        process._service_subprocess = lambda max_wait_time: setattr(process, "_terminal_state", "success")
+        assert end_leftovers(process, 1, conf) == 1
+        assert not process._tree.mock_calls
+
+    @pytest.mark.usefixtures("clock")
+    def test_silence_after_a_stop(self, conf: Conf, process: Any) -> None:
+        """A runner that was told to stop, and exits with 0 without a word, leaves nothing."""
+        process._exit_watch.expect_exit(GRACE)
+        assert end_leftovers(process, 0, conf) == 0
+        assert process._tree.kill_all.called
+
+    @pytest.mark.parametrize(
+        ("name", "noted"), [("TaskState", True), ("SucceedTask", True), ("GetXCom", False)]
+    )
+    @pytest.mark.parametrize("new_session", [False, True])
+    def test_tree_of_a_report(self, process: Any, name: str, *, noted: bool, new_session: bool) -> None:
+        """A task that reports how it ends has its tree noted, for its runner ends soon."""
+        msg = type(name, (), {})()
+        process._new_session = new_session
+        process._handle_request = Mock()
+        handle_request_of_tree(process, msg, "log", 7)
+        process._handle_request.assert_called_once_with(msg, "log", 7)
+        assert process._tree.remember.called is (noted and new_session)
+
+
+class TestPolicies:
+    """When leftovers are ended is the deployment's choice."""
+
+    @pytest.mark.parametrize(
+        ("policy", "exit_code", "ended"),
+        [
+            ("always", 1, True),
+            ("always", -9, True),
+            ("killed", 1, False),
+            ("killed", -9, True),
+            ("report", 1, False),
+            ("report", -9, False),
+            ("never", 1, False),
+            ("never", -9, False),
+            ("sometimes", 1, True),
+        ],
+    )
+    @pytest.mark.usefixtures("clock")
+    def test_ended(self, conf: Conf, process: Any, policy: str, exit_code: int, *, ended: bool) -> None:
+        """Whoever wants it has what a failure of its own leaves stay, or what any end does."""
+        conf.read_dict({"workers": {"leftover_policy": policy}})
+        assert end_leftovers(process, exit_code, conf) == exit_code
+        assert process._tree.kill_all.called is process._tree.signal.called is ended
+
+    @pytest.mark.usefixtures("clock")
+    def test_killed_on_request(self, conf: Conf, process: Any) -> None:
+        """A task that was told to stop is one that was killed, however it exits."""
+        conf.read_dict({"workers": {"leftover_policy": "killed"}})
+        process._exit_watch.expect_exit(GRACE)
+        end_leftovers(process, 1, conf)
+        assert process._tree.kill_all.called
+
+    def test_report(self, conf: Conf, process: Any) -> None:
+        """The task's log tells what would be ended, by PID and name."""
+        conf.read_dict({"workers": {"leftover_policy": "report"}})
+        end_leftovers(process, -9, conf)
+        [call] = process.process_log.calls
+        assert call.method_name == "warning"
+        assert call.kwargs == {"count": 1, "processes": [{"pid": STUBBORN.pid, "name": "stubborn"}]}
+
+    @pytest.mark.parametrize("policy", ["report", "never"])
+    def test_nothing_to_report(self, conf: Conf, process: Any, policy: str) -> None:
+        """The log is silent where nothing is left, or nobody wants to know."""
+        conf.read_dict({"workers": {"leftover_policy": policy}})
+        process._tree.find.return_value = []
+        end_leftovers(process, -9, conf)
+        assert process.process_log.calls == []
+
+    @pytest.mark.parametrize(
+        ("policy", "ends"), [("always", True), ("killed", True), ("report", False), ("never", False)]
+    )
+    def test_kill(self, conf: Conf, process: Any, policy: str, *, ends: bool) -> None:
+        """The SIGKILL of a kill goes to all of the tree only where that is to be ended."""
+        conf.read_dict({"workers": {"leftover_policy": policy}})
+        prepare_kill(process, GRACE, conf)
+        assert process._tree.ends is ends
+        signal_tree(process, signal.SIGKILL)
+        assert process._tree.kill_all.called is ends
+
+    def test_tree_knows_whom_to_spare(self, conf: Conf, process: Any) -> None:
+        """It is told before the first signal of a kill, and before leftovers are looked for."""
+        conf.read_dict({"workers": {"spared_leftovers": "ssh, gpg-agent"}})
+        prepare_kill(process, GRACE, conf)
+        assert process._tree.spared == {"ssh", "gpg-agent"}
+        process._tree.spared = frozenset()
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        end_leftovers(process, -9, conf)
+        assert process._tree.spared == {"ssh", "gpg-agent"}
+
+    @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
+    @pytest.mark.parametrize("spared", [frozenset(), frozenset({"ssh"})])
+    @pytest.mark.parametrize("in_group", [False, True])
+    def test_signal_to_the_group(
+        self, process: Any, mocker: MockerFixture, sig: int, spared: frozenset[str], *, in_group: bool
     ) -> None:
-        """A runner that exits before the answer has told that it failed, though its exit code is read first."""
-        gate = Relay()
+        """Where somebody is spared, the group gets its signal one by one, if it has members, and not as a whole."""
+        signal_task = mocker.patch.object(leftovers, "signal_task", autospec=True, return_value=True)
+        process._tree.spared = spared
+        process._tree.signal_group.return_value = in_group
+        assert signal_tree(process, sig)
+        assert process._tree.signal_group.called is bool(spared)
+        assert signal_task.called is not (bool(spared) and in_group)
 
-        class BusyLog(Log):
-            pid = 0
 
-            def __call__(self, logger: Any, method_name: str, event_dict: Any) -> Any:
-                if event_dict["event"] == "busy":
-                    gate.tell("go")
-                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-                return super().__call__(logger, method_name, event_dict)
+class TestKill:
+    def test_processes_have_time_to_stop(self, process: Any) -> None:
+        """A SIGKILL waits for those that have not come to stop, but no longer than nobody notices."""
+        signal_tree(process, signal.SIGKILL)
+        [call] = process._tree.kill_all.mock_calls
+        assert 0.1 <= call.args[0] <= 0.5
+        assert call.kwargs == {"with_leader": True}
 
-        def target() -> None:
-            detach(lambda: be_polite(relay))
-            report = TaskState(state=TaskInstanceState.FAILED, end_date=datetime.now(timezone.utc))
-            os.write(1, b"busy\n")
-            gate.hear()
-            os.write(0, _RequestFrame(id=0, body=report.model_dump()).as_bytes())
-            os._exit(0)
-
-        log = BusyLog()
-        with contextlib.closing(gate):
-            process = start_task(target, logger=log.logger)
-            log.pid = process.pid
-            relay.hear()
-            assert process.wait() == 0
-        assert list_left() == []
-
-    def test_task_that_does_not_start_leaves_nothing(
-        self, relay: Relay, list_left: Callable[[], list[int]]
+    def test_runner_that_somebody_else_has_collected(
+        self, conf: Conf, process: Any, clock: Clock, mocker: MockerFixture
     ) -> None:
-        """A task that the server refuses is killed with all that it has started already."""
+        """Its number may be another's: nobody is signalled by it, and what it has left ends here and now."""
+        mocker.patch.object(leftovers, "is_unreaped_child", spec=is_unreaped_child, return_value=False)
+        prepare_kill(process, GRACE, conf)
+        assert process._exit_code == 1, "unknown is not success"
+        assert process._tree.kill_all.called
+        process._tree.reset_mock()
+        assert signal_tree(process, signal.SIGTERM)
+        assert not process._tree.mock_calls
 
-        class Refusing(Api):
-            def start(self, *args: Any, **kwargs: Any) -> TIRunContext:
-                relay.hear()
-                raise conflict()
+    def test_tree_of_a_kill(self, conf: Conf, process: Any) -> None:
+        """Who belongs is noted before kill() sends a signal, be that SIGKILL to the group alone."""
+        conf.read_dict({"workers": {"leftover_policy": "report"}})
+        prepare_kill(process, GRACE, conf)
+        process._tree.remember.assert_called_once_with()
 
-        with pytest.raises(ServerResponseError):
-            start_task(
-                in_turn(lambda: detach(lambda: be_polite(relay)), lambda: wait_to_end(relay)), Refusing()
-            )
-        assert list_left() == []
+    def test_tree_of_a_signal(self, process: Any) -> None:
+        """Who belongs is noted before any other signal is passed on: the runner may end of it at once."""
+        process._tree.signal_leader.side_effect = lambda _: process._tree.remember.called
+        assert signal_tree(process, signal.SIGTERM)
+        process._tree.remember.assert_called_once_with()
 
-    def test_runner_goes_first(
-        self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
-    ) -> None:
-        """The runner has the grace for its on_kill, in which its daemons are left alone."""
-        set_grace(monkeypatch, PATIENCE)
-        api = Api()
+    def test_settled_exit_code_stands(self, process: Any) -> None:
+        """A runner that is gone is not signalled, which would let kill() take it for one that failed."""
+        process._tree.signal_leader.return_value = False
+        process._exit_code = 0
+        assert signal_tree(process, signal.SIGTERM)
+        assert not process._tree.mock_calls
 
-        def target() -> None:
-            def on_kill(*_: Any) -> None:
-                relay.tell("on_kill")
-                select.select([], [], [], 0.5)
-                relay.tell(tree.runs(daemon))
-                os._exit(1)
+    def test_nobody_waits_for_long_unasked(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What a crash has left gets a minute of a longer grace, for the server is not told of the end before."""
+        conf.read_dict({"core": {"killed_task_cleanup_time": "600"}})
+        end_leftovers(process, -9, conf)
+        assert 60 <= clock.passed < 61.5
 
-            started = Relay()
-            detach(lambda: be_polite(started))
-            daemon = tree.add(started.hear())
-            signal.signal(signal.SIGTERM, on_kill)
-            relay.tell("ready")
-            pause_for_ever()
+    def test_error_of_our_own(self, conf: Conf, process: Any) -> None:
+        """It does not keep the state of the task from being told, without which it counts as running."""
+        process._tree.find.side_effect = RuntimeError
+        with structlog.testing.capture_logs() as logs:
+            assert end_leftovers(process, -9, conf) == -9
+        assert {entry["log_level"] for entry in logs} == {"error"}
 
-        process = start_task(target, api)
-        assert relay.hear() == "ready"
-        end_task("conflict", process, api)
-        assert [relay.hear(), relay.hear()] == ["on_kill", True]
-        assert list_left() == []
-
-    def test_successor_is_asked_to_end(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
-    ) -> None:
-        """What a leftover starts when it is told to end is told so, too, while another one is deaf."""
-        set_grace(monkeypatch, NEVER)
-        asked = Relay()
-
-        def be_deaf_until_asked() -> None:
-            be_deaf(relay)
-            assert asked.hear() == "asked"
-            os._exit(0)
-
-        def tell_and_exit(*_: Any) -> None:
-            asked.tell("asked")
-            os._exit(0)
-
-        def hand_over(*_: Any) -> None:
-            signal.signal(signal.SIGTERM, tell_and_exit)
-            detach(lambda: None)
-            os._exit(0)
-
-        def be_phoenix() -> None:
-            signal.signal(signal.SIGTERM, hand_over)
-            relay.tell(os.getpid())
-
-        def target() -> None:
-            detach(be_deaf_until_asked)
-            detach(be_phoenix)
-            wait_to_end(relay)
-
-        process = start_task(target)
-        hear_ready(relay, 2)
-        end_task("killed", process, Api())
-        asked.close()
-        assert list_left() == []
-
-    def test_last_words_arrive(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What a leftover writes when it is told to end is in the task's log."""
-        set_grace(monkeypatch, PATIENCE)
-
-        def speak(*_: Any) -> None:
-            os.write(1, b"last words\n")
-            os._exit(0)
-
-        def be_talkative() -> None:
-            signal.signal(signal.SIGTERM, speak)
-            relay.tell(os.getpid())
-
-        log = Log()
-        process = start_task(
-            in_turn(lambda: detach(be_talkative), lambda: wait_to_end(relay)), logger=log.logger
-        )
-        hear_ready(relay)
-        end_task("killed", process, Api())
-        assert log.find("last words") == ["last words"]
-
-    def test_held_socket_does_not_outlast_leftovers(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
-    ) -> None:
-        """Once they have ended, nobody waits for a heartbeat to find that somebody out of reach holds a socket."""
-        for interval in ("SOCKET_CLEANUP_TIMEOUT", "MIN_HEARTBEAT_INTERVAL", "HEARTBEAT_TIMEOUT"):
-            monkeypatch.setattr(supervisor, interval, NEVER)
-        process = start_task(
-            in_turn(lambda: detach(lambda: be_polite(relay)), lambda: leave_holder(relay, "stdout"))
-        )
-        relay.hear(), relay.hear()
-        end_task("killed", process, Api())
-        assert len(list_left()) == 1
-
-    def test_log_names_what_was_ended(self, relay: Relay) -> None:
-        """One event with number, PID, name and signal, and no command line, which may hold a secret."""
-        log = Log()
-        process = start_task(
-            in_turn(lambda: detach(lambda: be_deaf(relay)), lambda: wait_to_end(relay)), logger=log.logger
-        )
-        [pid] = hear_ready(relay)
-        name = psutil.Process(pid).name()
-        end_task("failed", process, Api())
-        [event] = [entry for entry in log.entries if "left running" in entry["event"]]
-        assert event["processes"] == [{"pid": pid, "name": name, "signal": "SIGKILL"}]
-        assert event["count"] == 1
-
-    def test_bystanders_live(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
-        """Another task with the same tree, and processes of the supervisor, are not the task's."""
-
-        def target() -> None:
-            relay.tell(subprocess.Popen(SLEEPER).pid)
-            detach(lambda: be_polite(relay))
-            wait_to_end(relay)
-
-        neighbours = [subprocess.Popen(SLEEPER, start_new_session=session).pid for session in (False, True)]
-        other = start_task(target)
-        neighbours += [other.pid, *hear_ready(relay, 2)]
-        process = start_task(target)
-        hear_ready(relay, 2)
-        end_task("killed", process, Api())
-        assert sorted(list_left()) == sorted(neighbours)
+    def test_error_of_a_signal_handler(self, conf: Conf, process: Any) -> None:
+        """One that cuts the teardown short, as the soft time limit of Celery, does not spare what is left."""
+        process._tree.find.side_effect = itertools.chain([InterruptedError], itertools.repeat([]))
+        with structlog.testing.capture_logs() as logs:
+            end_leftovers(process, -9, conf)
+        assert [entry["log_level"] for entry in logs] == ["error"]
+        assert process._tree.kill_all.called
 
 
-class TestPatience:
-    """A grace that nobody needs."""
+class TestExceptions:
+    """What becomes of a task whose supervisor cannot go on."""
 
-    def test_stopped_daemon_is_asked_to_end(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
-    ) -> None:
-        """One that is stopped is continued when it is told to end, so that it does not take the whole grace."""
-        set_grace(monkeypatch, NEVER)
-        process = start_task(in_turn(lambda: detach(lambda: be_stopped(relay)), lambda: wait_to_end(relay)))
-        hear_ready(relay)
-        end_task("failed", process, Api())
-        assert list_left() == []
+    def test_second_exception(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """One that cuts the end of the leftovers short does not spare them."""
 
+        def interrupt() -> None:
+            if process._exit_code is None:
+                process._exit_code = -9
+                raise KeyboardInterrupt
 
-@pytest.mark.usefixtures("short_grace")
-class TestNested:
-    """A task that supervises tasks itself, as dag.test() does with an executor."""
+        clock.meanwhile = interrupt
+        with pytest.raises(KeyboardInterrupt), end_on_exception(process, conf):
+            raise RuntimeError
+        assert process._tree.kill_all.called
 
-    @pytest.mark.parametrize("way", ["conflict", "killed", "failed"])
-    def test_nothing_is_left(self, relay: Relay, way: str, list_left: Callable[[], list[int]]) -> None:
-        """The inner task's own process and its daemon end with the outer one, in whose tree they are."""
+    @pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit])
+    def test_any_exception(self, conf: Conf, process: Any, clock: Clock, error: type[BaseException]) -> None:
+        """Whatever it is, the task is asked to end, is killed when its grace is over, and the exception goes on."""
+        with pytest.raises(error), end_on_exception(process, conf):
+            raise error
+        signals = [call.args[0] for call in process._tree.signal_leader.call_args_list]
+        assert signals == [signal.SIGTERM, signal.SIGKILL]
+        assert process._tree.kill_all.called
+        assert GRACE <= clock.passed <= GRACE + 1
 
-        def start_inner_task() -> None:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            start_task(
-                in_turn(
-                    lambda: detach(lambda: be_deaf(relay)), lambda: relay.tell(os.getpid()), pause_for_ever
-                )
-            )
-            wait_to_end(relay)
-
-        api = Api()
-        process = start_task(start_inner_task, api)
-        hear_ready(relay, processes=2)
-        end_task(way, process, api)
-        # An inner runner that outlived its supervisor for a moment may have started its watchdog, which ends by itself.
-        wait_until_left(list_left)
-
-    @pytest.mark.parametrize("way", ["conflict", "killed", "failed"])
-    def test_inner_task_is_ended_alone(
-        self, relay: Relay, way: str, list_left: Callable[[], list[int]]
-    ) -> None:
-        """What the outer task has started beside the inner one stays when that ends."""
-
-        def run_inner_task() -> None:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            with contextlib.closing(Relay()) as inner:
-                detach(lambda: be_polite(inner))
-                sibling = inner.hear()
-                api = Api()
-                process = start_task(
-                    in_turn(lambda: detach(lambda: be_deaf(inner)), lambda: wait_to_end(inner)), api
-                )
-                daemon = [process.pid, *hear_ready(inner)]
-                end_task(way, process, api)
-            relay.tell([sibling, daemon])
-            pause_for_ever()
-
-        with ending(start_task(run_inner_task)):
-            sibling, daemon = relay.hear()
-            left = list_left()
-            assert sibling in left
-            assert not set(daemon) & set(left)
+    def test_spared(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """What the deployment spares is spared here, too, from the first signal on."""
+        conf.read_dict({"workers": {"spared_leftovers": "ssh"}})
+        told: list[Any] = []
+        process._tree.signal_group.side_effect = lambda _: told.append(process._tree.spared)
+        with pytest.raises(RuntimeError), end_on_exception(process, conf):
+            raise RuntimeError
+        assert told[0] == {"ssh"}
 
 
-class TestUnchanged:
-    def test_opt_out(self, relay: Relay, tree: Tree) -> None:
-        """A daemon that has lifted its limit lives on when the task is killed."""
+class TestNotStarted:
+    @pytest.fixture(autouse=True)
+    def leave_nothing(self) -> Iterator[None]:
+        with ending_all():
+            yield
 
-        def lift() -> None:
-            lift_limit()
-            keep_open(relay.writer)
-            relay.tell(os.getpid())
+    @pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
+    def test_any_exception(self, mocker: MockerFixture, error: type[BaseException]) -> None:
+        """Whatever keeps a process from becoming a task, its tree is killed."""
+        kill = mocker.patch.object(ProcessTree, "kill_all", autospec=True, return_value=[])
+        with pytest.raises(error), end_unless_started():
+            raise error
+        kill.assert_called_once()
 
-        process = start_task(in_turn(lambda: detach(lift), lambda: wait_to_end(relay)))
-        daemon = tree.add(hear_ready(relay)[0])
-        end_task("killed", process, Api())
-        assert tree.runs(daemon)
+    def test_time_is_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a process has started that does not become a task is killed, however late its supervisor comes to it."""
+        monkeypatch.setattr(leftovers, "KILL_TIME", 0)
 
-    @pytest.mark.parametrize("state", [None, "success", "deferred", "up_for_reschedule", "skipped"])
-    def test_success_leaves_processes_alone(self, relay: Relay, tree: Tree, state: str | None) -> None:
-        """What a task that ends well has left running on purpose goes on running, whether or not it has told so."""
+        def lead() -> None:
+            os.setsid()
+            relay.tell(fork(pause_for_ever))
 
-        def target() -> None:
-            null = subprocess.DEVNULL
-            relay.tell(subprocess.Popen(SLEEPER, stdin=null, stdout=null, stderr=null).pid)
+        def fail_to_start(pid: int) -> None:
+            with end_unless_started() as tree:
+                tree.adopt(pid)
+                raise TimeoutError
 
-        with ending(start_task(target)) as process:
-            process._terminal_state = state
-            child = tree.add(relay.hear())
-            assert process.wait() == 0
-            assert tree.runs(child)
+        with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as held, waiting(lead) as pid:
+            child = held.add(relay.hear())
+            with pytest.raises(TimeoutError):
+                fail_to_start(pid)
+            assert held.gone(child)
 
-    def test_log_is_silent_when_nothing_was_left(self) -> None:
-        """The log of a task that fails, and leaves nothing, says nothing of leftovers."""
-        log = Log()
-        start_task(lambda: os._exit(1), logger=log.logger).wait()
-        assert log.find("exited abnormally")
-        assert not log.find("left running")
+
+class TestNothingToEnd:
+    @pytest.mark.parametrize("exit_code", [None, 0])
+    def test_exit_that_is_unknown_or_good(self, conf: Conf, process: Any, exit_code: int | None) -> None:
+        """A task that still runs, or has succeeded, has nothing ended, or even looked for."""
+        assert end_leftovers(process, exit_code, conf) is exit_code
+        assert not process._tree.mock_calls
+
+    def test_other_types(self, conf: Conf, process: Any) -> None:
+        """What leads no session of its own leaves what it has started, however it ends."""
+        process._new_session = False
+        assert end_leftovers(process, 1, conf) == 1
+        assert not process._tree.mock_calls

@@ -14,322 +14,430 @@
 # KIND, either express or implied.  See the License for the
 # specific language governing permissions and limitations
 # under the License.
-"""When a supervisor dies, nothing of its task outlives it by more than the grace."""
-
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib
+import errno
 import os
 import resource
+import select
 import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from task_sdk.execution_time.teardown.faults import be_deaf_runner
-from task_sdk.execution_time.teardown.supervised_task import (
+from task_sdk.execution_time.teardown.supervised.faults import (
+    NOBODY,
+    become_nobody,
+    lack,
+    misbehave,
+    mount_proc,
+    run_in_fork,
+    run_in_namespace,
+)
+from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
-    SLEEPER,
     Relay,
     Tree,
-    be_polite,
-    detach,
+    ended_by,
+    ending_all,
     fork,
     forked,
-    hear_ready,
+    in_turn,
     kill_child,
-    list_sockets,
+    leave_others_alone,
+    list_living,
+    look_at_own_processes,
     pause_for_ever,
-    start_task,
-    supervising,
-    wait_to_end,
-    wait_until_left,
 )
-from task_sdk.execution_time.teardown.test_leftovers import DAEMONS
+
+from airflow.sdk.execution_time.teardown import orphans, process_tree
+from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
+from airflow.sdk.execution_time.teardown.process_tree import (
+    Process,
+    ProcessTree,
+    condemn,
+    look_at,
+    mark_process,
+    read_origin,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-PR_SET_NAME = 15
-
-
-def set_orphan_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    # An unfixed supervisor has none.
-    if lifeline := sys.modules.get("airflow.sdk.execution_time.child_lifeline"):
-        monkeypatch.setattr(lifeline, "ORPHAN_GRACE", seconds)
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
-def patient_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an on_kill have as long as a busy machine takes."""
-    set_orphan_grace(monkeypatch, PATIENCE)
+def leave_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """End every process that a test has started, however it ends, and none that it has not."""
+    leave_others_alone(monkeypatch)
+    look_at_own_processes(monkeypatch)
+    with ending_all():
+        yield
 
 
-@pytest.fixture
-def short_orphan_grace(monkeypatch: pytest.MonkeyPatch, patient_watchdog: None) -> None:
-    """Let what is deaf to SIGTERM be killed soon."""
-    set_orphan_grace(monkeypatch, 0.3)
+def read(pid: int) -> Process:
+    """Return a process that is there, dead or alive."""
+    process = look_at(pid)
+    assert process, f"{pid} is gone"
+    return process
 
 
-def hide_from_sweeps() -> None:
-    """Have no other supervisor on this machine, whose own settings would count, take this task for an orphan."""
-    resource.setrlimit(resource.RLIMIT_RSS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+def lead(relay: Relay, main: Callable[[], list[int]]) -> None:
+    """Be a supervisor of a leader, which tells its PID, and those that ``main`` returns."""
 
-
-class TestTree:
-    @pytest.mark.usefixtures("short_orphan_grace")
-    @pytest.mark.parametrize("daemon", DAEMONS, ids=lambda daemon: daemon.__name__)
-    def test_nothing_is_left(
-        self, relay: Relay, daemon: Callable[[Relay], None], list_left: Callable[[], list[int]]
-    ) -> None:
-        """The runner, its group, and whatever has left its session and lost its parent are gone."""
-
-        def target() -> None:
-            fork(pause_for_ever)
-            detach(lambda: daemon(relay))
-            wait_to_end(relay)
-
-        with supervising(target) as supervisor:
-            hear_ready(relay)
-            kill_child(supervisor)
-            wait_until_left(list_left)
-
-    @pytest.mark.usefixtures("short_orphan_grace")
-    @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGHUP])
-    def test_deaf_runner(
-        self, relay: Relay, list_left: Callable[[], list[int]], signum: signal.Signals
-    ) -> None:
-        """One that ignores SIGTERM is killed when the grace is over, whatever its supervisor has died of."""
-
-        def target() -> None:
-            be_deaf_runner()
-            wait_to_end(relay)
-
-        def heed_signal() -> None:
-            if signum != signal.SIGKILL:
-                signal.signal(signum, signal.SIG_DFL)  # nohup has it ignored
-
-        with supervising(target, heed_signal) as supervisor:
-            hear_ready(relay, 0)
-            kill_child(supervisor, signum)
-            wait_until_left(list_left)
-
-    @pytest.mark.parametrize(("policy", "stays"), [("killed", False), ("report", True), ("never", True)])
-    def test_policy(
-        self,
-        relay: Relay,
-        monkeypatch: pytest.MonkeyPatch,
-        list_left: Callable[[], list[int]],
-        policy: str,
-        *,
-        stays: bool,
-    ) -> None:
-        """What the deployment has chosen is heeded: the runner and its group end in any case."""
-        monkeypatch.setenv("AIRFLOW__WORKERS__LEFTOVER_POLICY", policy)
-
-        def target() -> None:
-            hide_from_sweeps()
-            fork(pause_for_ever)
-            detach(lambda: be_polite(relay))
-            wait_to_end(relay)
-
-        with supervising(target) as supervisor:
-            daemons = hear_ready(relay)
-            kill_child(supervisor)
-            wait_until_left(list_left, daemons if stays else [])
-            assert list_left() == (daemons if stays else [])
-
-    def test_spared_program(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
-    ) -> None:
-        """A daemon that tasks share is left alone, and another is not."""
-        monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "gpg-agent, daemon-of-many")
-
-        def be_shared() -> None:
-            ctypes.CDLL(None).prctl(PR_SET_NAME, b"daemon-of-many")
-            relay.tell(["shared", os.getpid()])
-
-        def target() -> None:
-            hide_from_sweeps()
-            detach(lambda: be_polite(relay))
-            detach(be_shared)
-            wait_to_end(relay)
-
-        with supervising(target) as supervisor:
-            [shared] = [told[1] for told in hear_ready(relay, 2) if isinstance(told, list)]
-            kill_child(supervisor)
-            wait_until_left(list_left, [shared])
-            assert list_left() == [shared]
-
-
-class TestRunner:
-    def hold_sockets(self, target: Callable[[], Any], relay: Relay) -> None:
-        """Supervise a task beside another process that has all that the supervisor has open."""
-        start_task(target)
-        fork(pause_for_ever)
-        relay.tell("held")
+    def be_leader() -> None:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever other tests have installed
+        mark_process()
+        adopted.hear()
+        relay.tell([os.getpid(), *main()])
         pause_for_ever()
 
-    @pytest.mark.parametrize("held", [False, True])
-    def test_last_words(self, relay: Relay, *, held: bool) -> None:
-        """What on_kill says goes nowhere; it does not raise, nor wait for who has the other ends and reads nothing."""
+    with contextlib.closing(Relay()) as adopted:
+        ProcessTree().adopt(fork(be_leader))
+        adopted.tell("adopted")
+        pause_for_ever()
 
-        def target() -> None:
-            sockets = {1, 2, *list_sockets()}.difference(others)
 
-            def on_kill(*_: Any) -> None:
-                sys.stdout.write("last words\n")
-                written = {os.write(descriptor, bytes(1 << 20)) for descriptor in sockets}
-                relay.tell(["on_kill", *written])
+@contextlib.contextmanager
+def leading(
+    main: Callable[[], list[int]] = list, supervisor: Callable[[], Any] = lambda: None
+) -> Iterator[tuple[int, ...]]:
+    """Yield the PIDs of a supervisor, which has run a function before, of its leader, and of the leader's processes."""
+    with contextlib.closing(Relay()) as relay, forked(in_turn(supervisor, lambda: lead(relay, main))) as pid:
+        yield (pid, *relay.hear())
+
+
+def orphan(
+    main: Callable[[], list[int]] = list, supervisor: Callable[[], Any] = lambda: None
+) -> tuple[int, ...]:
+    """Return the PIDs of a leader, whose supervisor has died, and of its processes."""
+    with leading(main, supervisor) as (pid, *left):
+        kill_child(pid)
+        return tuple(left)
+
+
+def find() -> list[int]:
+    return [orphan.process.pid for orphan in find_orphans()]
+
+
+def adopt(leader: int, **choices: Any) -> ProcessTree:
+    tree = ProcessTree()
+    tree.adopt_orphan(leader, read(leader).start)
+    for name, value in choices.items():
+        setattr(tree, name, value)
+    return tree
+
+
+def fork_child() -> list[int]:
+    return [fork(pause_for_ever)]
+
+
+def fork_session() -> list[int]:
+    """Fork a child that leads a session by now."""
+    with contextlib.closing(Relay()) as ready:
+        pid = fork(in_turn(os.setsid, lambda: ready.tell("ready"), pause_for_ever))
+        ready.hear()
+        return [pid]
+
+
+def ignore_sigterm() -> list[int]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return []
+
+
+def be_root_or_skip() -> None:
+    if os.geteuid():
+        pytest.skip("only root may be another user")
+
+
+class TestFindOrphans:
+    def test_leader(self) -> None:
+        """A leader is an orphan when its supervisor has died, and not before; what it has started is not one."""
+        with leading(fork_child) as (supervisor, leader, _):
+            assert find() == []
+            kill_child(supervisor)
+            assert find() == [leader]
+            assert not find_orphans()[0].condemned
+
+    def test_supervisor_that_nobody_collects(self) -> None:
+        """A supervisor that is a zombie is dead."""
+        with leading() as (supervisor, leader):
+            os.kill(supervisor, signal.SIGKILL)
+            os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOWAIT)
+            assert find() == [leader]
+
+    def test_leader_that_is_dead(self) -> None:
+        """What is left of a tree whose leader is gone, or a zombie, may be what a success has left."""
+        leader, _ = orphan(fork_child)
+        os.kill(leader, signal.SIGKILL)
+        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+        assert find() == []
+        os.waitpid(leader, 0)
+        assert find() == []
+
+    def test_condemned(self) -> None:
+        """What its supervisor was about to kill is found without its leader, when that supervisor has died."""
+        with leading(fork_session) as (supervisor, leader, child):
+            condemn(child)
+            assert find() == []
+            kill_child(supervisor)
+            kill_child(leader)
+            assert find() == [child]
+            assert find_orphans()[0].condemned
+
+    def test_namesake_of_a_leader(self) -> None:
+        """A process that has inherited a mark, and has got the number of the mark's leader since, leads nothing."""
+        leader, child = orphan(fork_child)
+        mark = process_tree.MARK_FLAG | 1 << process_tree.PID_BITS.bit_length() | child
+        resource.prlimit(child, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
+        assert find() == [leader]
+
+    def test_opt_out(self) -> None:
+        """Who has lifted the limit of the mark leads nothing, though it has the origin of another's tree."""
+        leader, child = orphan(fork_child)
+        resource.prlimit(child, resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert find() == [leader]
+
+    def test_opt_out_of_the_condemned(self) -> None:
+        """So has who was condemned before, as what a task starts while it is ended."""
+        leader, child = orphan(fork_session)
+        condemn(child)
+        assert set(find()) == {leader, child}
+        resource.prlimit(child, resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert find() == [leader]
+
+    def test_never_ourselves(self) -> None:
+        """Who looks is no orphan, though the supervisor of its own task be dead."""
+
+        def look() -> list[int]:
+            signal.signal(signal.SIGUSR1, lambda *_: relay.tell(find()))
+            return []
+
+        with contextlib.closing(Relay()) as relay:
+            leader, *_ = orphan(look)
+            os.kill(leader, signal.SIGUSR1)
+            assert relay.hear() == []
+            assert find() == [leader]
+
+    def test_other_users(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever looks finds the orphans of its own user alone, also if it is root and may read all limits."""
+
+        def read_as_privileged(pid: int) -> int | None:
+            # Not every root has CAP_SYS_RESOURCE.
+            return process_tree.read_limits_of_others(pid)[2] or None
+
+        def look_as_nobody() -> dict[str, Any]:
+            os.setuid(NOBODY)
+            return {"origins": [read_origin(ours)], "found": find()}
+
+        be_root_or_skip()
+        others, *_ = orphan(supervisor=become_nobody)
+        ours, *_ = orphan()
+        condemned, *_ = orphan(supervisor=become_nobody)
+        condemn(condemned)
+        with monkeypatch.context() as patching:
+            patching.setattr(orphans, "read_origin", read_as_privileged)
+            assert find() == [ours]
+        assert orphans.is_ours(ours)
+        assert not orphans.is_ours(others)
+        found = run_in_fork(look_as_nobody)
+        assert found["origins"] == [None]
+        assert ours not in found["found"]
+
+    def test_namespace_within(self) -> None:
+        """The processes of a PID namespace within ours are not orphans here; they are there."""
+
+        def main() -> dict[str, Any]:
+            orphans.list_pids = process_tree.list_pids  # all that it has
+            first, _ = orphan(fork_child)
+            second, child = orphan(fork_session)
+            condemn(child)
+            kill_child(second)
+            return {"found": find(), "expected": [first, child]}
+
+        inner = run_in_namespace(main)
+        assert inner["found"] == inner["expected"]
+        assert find() == []
+        origins = [origin for pid in list_living() if (origin := read_origin(pid))]
+        assert [process_tree.is_origin_alive(origin) for origin in origins].count(False) >= 2
+
+    def test_proc_of_another_namespace(self) -> None:
+        """Where /proc tells others by the numbers that are used here, nobody is looked for."""
+
+        def main() -> dict[str, Any]:
+            orphan()
+            orphans.list_pids = lambda: [(pid, None) for pid in range(1, 9)]
+            return {"found": find()}
+
+        assert run_in_namespace(main, own_proc=False) == {"found": []}
+
+
+class TestMeansToFind:
+    """What finds orphans where something is not there."""
+
+    def test_without_proc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Elsewhere than on Linux psutil knows the processes."""
+        monkeypatch.setattr(process_tree, "PROC", str(tmp_path / "missing"))
+        leader, _ = orphan(fork_child)
+        assert find() == [leader]
+
+    def test_hidden(self) -> None:
+        """A runner whose entry in /proc is closed is told by the number in its mark."""
+
+        def main() -> dict[str, Any]:
+            mount_proc(b"hidepid=1")
+            become_nobody()
+            orphans.list_pids = process_tree.list_pids  # psutil would look at each
+            leader, _ = orphan(fork_child)
+            return {"found": [pid for pid in find() if pid == leader], "start": read(leader).start}
+
+        outcome = run_in_fork(main)
+        assert len(outcome["found"]) == 1
+        assert outcome["start"] < 0
+
+    @pytest.mark.parametrize("what", ["resource.RLIMIT_RSS", "resource.prlimit"])
+    def test_without_the_limit(self, what: str) -> None:
+        """Where there is no origin there are no orphans."""
+
+        def main() -> dict[str, Any]:
+            lack(what)
+            orphan(fork_child)
+            return {"found": find()}
+
+        assert run_in_fork(main) == {"found": []}
+
+    def test_failing_looks_while_it_ends(self) -> None:
+        """A runner that could not be looked for is not taken for gone, and is told to end all the same."""
+
+        def main() -> dict[str, Any]:
+            leader, *_ = orphan(ignore_sigterm)
+            tree = adopt(leader)
+            orphans.KILL_TIME = 0.1
+            misbehave("os.scandir", errno.EMFILE)
+            left = end_orphans([tree], 0.1)
+            return {"left": [process.pid for process in left], "leader": leader}
+
+        outcome = run_in_fork(main)
+        assert outcome["left"] == [outcome["leader"]]
+
+    def test_failing_look(self) -> None:
+        """A list that cannot be had is not one without orphans."""
+
+        def main() -> dict[str, Any]:
+            orphans.list_pids = process_tree.list_pids
+            misbehave("os.scandir", errno.EMFILE)
+            with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                find_orphans()
+            return {}
+
+        run_in_fork(main)
+
+    @pytest.mark.parametrize("how", ["absent", "ENOSYS"])
+    @pytest.mark.parametrize("main", [list, ignore_sigterm], ids=["polite", "deaf"])
+    def test_without_pidfd(self, how: str, main: Callable[[], list[int]]) -> None:
+        """The end of a process is polled for."""
+
+        def end() -> dict[str, Any]:
+            if how == "absent":
+                lack("os.pidfd_open")
+                lack("signal.pidfd_send_signal")
+            else:
+                misbehave("os.pidfd_open", errno.ENOSYS)
+            return {"left": end_orphans([adopt(leader)], 0.2 if main is ignore_sigterm else PATIENCE)}
+
+        leader, *_ = orphan(main)
+        assert run_in_fork(end) == {"left": []}
+        assert ended_by(leader) == (signal.SIGKILL if main is ignore_sigterm else signal.SIGTERM)
+
+
+class TestEndOrphans:
+    def test_runner_goes_first(self) -> None:
+        """What has left its group is asked to end when the runner has had its on_kill."""
+
+        def lead_daemon() -> list[int]:
+            def tell_and_exit(*_: Any) -> None:
+                told.tell("daemon")
                 os._exit(0)
 
+            def on_kill(*_: Any) -> None:
+                told.tell("on_kill")
+                select.select([], [], [], 0.3)
+                told.tell("end of on_kill")
+                os._exit(0)
+
+            signal.signal(signal.SIGTERM, tell_and_exit)
+            started = fork_session()
             signal.signal(signal.SIGTERM, on_kill)
-            relay.tell("ready")
-            pause_for_ever()
+            return started
 
-        # Other tests may have left them in this process, and nobody at their other ends.
-        others = list_sockets()
-        with forked(lambda: self.hold_sockets(target, relay)) if held else supervising(target) as supervisor:
-            assert {relay.hear() for _ in range(1 + held)} == ({"ready", "held"} if held else {"ready"})
-            kill_child(supervisor)
-            assert relay.hear() == ["on_kill", 1 << 20]
+        with contextlib.closing(Relay()) as told:
+            leader, _ = orphan(lead_daemon)
+            assert end_orphans([adopt(leader)], PATIENCE) == []
+            assert [told.hear() for _ in range(3)] == ["on_kill", "end of on_kill", "daemon"]
 
-    def test_answer_that_does_not_come(self, relay: Relay) -> None:
-        """A runner that waits for an answer wakes up, also if somebody else has the other end of its requests."""
+    def test_stopped_runner(self) -> None:
+        """One that is stopped is continued, and ends by SIGTERM."""
+        leader, *_ = orphan()
+        os.kill(leader, signal.SIGSTOP)
+        os.waitid(os.P_PID, leader, os.WSTOPPED)
+        assert end_orphans([adopt(leader)], PATIENCE) == []
+        assert ended_by(leader) == signal.SIGTERM
 
-        def target() -> None:
-            be_deaf_runner()
-            while os.read(0, 1 << 16):
-                relay.tell("answer")
-            relay.tell("no answer")
-            pause_for_ever()
+    def test_deaf_trees(self) -> None:
+        """All trees have one grace together, and nothing outlives it; nor is anybody else's process touched."""
+        with leading(fork_session) as bystanders, contextlib.closing(Tree()) as held:
+            trees = [orphan(lambda: [*ignore_sigterm(), *fork_session()]) for _ in range(3)]
+            pids = [held.add(pid) for tree in trees for pid in tree]
+            others = [held.add(pid) for pid in bystanders]
+            assert end_orphans([adopt(leader) for leader, _ in trees], 0.2) == []
+            assert [pid for pid in pids if not held.gone(pid)] == []
+            assert [ended_by(leader) for leader, _ in trees] == [signal.SIGKILL] * 3
+            assert all(held.runs(pid) for pid in others)
 
-        with forked(lambda: self.hold_sockets(target, relay)) as supervisor:
-            assert {relay.hear(), relay.hear()} == {"held", "answer"}
-            kill_child(supervisor)
-            assert relay.hear() == "no answer"
+    @pytest.mark.parametrize("choice", ["ends", "spared"])
+    def test_choice(self, choice: str) -> None:
+        """Where leftovers are not ended, or spared by name, the runner and its group are all the same, by force."""
+        leader, daemon, child = orphan(lambda: [*ignore_sigterm(), *fork_session(), *fork_child()])
+        names = {read(daemon).name}
+        tree = adopt(leader, **({"ends": False} if choice == "ends" else {"spared": frozenset(names)}))
+        with contextlib.closing(Tree()) as held:
+            held.add(child), held.add(daemon)
+            assert end_orphans([tree], 0.2) == []
+            assert ended_by(leader) == signal.SIGKILL
+            # They have one name here.
+            assert held.gone(child) if choice == "ends" else held.runs(child)
+            assert held.runs(daemon)
 
+    def test_survivor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What does not end is returned, a second after the grace at the latest."""
+        leader, child = orphan(fork_session)
+        send = process_tree.send_signals
+        monkeypatch.setattr(
+            process_tree,
+            "send_signals",
+            lambda process, signals: process.pid == child or send(process, signals),
+        )
+        assert [process.pid for process in end_orphans([adopt(leader)], 0.1)] == [child]
 
-class TestBystanders:
-    def test_others_live(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
-        """Another supervisor's task with the same tree, and processes of this one, are not the task's."""
+    def test_condemned(self) -> None:
+        """What was about to be killed is, without a word, and who was spared is not."""
 
-        def target() -> None:
-            relay.tell(subprocess.Popen(SLEEPER).pid)
-            detach(lambda: be_polite(relay))
-            wait_to_end(relay)
+        def stop() -> list[int]:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            return [*fork_session(), *fork_session()]
 
-        others = [subprocess.Popen(SLEEPER, start_new_session=session).pid for session in (False, True)]
-        others += [start_task(target).pid, *hear_ready(relay, 2)]
-        with supervising(target) as supervisor:
-            hear_ready(relay, 2)
-            kill_child(supervisor)
-            wait_until_left(list_left, others)
-            assert sorted(list_left()) == sorted(others)
-
-    def test_task_of_another_thread(
-        self, relay: Relay, tree: Tree, list_left: Callable[[], list[int]]
-    ) -> None:
-        """When the thread ends that has started one task, both go on; when their process ends, both end."""
-
-        def target() -> None:
-            signal.signal(signal.SIGUSR1, lambda *_: relay.tell("runs"))
-            relay.tell(os.getpid())
-            pause_for_ever()
-
-        def supervise_two() -> None:
-            thread = threading.Thread(target=start_task, args=(target,))
-            thread.start()
-            thread.join()
-            start_task(target)
-            pause_for_ever()
-
-        with forked(supervise_two) as supervisor:
-            for runner in [tree.add(relay.hear()), tree.add(relay.hear())]:
-                os.kill(runner, signal.SIGUSR1)
-                assert relay.hear() == "runs"
-            kill_child(supervisor)
-            wait_until_left(list_left)
-
-
-class TestDyingSupervisor:
-    """It closes its sockets, one after the other, before the kernel tells of its end; a runner may fail for that."""
-
-    def close_sockets(self, order: Relay, target: Callable[[], Any], relay: Relay) -> None:
-        """Supervise a task, and be as a supervisor that dies slowly."""
-        process = start_task(target)
-        assert order.hear() == "close"
-        for key in list(process.selector.get_map().values()):
-            if isinstance(key.fileobj, socket.socket):
-                key.fileobj.close()
-        process.stdin.close()
-        relay.tell("closed")
-        pause_for_ever()
-
-    def start_to_fail(self, relay: Relay) -> None:
-        """Be a runner that ends when nobody hears it any more."""
-        detach(lambda: be_polite(relay))
-        relay.tell("ready")
-        while os.read(0, 1 << 16):
-            continue  # what the supervisor had said before
-        raise ConnectionError("nobody listens")
-
-    @contextlib.contextmanager
-    def supervising(self, relay: Relay) -> Iterator[tuple[int, Relay]]:
-        """Yield the PID of such a supervisor, and what tells it to close its sockets."""
-
-        def supervise() -> None:
-            self.close_sockets(order, lambda: self.start_to_fail(relay), relay)
-
-        order = Relay()
-        with contextlib.closing(order), forked(supervise) as pid:
-            yield pid, order
-
-    def test_runner_that_fails_for_it(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
-        """It does not end before its supervisor does, and so nothing is left."""
-        with self.supervising(relay) as (supervisor, order):
-            [daemon] = hear_ready(relay)
-            order.tell("close")
-            assert relay.hear() == "closed"
-            assert len(list_left()) == 3, "the supervisor, its runner, which waits, and the daemon"
-            assert daemon in list_left()
-            kill_child(supervisor)
-            wait_until_left(list_left)
-
-    def test_supervisor_that_lives(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
-    ) -> None:
-        """A runner does not wait long for a supervisor that has closed its sockets to die; it is not told to stop."""
-        lifeline = importlib.import_module("airflow.sdk.execution_time.child_lifeline")
-        monkeypatch.setattr(lifeline, "DEATH_TIME", 0.1)
-        with self.supervising(relay) as (supervisor, order):
-            daemons = hear_ready(relay)
-            order.tell("close")
-            assert relay.hear() == "closed"
-            wait_until_left(list_left, [supervisor, *daemons])
-            assert sorted(list_left()) == sorted([supervisor, *daemons])
-
-    def test_sibling_that_has_ended(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The sockets of another task of the same supervisor, which are closed when that ends, are not a runner's own."""
-        lifeline = importlib.import_module("airflow.sdk.execution_time.child_lifeline")
-        monkeypatch.setattr(lifeline, "DEATH_TIME", PATIENCE)
-
-        def supervise_two() -> None:
-            first = start_task(first_order.hear)
-            second = start_task(second_order.hear)
-            first_order.tell("end")
-            first.wait()
-            second_order.tell("end")
-            relay.tell(second.wait())
-
-        first_order, second_order = Relay(), Relay()
-        with contextlib.closing(first_order), contextlib.closing(second_order), forked(supervise_two):
-            began = time.monotonic()
-            assert relay.hear() == 0
-            assert time.monotonic() - began < PATIENCE / 2
+        leader, condemned, spared = orphan(stop)
+        for pid in (leader, condemned):
+            condemn(pid)
+            os.kill(pid, signal.SIGSTOP)
+        with contextlib.closing(Tree()) as held:
+            held.add(condemned), held.add(spared)
+            # In the place of its name: it is the same program.
+            tree = adopt(leader)
+            tree._known_as_spared[spared] = read(spared).start
+            tree.spared = frozenset({"somebody"})
+            assert kill_condemned([tree]) == []
+            assert ended_by(leader) == signal.SIGKILL
+            assert held.gone(condemned)
+            assert held.runs(spared)

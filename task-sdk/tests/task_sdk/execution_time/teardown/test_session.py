@@ -14,126 +14,163 @@
 # KIND, either express or implied.  See the License for the
 # specific language governing permissions and limitations
 # under the License.
-"""A task runs in a session of its own, and its process group ends with it."""
-
 from __future__ import annotations
 
 import os
-import select
 import signal
-import subprocess
-from typing import Any
-from uuid import uuid4
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
-from task_sdk.execution_time.teardown.supervised_task import (
-    PATIENCE,
-    SLEEPER,
-    Api,
-    Log,
-    Relay,
-    Tree,
-    ending,
-    forked,
-    pause_for_ever,
-    start_task,
-)
+from task_sdk.execution_time.teardown.supervised.supervised_task import ended_by, waiting
 
-from airflow.sdk.execution_time.supervisor import WatchedSubprocess
+from airflow.sdk.execution_time.teardown.session import lead_session, signal_session, signal_task
+from airflow.sdk.execution_time.teardown.stop_request import StopRequest
+
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
 
 
-class TestGroup:
-    def test_task_leads_a_session(self, relay: Relay) -> None:
-        """A task runner is the leader of a session and a process group of its own, which no terminal stops."""
+@pytest.fixture
+def killpg(mocker: MockerFixture) -> Any:
+    """Keep a mistake from ending the test runner."""
+    return mocker.patch("os.killpg", autospec=True)
 
-        def target() -> None:
-            relay.tell([os.getpid(), os.getsid(0), os.getpgid(0)])
-            pause_for_ever()
 
-        with ending(start_task(target)) as process:
-            assert relay.hear() == [process.pid] * 3
+class TestLeadSession:
+    def test_child_leads(self) -> None:
+        """The child leads a session and a group that its PID numbers."""
+        with waiting(lead_session) as pid:
+            assert os.getsid(pid) == os.getpgid(pid) == pid
 
-    def test_kill_takes_the_group_along(self, relay: Relay, tree: Tree) -> None:
-        """What the task has started, and left in its group, ends with it: apache/airflow issue 65505."""
+    def test_parent_was_first(self) -> None:
+        """A child that its parent has made a group leader already gets its session all the same."""
 
-        def target() -> None:
-            relay.tell(subprocess.Popen(SLEEPER).pid)
-            pause_for_ever()
+        def lead_after_parent() -> None:
+            os.setpgid(0, 0)
+            assert lead_session()
 
-        with ending(start_task(target)) as process:
-            child = tree.add(relay.hear())
-            process.kill(signal.SIGTERM, escalation_delay=0.1, force=True)
-            assert tree.gone(child)
+        with waiting(lead_after_parent) as pid:
+            assert os.getsid(pid) == os.getpgid(pid) == pid
 
-    @pytest.mark.usefixtures("short_grace")  # in which the end of the runner is noticed, if not at once
-    def test_heartbeat_conflict_takes_the_group_along(self, relay: Relay, tree: Tree) -> None:
-        """A task that the server does not want any more ends with its children, as "server terminated"."""
-        api = Api()
+    @pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
+    def test_group_without_a_number(self, mocker: MockerFixture, disposition: signal.Handlers) -> None:
+        """So does one whose parent's group was opened outside of this PID namespace; nobody helps it from then on."""
 
-        def target() -> None:
-            relay.tell(subprocess.Popen(SLEEPER).pid)
-            pause_for_ever()
+        def lead_after_parent() -> None:
+            signal.signal(signal.SIGCHLD, disposition)
+            os.setpgid(0, 0)
+            assert lead_session()
 
-        with ending(start_task(target, api)) as process:
-            child = tree.add(relay.hear())
-            api.terminate = True
-            process.wait()
-            assert tree.gone(child)
-            assert process.final_state.upper() == "SERVER_TERMINATED"
+        mocker.patch("os.getpgid", autospec=True, return_value=0)
+        with waiting(lead_after_parent) as pid:
+            mocker.stopall()
+            assert os.getsid(pid) == os.getpgid(pid) == pid
+            assert psutil.Process(pid).children() == []
 
-    @pytest.mark.parametrize("setsid", ["refused", "pending"])
-    def test_own_group_is_never_signalled(
-        self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, setsid: str
-    ) -> None:
-        """A task without a session, or before it has one, is killed alone: its supervisor's group lives on."""
-        asked = Relay()
+    def test_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A kernel that refuses leaves the child where it is, and the child is told."""
 
-        def refuse(*args: Any) -> None:
-            asked.tell("setsid")
-            if setsid == "pending":
-                pause_for_ever()
+        def refuse() -> None:
             raise PermissionError
 
-        def supervise() -> None:
-            # In a group of its own, so that a mistake ends these processes and not the test runner.
-            os.setpgid(0, 0)
-            monkeypatch.setattr(os, "setsid", refuse)
-            relay.tell(subprocess.Popen(SLEEPER).pid)
-            process = start_task(pause_for_ever)
-            assert asked.hear() == "setsid"
-            runner = os.pidfd_open(process.pid)
-            process.kill(signal.SIGKILL, escalation_delay=0.1)
-            relay.tell(["killed", bool(select.select([runner], [], [], PATIENCE)[0])])
-            pause_for_ever()
+        monkeypatch.setattr(os, "setsid", refuse)
 
-        with forked(supervise):
-            neighbour = tree.add(relay.hear())
-            assert relay.hear() == ["killed", True]
-            assert tree.runs(neighbour)
-        asked.close()
+        def stay() -> None:
+            assert not lead_session()
+
+        with waiting(stay) as pid:
+            assert os.getsid(pid) == os.getsid(0)
 
 
-class TestUnchanged:
-    def test_other_types_stay_in_the_group(self, relay: Relay) -> None:
-        """A subprocess type that does not opt in shares the session and the group of its supervisor."""
+class TestSignalSession:
+    def test_group_is_signalled(self) -> None:
+        """The leader, as one of its group, gets the signal."""
+        with waiting(lead_session) as pid:
+            assert signal_session(pid, signal.SIGTERM)
+            assert ended_by(pid) == signal.SIGTERM
 
-        def target() -> None:
-            relay.tell([os.getsid(0), os.getpgid(0)])
-            pause_for_ever()
+    @pytest.mark.parametrize("call", ["getpgid", "killpg"])
+    @pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
+    def test_falls_back(self, mocker: MockerFixture, call: str, error: type[Exception]) -> None:
+        """A group that is not there, or may not be signalled, is reported, so that the caller signals the PID."""
+        with waiting(lead_session) as pid:
+            mocker.patch(f"os.{call}", autospec=True, side_effect=error)
+            assert not signal_session(pid, signal.SIGTERM)
 
-        with ending(WatchedSubprocess.start(id=uuid4(), target=target, logger=Log().logger)):
-            assert relay.hear() == [os.getsid(0), os.getpgid(0)]
+    @pytest.mark.parametrize("pid", [-1, 0, 1])
+    def test_everybody_and_init_are_refused(self, killpg: Any, pid: int) -> None:
+        """What kill(2) takes for everybody, for our own group or for init is not signalled."""
+        assert not signal_session(pid, signal.SIGTERM)
+        killpg.assert_not_called()
 
-    def test_other_types_are_killed_alone(self, relay: Relay, tree: Tree) -> None:
-        """kill() signals the PID alone for a subprocess type that does not opt in."""
+    def test_own_group_is_refused(self, killpg: Any) -> None:
+        """Before the child has opened its session it shares our group."""
+        with waiting(lambda: None) as pid:
+            assert not signal_session(pid, signal.SIGTERM)
+        killpg.assert_not_called()
 
-        def target() -> None:
-            relay.tell(subprocess.Popen(SLEEPER).pid)
-            pause_for_ever()
+    def test_own_group_that_the_child_leads_is_refused(
+        self, killpg: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Our own group is not signalled, even where the child leads it."""
+        with waiting(lead_session) as pid:
+            monkeypatch.setattr(os, "getpgrp", lambda: pid)
+            assert not signal_session(pid, signal.SIGTERM)
+        killpg.assert_not_called()
 
-        with ending(WatchedSubprocess.start(id=uuid4(), target=target, logger=Log().logger)) as process:
-            child = tree.add(relay.hear())
-            runner = tree.add(process.pid)
-            process.kill(signal.SIGKILL, escalation_delay=0.1)
-            assert tree.gone(runner)
-            assert tree.runs(child)
+    def test_reaped_child_is_refused(self, killpg: Any) -> None:
+        """The number of a child that was collected may belong to somebody else by now."""
+        with waiting(lead_session) as pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            assert not signal_session(pid, signal.SIGTERM)
+        killpg.assert_not_called()
+
+    def test_somebody_elses_child_is_refused(self, killpg: Any) -> None:
+        """A process that we have not started is not signalled."""
+        assert not signal_session(os.getppid(), signal.SIGTERM)
+        killpg.assert_not_called()
+
+    def test_without_waitid(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a Python that has no waitid() the group is guarded by its number alone."""
+        monkeypatch.delattr(os, "waitid")
+        with waiting(lead_session) as pid:
+            assert signal_session(pid, signal.SIGTERM)
+            assert ended_by(pid) == signal.SIGTERM
+
+    def test_dead_leader(self) -> None:
+        """The group of a leader that is dead, and not collected yet, is still signalled."""
+        with waiting(lead_session) as pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert signal_session(pid, signal.SIGTERM)
+
+
+def task(pid: int, *, new_session: bool = True) -> Any:
+    return SimpleNamespace(pid=pid, _new_session=new_session, _stop=StopRequest())
+
+
+class TestSignalTask:
+    def test_session_is_signalled(self) -> None:
+        """A type that has asked for a session has it signalled."""
+        with waiting(lead_session) as pid:
+            assert signal_task(task(pid), signal.SIGTERM)
+            assert ended_by(pid) == signal.SIGTERM
+
+    def test_other_types(self, killpg: Any) -> None:
+        """A type that has not asked for a session is left to the caller, who signals the PID alone."""
+        with waiting(lead_session) as pid:
+            assert not signal_task(task(pid, new_session=False), signal.SIGTERM)
+        killpg.assert_not_called()
+
+    def test_own_sigkill_is_noted(self) -> None:
+        """It is for nobody else to be blamed; SIGTERM before it, or after it, changes nothing."""
+        with waiting(lead_session) as pid:
+            process = task(pid)
+            signal_task(process, signal.SIGCONT)
+            assert not process._stop.sigkill_sent
+            signal_task(process, signal.SIGKILL)
+            signal_task(process, signal.SIGTERM)
+            assert process._stop.sigkill_sent

@@ -1,0 +1,128 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Fail closed when other code has collected the exit status of a task process.
+
+The status is lost if other code in the process calls ``waitpid(-1)``, or if SIGCHLD is ignored (waitpid(2),
+notes). Then psutil returns None, which the supervisor takes for "still running", so that it lives for ever.
+``subprocess.Popen`` returns 0, which means success: https://github.com/apache/airflow/issues/70117.
+
+Nothing here imports Airflow.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
+
+__all__ = [
+    "deny_silent_success",
+    "find_reported_state",
+    "has_reported",
+    "is_refused",
+    "is_unreaped_child",
+    "settle_exit_code",
+    "signal_popen",
+    "wait_for_popen",
+]
+
+NOT_REPORTED = "server_terminated"
+"""The state that the supervisor itself notes for a task that the server has ended."""
+
+UNKNOWN_BUT_REPORTED = 0
+"""The task reported a terminal state; use it."""
+
+UNKNOWN = 1
+"""An unknown status is no success: the task has failed, or is retried if it has retries left."""
+
+
+def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
+    """
+    Replace the exit code of a task process that is gone, but whose status psutil does not know.
+
+    :param process: a ``WatchedSubprocess``. Only task processes report a terminal state; for any other type
+        the code is returned as it is.
+    :param exit_code: what ``wait(timeout=0)`` returned, None if the status is lost.
+    """
+    if exit_code is not None or not hasattr(process, "_terminal_state"):
+        return exit_code
+    state = find_reported_state(process)
+    process.process_log.warning(
+        "The exit status of the task process was taken by somebody else in the supervisor's process; "
+        "relying on the state that the task had reported, or assuming failure.",
+        pid=process.pid,
+        reported_state=state,
+    )
+    return UNKNOWN_BUT_REPORTED if state else UNKNOWN
+
+
+def find_reported_state(process: Any) -> str | None:
+    """Return the terminal state that a task process has reported, None if it has reported none."""
+    state = process._terminal_state
+    name = None if state is None else str(getattr(state, "value", state)).lower()
+    return None if name == NOT_REPORTED else name
+
+
+def is_refused(process: Any) -> bool:
+    """Whether the server has ended a task process, or refused the state that it has reported."""
+    return process._terminal_state is not None and find_reported_state(process) is None
+
+
+def has_reported(process: Any) -> bool:
+    """Whether a task process has reported its terminal state. That stands, whatever the exit code is."""
+    return find_reported_state(process) is not None
+
+
+def deny_silent_success(process: Any, exit_code: int) -> int:
+    """
+    Replace the 0 of a task process that was told to stop and has reported no state: it has not succeeded.
+
+    :param process: an ``ActivitySubprocess`` that has ended.
+    """
+    silent = process._exit_watch.exit_expected and process._terminal_state is None
+    return UNKNOWN if exit_code == 0 and silent else exit_code
+
+
+def is_unreaped_child(pid: int) -> bool:
+    """Whether ``pid`` is still our child, dead or alive. Only then is the PID certainly not reused."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    except (AttributeError, OSError):  # macOS before Python 3.13, or a sandbox that refuses the call
+        return True
+    return True
+
+
+def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int | None:
+    """
+    Return ``popen.wait(timeout)``, but None where ``Popen`` would make up a 0 for a lost status.
+
+    :raises subprocess.TimeoutExpired: as ``popen.wait`` does.
+    """
+    if popen.returncode is None and not is_unreaped_child(popen.pid):
+        return None
+    return popen.wait(timeout)
+
+
+def signal_popen(popen: subprocess.Popen[Any], sig: int) -> None:
+    """Call ``popen.send_signal(sig)``, unless other code has reaped the child."""
+    if popen.returncode is not None or is_unreaped_child(popen.pid):
+        popen.send_signal(sig)

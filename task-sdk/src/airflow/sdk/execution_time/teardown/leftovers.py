@@ -1,0 +1,492 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+End the processes that a task has left running, once its own process was killed or has failed.
+
+1. The runner goes first: it and its ``on_kill`` have the whole grace period of the kill.
+2. Its leftovers get SIGTERM, and SIGCONT so that a stopped process can act on it.
+3. When the grace period ends, the supervisor stops the leftovers that are still there. It looks again until
+   nothing new appears, because it would otherwise miss a process that forks while it dies.
+4. It kills them all.
+
+A task that succeeds keeps the processes that it has left running.
+
+Meanwhile the supervisor serves the sockets, so that the last lines of the task and its children arrive in the
+task's log. It also sends heartbeats, so that the server does not start a retry beside the leftovers.
+
+Nothing here imports Airflow outside this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from airflow.sdk.execution_time.teardown.exit_event import MAX_DRAIN_READS, SOCKET_GRACE
+from airflow.sdk.execution_time.teardown.exit_status import (
+    find_reported_state,
+    has_reported,
+    is_refused,
+    is_unreaped_child,
+    settle_exit_code,
+)
+from airflow.sdk.execution_time.teardown.policy import (
+    LeftoverPolicy,
+    find_grace,
+    find_leftover_policy,
+    find_spared_names,
+    limit_grace,
+)
+from airflow.sdk.execution_time.teardown.process_tree import Process, ProcessTree, group_by_owner, is_alive
+from airflow.sdk.execution_time.teardown.session import signal_task
+from airflow.sdk.execution_time.teardown.stop_request import hear_stop_signal, signal_pid
+from airflow.sdk.execution_time.teardown.task_requests import STATE_REPORTS, handle_request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from configparser import ConfigParser
+
+__all__ = [
+    "configure_tree",
+    "end_leftovers",
+    "end_on_exception",
+    "end_unless_started",
+    "handle_request_of_tree",
+    "prepare_kill",
+    "signal_tree",
+]
+
+log = structlog.get_logger(logger_name="supervisor")
+
+MAX_GRACE_UNASKED = 60.0
+"""Upper bound on the seconds of grace if nobody has asked the task to end, whatever the option says."""
+
+RETRY_TOLD_GRACE = 1.0
+"""Seconds of grace if the server knows already of a retry, which it may start at any moment."""
+
+FAILURES = ("failed", "up_for_retry")
+"""States that a task reports after an exception. Its process then exits with 0."""
+
+STOP_TIME = 0.2
+"""Seconds that kill() waits for the processes of a task to stop before it sends SIGKILL."""
+
+KILL_TIME = 0.8
+"""Seconds after the grace period within which all processes have to be dead."""
+
+KILL_WAIT = 0.2
+"""Seconds that killed processes have to disappear before the next look."""
+
+LAST_LOOKS = 3
+"""At most this many last looks for processes that were started meanwhile, when the time is up."""
+
+LOOK_INTERVAL = 0.5
+"""Seconds between looks for processes that leftovers start while they end."""
+
+LEFTOVER_TRIES = 2
+"""A signal handler that raises, like that of Celery's soft time limit, may interrupt the first try."""
+
+POLL_INTERVAL = 0.02
+"""Seconds between looks at a process that cannot be watched."""
+
+HEARTBEAT_INTERVAL = 5.0
+"""
+Seconds between heartbeats while leftovers end.
+
+None follows a failed heartbeat: if the server is away, each takes a long time.
+"""
+
+NAMED_IN_LOG = 100
+"""At most this many processes are listed in the task's log; the count is always complete."""
+
+
+def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
+    """
+    Note that the task is being killed, and record its processes while its runner is not yet reaped.
+
+    If the runner was already reaped elsewhere, finish here. kill() would otherwise poll a PID that may have been reused,
+    or take the refused signal to mean that everything has ended.
+
+    :param process: a ``WatchedSubprocess``.
+    :param grace: seconds between the signals, as the caller of ``kill()`` wants it. If the server has ended
+        the task, the deployment's setting counts instead.
+    :param conf: Airflow's configuration.
+    :returns: the seconds to use.
+    """
+    if process._new_session:
+        grace = find_grace(conf, default=grace) if process._stop.server_ended else limit_grace(grace)
+        configure_tree(process._tree, conf)
+        process._tree.remember()
+    process._exit_watch.expect_exit(grace)
+    if process._new_session and not is_unreaped_child(process.pid):
+        process._exit_code = end_leftovers(process, settle_exit_code(process, None), conf)
+    return grace
+
+
+def configure_tree(tree: ProcessTree, conf: ConfigParser) -> None:
+    """Tell a tree what the deployment has chosen."""
+    tree.spared = find_spared_names(conf)
+    tree.ends = find_leftover_policy(conf).ends_what_is_killed
+
+
+def signal_tree(process: Any, sig: int) -> bool:
+    """
+    Send a signal to a task, if it has a session: to its group, else to its runner, through sudo if need be.
+
+    SIGKILL goes to all processes of the task. They are first stopped, and looked for once more. Without that,
+    a child that one of them has just started and moved out of reach would be lost: once its parent is dead,
+    nothing shows that the child is the task's.
+
+    :param process: a ``WatchedSubprocess``.
+    :returns: False if the caller has to signal the PID itself.
+    """
+    if not process._new_session:
+        return False
+    if process._exit_code is not None:  # settled by prepare_kill()
+        return True
+    tree = process._tree
+    if sig == signal.SIGKILL and tree.ends:
+        tree.kill_all(STOP_TIME, with_leader=True)
+    elif sig != signal.SIGKILL:
+        # A descendant that has lost its mark can only be found while its parent is alive.
+        tree.remember()
+    if tree.spared and tree.signal_group(sig):
+        return True
+    return bool(signal_task(process, sig) or tree.signal_leader(sig))
+
+
+def handle_request_of_tree(process: Any, msg: Any, *args: Any, **kwargs: Any) -> None:
+    """Call ``handle_request()``. Record the members first if the task reports its end: its runner ends soon."""
+    if process._new_session and type(msg).__name__ in STATE_REPORTS:
+        process._tree.remember()
+    handle_request(process, msg, *args, **kwargs)
+
+
+def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> int | None:
+    """
+    End the processes that a task has left behind, unless it succeeded.
+
+    To be called with the exit code just collected. Returns it, a second after the grace period at the latest.
+
+    :param process: a ``WatchedSubprocess``. If it leads no session of its own, nothing is ended.
+    :param exit_code: None if the runner's status is not known; then nothing is ended.
+    :param conf: Airflow's configuration.
+    """
+    if exit_code is not None and process._new_session:
+        # Serving the sockets below asks for the exit code again, which can be collected only once.
+        process._exit_code = exit_code
+        for _ in range(LEFTOVER_TRIES):
+            try:
+                if not ended_well(process, exit_code):
+                    heed_policy(process, exit_code, conf)
+                break
+            except Exception:
+                # Go on: the state is still to be reported. Without it the task counts as running until the
+                # heartbeat timeout.
+                log.exception("What a task has left running could not be ended", pid=process.pid)
+    return exit_code
+
+
+def ended_well(process: Any, exit_code: int) -> bool:
+    """Whether a task whose runner has exited may keep the processes that it has left running."""
+    if not has_reported(process):
+        hear_out(process)
+    if process._stop.server_ended or is_refused(process):
+        return False
+    state = find_reported_state(process)
+    if state is None:
+        return exit_code == 0 and not process._exit_watch.exit_expected
+    # A reported state stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
+    return state not in FAILURES
+
+
+def hear_out(process: Any) -> None:
+    """Handle the last messages of a runner: that of 1.0.0 to 1.0.2 reports its state and does not wait."""
+    for _ in range(MAX_DRAIN_READS):
+        if process.selector.get_map() is None or not process.selector.select(0):
+            break
+        serve_sockets(process, 0)
+
+
+def heed_policy(process: Any, exit_code: int, conf: ConfigParser) -> None:
+    """End leftovers, or report them, or leave them alone, as the deployment has chosen."""
+    policy = find_leftover_policy(conf)
+    killed = process._exit_watch.exit_expected or exit_code < 0
+    if policy is LeftoverPolicy.NEVER or (policy is LeftoverPolicy.KILLED and not killed):
+        return
+    configure_tree(process._tree, conf)
+    if policy is LeftoverPolicy.REPORT:
+        report_left(process, process._tree.find())
+        return
+    teardown = Teardown(process, conf, find_deadline(process, conf))
+    teardown.terminate()
+    survivors = teardown.kill()
+    report(process, survivors)
+    process._exit_watch.unfollow(process.selector)
+    # Any socket still open is held by a process that we cannot reach. If there are survivors, close the sockets now.
+    process._exit_watch.expect_exit(-SOCKET_GRACE if survivors else 0)
+
+
+def find_deadline(process: Any, conf: ConfigParser) -> float:
+    """Return when the grace period of leftovers ends, by time.monotonic()."""
+    grace = min(find_grace(conf), MAX_GRACE_UNASKED)
+    if find_reported_state(process) == "up_for_retry" and is_told(process):
+        grace = min(grace, RETRY_TOLD_GRACE)
+    return float(process._exit_watch.grace_ends(default=grace))
+
+
+def is_told(process: Any) -> bool:
+    """Whether the server knows the state that the task has reported; from 1.4 on it hears of a retry last."""
+    return getattr(process, "_pending_terminal_state_msg", None) is None
+
+
+class Teardown:
+    """Ends the leftovers of one task."""
+
+    def __init__(self, process: Any, conf: ConfigParser, deadline: float) -> None:
+        self._process = process
+        self._tree: ProcessTree = process._tree
+        self._conf = conf
+        self._deadline = deadline
+
+    def terminate(self) -> None:
+        """Send SIGTERM to leftovers, and to those they start, until none is left or the grace is over."""
+        asked: set[Process] = set()
+        while time.monotonic() < self._deadline:
+            members = self._tree.find()
+            if not members and self._tree.look_failure:
+                # The look failed, so there may be leftovers all the same.
+                serve_sockets(self._process, POLL_INTERVAL)
+                continue
+            if not members:
+                return
+            fresh = [member for member in members if member not in asked]
+            # If this supervisor dies, a sweep could not distinguish this tree, whose runner is gone, from the
+            # leftovers of a success. So mark its processes.
+            self._tree.condemn(fresh)
+            self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)
+            asked.update(fresh)
+            self._wait_for(members, LOOK_INTERVAL)
+
+    def kill(self) -> list[Process]:
+        """Kill leftovers until none is left; return those that are still there when the time is up."""
+        self._deadline = max(self._deadline, time.monotonic()) + KILL_TIME
+        while members := self._tree.kill_all(
+            max(0, self._deadline - KILL_WAIT - time.monotonic()), deadline=self._deadline
+        ):
+            self._wait_for(members, KILL_WAIT)
+            if time.monotonic() >= self._deadline:
+                members = self._kill_fresh(members)
+                break
+        # A failed look has found nobody, so suspect all that were signalled.
+        suspects = self._tree.ended if self._tree.look_failure else members
+        return [member for member in suspects if is_alive(member)]
+
+    def _kill_fresh(self, members: Sequence[Process]) -> list[Process]:
+        """Kill processes that unstopped members have started since the look; return these and the members."""
+        found = list(members)
+        # On a busy machine, these may have started others before they were killed.
+        for _ in range(LAST_LOOKS):
+            fresh = [member for member in self._tree.find() if member not in found]
+            if not fresh:
+                break
+            self._tree.signal(fresh, signal.SIGKILL)
+            self._deadline = time.monotonic() + POLL_INTERVAL
+            self._wait_for(fresh, POLL_INTERVAL)
+            found += fresh
+        return found
+
+    def _wait_for(self, members: Sequence[Process], seconds: float) -> None:
+        """Serve the task's sockets until all members have ended, for ``seconds`` or until the time is up."""
+        ends = time.monotonic() + seconds
+        # Begin with the one that was signalled last: when it has ended, most others have, too.
+        for member in reversed(members):
+            watched = self._process._exit_watch.follow(self._process.selector, member.pid)
+            while is_alive(member) and (left := min(ends, self._deadline) - time.monotonic()) > 0:
+                serve_sockets(self._process, left if watched else min(left, POLL_INTERVAL))
+                self._hurry_if_told_to_stop()
+        # It may have taken the last file descriptor, which the next look needs.
+        self._process._exit_watch.close(self._process.selector)
+
+    def _hurry_if_told_to_stop(self) -> None:
+        """End the grace period if the supervisor is told to stop: the sender may soon kill it."""
+        if hear_stop_signal(self._process, self._conf):
+            self._deadline = min(self._deadline, time.monotonic())
+
+
+def serve_sockets(process: Any, seconds: float) -> None:
+    """Serve the task's sockets for some seconds, or until the process that is watched ends."""
+    try:
+        process._service_subprocess(max_wait_time=min(seconds, HEARTBEAT_INTERVAL))
+    except Exception:
+        # A request can fail in any way, as when the API is down. That must not keep the process alive that
+        # has made it.
+        log.exception("What a task that is being ended has said could not be handled.")
+        time.sleep(min(seconds, POLL_INTERVAL))
+    send_heartbeat_if_due(process)
+
+
+def send_heartbeat_if_due(process: Any) -> None:
+    """Tell the server that the task has not ended yet, or it would start a retry beside the leftovers."""
+    now = time.monotonic()
+    if (
+        process._stop.server_ended
+        or process.failed_heartbeats
+        or (process._stop.heartbeat is not None and process._stop.heartbeat.is_alive())
+        # The server has not let the task start.
+        or not process._last_successful_heartbeat
+        or now - max(process._last_heartbeat_attempt, process._last_successful_heartbeat) < HEARTBEAT_INTERVAL
+    ):
+        return
+    process._last_heartbeat_attempt = now
+    beat_in_background(process)
+
+
+def beat_in_background(process: Any) -> None:
+    """Send a heartbeat from a thread: if the server is away, the client's retries may outlast the grace."""
+    process._stop.heartbeat = threading.Thread(target=send_heartbeat, args=(process,), daemon=True)
+    with contextlib.suppress(RuntimeError):  # no thread can be had
+        process._stop.heartbeat.start()
+
+
+def send_heartbeat(process: Any) -> None:
+    """Send a heartbeat, and note if it has failed."""
+    try:
+        process.client.task_instances.heartbeat(process.id, pid=process.pid)
+    except Exception as error:  # as in the supervisor's own loop, and none is sent any more
+        process.failed_heartbeats += 1
+        log.info("The server takes no heartbeat of a task that is being ended", error=str(error))
+
+
+@contextlib.contextmanager
+def end_on_exception(process: Any, conf: ConfigParser) -> Iterator[None]:
+    """
+    End a task whose supervisor cannot go on: an exception leaves its loop, and nobody would watch the task.
+
+    The task has the grace period of a kill. Then its whole tree is killed, and the exception is raised again.
+    Known causes are an API server that is away, a log that cannot be written, and the soft time limit of
+    Celery.
+    """
+    try:
+        yield
+    except BaseException as error:
+        grace = min(find_grace(conf), MAX_GRACE_UNASKED)
+        configure_tree(process._tree, conf)
+        process._exit_watch.expect_exit(grace)
+        with contextlib.suppress(Exception):  # the log may be what has failed
+            process.process_log.error("Stopping the task: its supervisor has failed", error=repr(error))
+        try:
+            end_runner(process, time.monotonic() + grace)
+        finally:
+            # A second exception may have interrupted that. It must not leave processes either.
+            kill_runner(process)
+            end_leftovers(process, process._exit_code, conf)
+        raise
+
+
+def end_runner(process: Any, deadline: float) -> None:
+    """Send SIGTERM to the task, and serve it until it and its leftovers have ended, or the time is up."""
+    if process._exit_code is None and not signal_tree(process, signal.SIGTERM):
+        signal_pid(process.pid)
+    while process._exit_code is None and (left := deadline - time.monotonic()) > 0:
+        serve_sockets(process, left)
+
+
+def kill_runner(process: Any) -> None:
+    """Kill the task, unless it has ended."""
+    deadline = time.monotonic() + KILL_TIME
+    if process._exit_code is None and not signal_tree(process, signal.SIGKILL):
+        signal_pid(process.pid, signal.SIGKILL)
+    while process._exit_code is None and (left := deadline - time.monotonic()) > 0:
+        serve_sockets(process, left)
+
+
+@contextlib.contextmanager
+def end_unless_started() -> Iterator[ProcessTree]:
+    """
+    Yield an empty tree for a process that is going to be a task; if it does not become one, kill its tree.
+
+    The caller ends the process itself. It has no ``on_kill`` yet, so its children need no grace period.
+    """
+    tree = ProcessTree()
+    try:
+        yield tree
+    except BaseException:
+        deadline = time.monotonic() + KILL_TIME
+        # Do it once in any case, even if this process did not get to run for a long time.
+        while tree.kill_all(max(0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(POLL_INTERVAL)
+        raise
+
+
+def report(process: Any, survivors: list[Process]) -> None:
+    """Say in the task's log which processes were ended, and which could not be."""
+    tree = process._tree
+    gone = {member: sig for member, sig in tree.ended.items() if member not in survivors}
+    tree.ended.clear()
+    if gone:
+        process.process_log.warning(
+            "Ended processes that the task had left running",
+            count=len(gone),
+            processes=[
+                {"pid": member.pid, "name": member.name, "signal": sig}
+                for member, sig in list(gone.items())[:NAMED_IN_LOG]
+            ],
+        )
+    if survivors:
+        process.process_log.error(
+            "Processes of the task could not be ended",
+            count=len(survivors),
+            processes=name_processes(survivors),
+            reason=explain_survival(survivors, tree.sudo_failures),
+        )
+    if tree.look_failure:
+        process.process_log.error(
+            "Processes that the task may have left running could not be looked for",
+            reason=tree.look_failure,
+        )
+
+
+def report_left(process: Any, left: Sequence[Process]) -> None:
+    """Say in the task's log which processes leftover_policy has spared."""
+    if left:
+        process.process_log.warning(
+            "The task has left processes running, which [workers] leftover_policy spares",
+            count=len(left),
+            processes=name_processes(left),
+        )
+
+
+def name_processes(processes: Sequence[Process]) -> list[dict[str, Any]]:
+    """Return what the log says about processes: never a command line, which may contain secrets."""
+    return [{"pid": process.pid, "name": process.name} for process in processes[:NAMED_IN_LOG]]
+
+
+def explain_survival(survivors: Sequence[Process], sudo_failures: Mapping[int, str]) -> str:
+    """Return why processes are still there."""
+    failures = [sudo_failures[uid] for uid in group_by_owner(survivors) if uid in sudo_failures]
+    if not failures:
+        return "they did not end after SIGKILL"
+    return (
+        f"they belong to another user, and the sudoers must permit `sudo -n kill`, which said: {failures[0]}"
+    )

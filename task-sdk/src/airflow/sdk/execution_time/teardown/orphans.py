@@ -1,0 +1,250 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Find the trees of tasks whose supervisor has died, and end them as the supervisor would have.
+
+Two programs do so:
+
+1. A runner that notices the death starts a watchdog (lifeline).
+2. If the runner cannot notice it, because it is stopped or busy in C code, the next supervisor ends the tree
+   (sweep).
+
+They end a tree only if its runner is there: without a runner, the processes may be the leftovers of a task
+that has succeeded. The only exceptions are processes that a supervisor was about to kill when it died.
+
+Imports nothing of Airflow outside this package, and no third party's module but psutil.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from airflow.sdk.execution_time.teardown.process_tree import (
+    CONDEMNED,
+    PID_BITS,
+    Process,
+    ProcessTree,
+    compute_mark,
+    find_session,
+    is_alive,
+    is_condemned,
+    is_in_own_namespace,
+    is_origin_alive,
+    is_origin_of,
+    is_own_proc,
+    list_pids,
+    look_at,
+    read_limits,
+    read_origin,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["ORPHAN_GRACE", "Orphan", "end_orphans", "find_orphans", "kill_condemned"]
+
+ORPHAN_GRACE = 5.0
+"""
+Seconds between SIGTERM and SIGKILL; upstream uses the same where the server was not asked.
+
+It is short because nobody sends heartbeats any more: when their timeout is over, the server may start a
+retry.
+"""
+
+KILL_TIME = 0.8
+"""Seconds after the grace period within which all processes have to be dead."""
+
+LOOK_INTERVAL = 0.5
+"""Seconds between looks for processes that others start while they end."""
+
+POLL_INTERVAL = 0.02
+"""Seconds between looks at a process that cannot be watched."""
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A process whose supervisor has died."""
+
+    process: Process
+    origin: int
+
+    @property
+    def condemned(self) -> bool:
+        """Whether its supervisor was about to kill it."""
+        return bool(is_condemned(self.origin))
+
+
+def find_orphans() -> list[Orphan]:
+    """
+    Return the runners of this user whose supervisors have died, and processes that these were about to kill.
+
+    Return nothing where /proc belongs to another PID namespace. Entries may vanish meanwhile.
+
+    :raises OSError: if /proc cannot be read.
+    """
+    if not is_own_proc():
+        return []
+    found = [pid for pid, _ in list_pids() if any(find_orphan(pid))]
+    # Look twice: a runner that was just starting may have shown the origin of another task, which it had
+    # inherited.
+    return [orphan for pid in found for orphan in find_orphan(pid)]
+
+
+def find_orphan(pid: int) -> Iterator[Orphan]:
+    """Yield the process of that number if it is an orphan."""
+    origin = read_origin(pid)
+    # A process that has lifted its mark has left the tree, but still has the origin.
+    marks = read_limits(pid) if origin else ()
+    if not origin or not marks or pid == os.getpid():
+        return
+    condemned = is_condemned(origin)
+    leads = marks[0] & PID_BITS == pid
+    # A runner may have set the limit of its mark for itself, and so have lost the mark.
+    may_lead = marks == (origin & ~CONDEMNED,) and find_session(pid) == pid
+    if not (leads or may_lead or condemned) or is_origin_alive(origin):
+        return
+    if not (is_ours(pid) and is_in_own_namespace(pid)):
+        return
+    process = look_at(pid)
+    if process is None or process.dead:
+        return
+    # Where /proc hides the start, the mark contains only the PID.
+    if condemned or (leads if process.start < 0 else is_leader(process, marks[0], origin)):
+        yield Orphan(process, origin)
+
+
+def is_leader(process: Process, mark: int, origin: int) -> bool:
+    """Whether a process is the runner with this mark or origin; one in half a million may pass for it."""
+    given = compute_mark(process)
+    return mark == given or (mark == origin and is_origin_of(origin, given))
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process runs as our own user. We may signal no other without a privilege."""
+    try:
+        return bool(psutil.Process(pid).uids().real == os.getuid())
+    except psutil.AccessDenied:
+        # We could read its limits, so we are the same user, or root.
+        return os.getuid() != 0
+    except (psutil.Error, OSError):
+        return False
+
+
+def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> list[Process]:
+    """
+    End trees as ``kill()`` does: the runners first, then their leftovers, by SIGKILL after the grace period.
+
+    :returns: the processes that are still there.
+    """
+    deadline = time.monotonic() + grace
+    for tree in trees:
+        tell_runner(tree)
+    wait_until_gone([tree.leader for tree in trees if tree.leader], deadline)
+    for tree in trees:
+        if not tree.ends:
+            tree.signal_group(signal.SIGKILL)
+    ending = [tree for tree in trees if tree.ends]
+    terminate(ending, deadline)
+    return kill(ending, max(deadline, time.monotonic()) + KILL_TIME)
+
+
+def kill_condemned(trees: Sequence[ProcessTree]) -> list[Process]:
+    """Kill stopped processes that their supervisor was about to kill; return those that are still there."""
+    return kill(trees, time.monotonic() + KILL_TIME)
+
+
+def tell_runner(tree: ProcessTree) -> None:
+    """Send SIGTERM to the group of a runner, and SIGCONT to the stopped processes of its tree."""
+    # A descendant that has lost its mark can only be found while its parent is alive.
+    stopped = [member for member in tree.find(with_leader=True) if member.stopped and member.start >= 0]
+    if not tree.signal_group(signal.SIGTERM):
+        tree.signal_leader(signal.SIGTERM)
+    tree.signal(stopped, signal.SIGCONT)
+
+
+def terminate(trees: Sequence[ProcessTree], deadline: float) -> None:
+    """Send SIGTERM to leftovers, and to those that they start, until none is left or the time is up."""
+    asked: set[Process] = set()
+    while time.monotonic() < deadline:
+        members = []
+        for tree in trees:
+            found = tree.find(with_leader=True)
+            tree.signal(
+                [member for member in found if member not in asked],
+                signal.SIGTERM,
+                signal.SIGCONT,
+                deadline=deadline,
+            )
+            members += found
+        if not members and not any(tree.look_failure for tree in trees):
+            return
+        if not members:
+            # The look failed, so there may be leftovers all the same.
+            time.sleep(POLL_INTERVAL)
+        asked.update(members)
+        wait_until_gone(members, min(deadline, time.monotonic() + LOOK_INTERVAL))
+
+
+def kill(trees: Sequence[ProcessTree], deadline: float) -> list[Process]:
+    """Kill the trees until none is left, or the time is up; return the processes that are still there."""
+    killed: list[Process] = []
+    for tree in trees:
+        while True:
+            members = tree.kill_all(max(0, deadline - time.monotonic()), with_leader=True, deadline=deadline)
+            killed += members
+            wait_until_gone(members, deadline)
+            if time.monotonic() >= deadline or not (members or tree.look_failure):
+                break
+            if not members:
+                time.sleep(POLL_INTERVAL)
+        killed += [tree.leader] if tree.leader and tree.look_failure else []
+    return [process for process in killed if is_alive(process)]
+
+
+def wait_until_gone(processes: Sequence[Process], deadline: float) -> None:
+    """Wait until all processes have ended, or the time is up."""
+    for process in processes:
+        with watching(process.pid) as poll:
+            while is_alive(process) and (left := deadline - time.monotonic()) > 0:
+                if poll is None:
+                    time.sleep(min(left, POLL_INTERVAL))
+                else:
+                    poll.poll(left * 1000)
+
+
+@contextlib.contextmanager
+def watching(pid: int) -> Iterator[select.poll | None]:
+    """Yield a poll object that is ready when a process ends; None if there is no pidfd for it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # before Linux 5.3, or no descriptor is left, or it is gone
+        yield None
+        return
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        yield poll
+    finally:
+        os.close(pidfd)

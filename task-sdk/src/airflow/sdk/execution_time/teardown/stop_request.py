@@ -1,0 +1,369 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""
+Stop a task when its supervisor was told to stop, and log who has asked for the task's end.
+
+Neither Ctrl-C nor the broadcast of an init such as dumb-init reaches a task in a session of its own, so its
+supervisor has to tell it to stop. The supervisor's signal handler only takes note. Python writes a byte to a
+*wakeup descriptor* for each signal (``signal.set_wakeup_fd``). Ours is a socket that the supervisor's
+selector watches, so the loop does the rest. Two things must not happen:
+
+- A handler that logs can wait for ever for the logger's lock, which the interrupted code may hold.
+- A wakeup descriptor that was inherited, for example from an asyncio loop, reports our signals to the
+  parent's loop, which never got them: https://github.com/apache/airflow/issues/65830.
+
+Nothing here imports Airflow outside this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+
+from airflow.sdk.execution_time.teardown.exit_event import unregister
+from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
+from airflow.sdk.execution_time.teardown.policy import STOP_GRACE, StopPolicy, find_grace, find_stop_policy
+from airflow.sdk.execution_time.teardown.session import lead_session, signal_task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from configparser import ConfigParser
+
+    from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
+
+__all__ = [
+    "StopRequest",
+    "begin_runner",
+    "catch_stop_signals",
+    "hear_stop_signal",
+    "heed_stop_signals",
+    "note_failed_heartbeats",
+    "note_overtime",
+    "note_server_ended",
+    "signal_pid",
+    "watch_stop_signals",
+]
+
+log = structlog.get_logger(logger_name="supervisor")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""
+Signals that tell a supervisor to stop: dumb-init, Kubernetes and Celery send SIGTERM, a terminal the others.
+
+The task gets SIGTERM for each of them, because SIGINT would end its runner without ``on_kill``.
+"""
+
+RUNNER_FAILED = 124
+"""Exit status of a forked runner that could not begin, as upstream has it."""
+
+
+class StopRequest:
+    """Who has asked for the end of a task, and when it is killed if it does not end by itself."""
+
+    def __init__(self) -> None:
+        self.server_ended = False
+        """Whether the API server has answered that the task is not to run any more."""
+        self.kill_at: float | None = None
+        """When to kill a task that was told to stop, by time.monotonic(); None outside its grace period."""
+        self.sigkill_sent = False
+        """Whether the supervisor itself has sent SIGKILL, so that the log does not blame a lack of memory."""
+        self.signal_heard = False
+        """Whether a signal to the supervisor was logged. A second signal changes nothing."""
+        self.told = False
+        """Whether the handler has already told the task to stop."""
+        self.heartbeat: threading.Thread | None = None
+        """The thread that sends a heartbeat while leftovers end."""
+
+
+class _SupervisedProcess(Protocol):
+    """The part of ``WatchedSubprocess`` that this module relies on."""
+
+    pid: int
+    selector: selectors.BaseSelector
+    process_log: Any
+    failed_heartbeats: int
+    _last_heartbeat_attempt: float
+    _task_end_time_monotonic: float | None
+    _exit_code: int | None
+    _exit_watch: ExitWatch
+    _new_session: bool
+    _stop: StopRequest
+
+    @property
+    def _stop_policy(self) -> StopPolicy: ...
+
+    def kill(self, signal_to_send: signal.Signals, *, force: bool) -> None: ...
+
+
+class _CaughtSignals:
+    """The stop signals that this process has received since it began to supervise."""
+
+    def __init__(self) -> None:
+        self.signum: signal.Signals | None = None
+        self.received_at = 0.0
+        """By time.monotonic()."""
+        self.on_signal: Callable[[], None] | None = None
+        """The handler calls this once."""
+        self._pid = os.getpid()
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+
+    def handle(self, signum: int, _frame: object) -> None:
+        """Take note. Do not log or lock: the interrupted code may hold any lock."""
+        if os.getpid() != self._pid:
+            # A runner that was just forked, and has not reached begin_runner(). End it, as the signal
+            # would do a moment later.
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif self.signum is None:
+            self.signum = signal.Signals(signum)
+            self.received_at = time.monotonic()
+            if self.on_signal is not None:
+                self.on_signal()
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+
+_caught: _CaughtSignals | None = None
+"""The signals of the main thread, to which alone Python delivers any; None while it supervises nothing."""
+
+
+@contextlib.contextmanager
+def catch_stop_signals() -> Iterator[None]:
+    """
+    Take note of stop signals for the duration, and then restore the former handlers.
+
+    A signal that is ignored stays ignored: Celery's pool and LocalExecutor ignore SIGINT, so that Ctrl-C lets
+    their tasks finish. This does nothing if it is nested, or in a thread other than the main one, which
+    cannot set handlers.
+    """
+    global _caught  # signal handlers belong to the process, too
+    if _caught is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with contextlib.ExitStack() as restoring:
+        caught = _CaughtSignals()
+        restoring.callback(caught.close)
+        former_descriptor = signal.set_wakeup_fd(caught.writer.fileno(), warn_on_full_buffer=False)
+        restoring.callback(restore_wakeup_descriptor, former_descriptor)
+        handler = caught.handle
+        for signum in STOP_SIGNALS:
+            former = signal.getsignal(signum)
+            if former != signal.SIG_IGN:
+                # Register the callback first: the former handler may still be called, and raise, in
+                # signal.signal().
+                restoring.callback(restore_handler, signum, former)
+                signal.signal(signum, handler)
+        _caught = caught
+        restoring.callback(forget_caught)
+        yield
+
+
+def find_caught() -> _CaughtSignals | None:
+    """Return the caught signals of this thread; None if it catches none."""
+    return _caught if threading.current_thread() is threading.main_thread() else None
+
+
+def forget_caught() -> None:
+    """Forget the caught signals, when they are no longer caught."""
+    global _caught
+    _caught = None
+
+
+def restore_wakeup_descriptor(descriptor: int) -> None:
+    """Restore the result of ``signal.set_wakeup_fd()``; -1 if it was closed meanwhile, if inherited."""
+    try:
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+    except (OSError, ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+def restore_handler(signum: int, handler: Any) -> None:
+    """Restore the result of ``signal.getsignal()``. None stands for a handler of C code, which is lost."""
+    signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Iterator[None]:
+    """Catch stop signals, and have them wake the selector of ``process``, for the duration."""
+    with catch_stop_signals():
+        caught = find_caught()
+        if caught is None:
+            yield
+            return
+        process.selector.register(caught.reader, selectors.EVENT_READ)
+        if find_stop_policy(conf, process._stop_policy) is StopPolicy.STOP:
+            caught.on_signal = functools.partial(tell_if_busy, process, find_grace(conf, default=STOP_GRACE))
+        try:
+            yield
+        finally:
+            caught.on_signal = None
+            if process._stop.told:
+                # The task may have ended before the loop could log the signal.
+                hear_stop_signal(process, conf)
+            unregister(process.selector, caught.reader)
+
+
+def tell_if_busy(process: _SupervisedProcess, grace: float) -> None:
+    """
+    Tell the task to stop at once if the loop is not waiting.
+
+    The loop may be in a request to an API server that is away, which it retries for a minute and more. The
+    signal handler calls this, so it must use nothing but system calls.
+    """
+    if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.told:
+        process._stop.told = True
+        process._exit_watch.expect_exit(grace)
+        if not signal_task(process, signal.SIGTERM):
+            signal_pid(process.pid)
+
+
+def begin_runner(*steps: Callable[[], object]) -> None:
+    """
+    Begin as a forked runner: drop the supervisor's signal handlers, lead a session, take further steps.
+
+    Never raises, but ends the process instead. This process is a copy of the supervisor, so an exception
+    would reach the supervisor's code, which would go on as a second worker.
+    """
+    try:
+        drop_stop_handlers()
+        lead_session()
+        for step in steps:
+            step()
+    except BaseException:  # SystemExit of an inherited handler among them
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+        os._exit(RUNNER_FAILED)
+
+
+def drop_stop_handlers() -> None:
+    """Have stop signals end this process, a forked copy of a supervisor, without a byte to the supervisor."""
+    signal.set_wakeup_fd(-1)
+    for signum in STOP_SIGNALS:
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_DFL)
+    forget_caught()
+
+
+def heed_stop_signals(
+    process: _SupervisedProcess,
+    conf: ConfigParser,
+    send: Callable[[Any, int], bool] = signal_task,
+) -> None:
+    """
+    If the supervisor was told to stop, tell the task, and kill it when its grace period is over.
+
+    To be called in the loop.
+
+    :param send: sends a signal to the task; returns False if we have to signal the PID alone.
+    """
+    request = process._stop
+    if request.kill_at is not None:
+        if time.monotonic() >= request.kill_at:
+            request.kill_at = None
+            process._exit_watch.wake_at(None)
+            process.kill(signal.SIGKILL, force=True)
+        elif process.failed_heartbeats:
+            # Send no other heartbeat: if the server is away, that would take much of the grace period.
+            process._last_heartbeat_attempt = time.monotonic()
+    elif process._exit_code is None and hear_stop_signal(process, conf):
+        grace = find_grace(conf, default=STOP_GRACE)
+        caught = find_caught()
+        request.kill_at = (caught.received_at if caught else time.monotonic()) + grace
+        process._exit_watch.expect_exit(request.kill_at - time.monotonic())
+        process._exit_watch.wake_at(request.kill_at)
+        if not request.told and not send(process, signal.SIGTERM):
+            signal_pid(process.pid)
+
+
+def hear_stop_signal(process: _SupervisedProcess, conf: ConfigParser) -> bool:
+    """Log a new stop signal in both logs; return whether the supervisor is to stop its task."""
+    caught = find_caught()
+    signum = caught.signum if caught else None
+    if signum is None or process._stop.signal_heard:
+        return False
+    process._stop.signal_heard = True
+    policy = find_stop_policy(conf, process._stop_policy)
+    stops = policy is StopPolicy.STOP
+    what_now = "stopping the task" if stops else "it lets the task finish"
+    event = f"The supervisor was told to stop; {what_now}"
+    log.info(event, signal=signum.name, pid=process.pid)
+    (process.process_log.warning if stops else process.process_log.info)(event, signal=signum.name)
+    return stops
+
+
+def signal_pid(pid: int, sig: int = signal.SIGTERM) -> None:
+    """Send a signal to a runner that leads no group, unless it was reaped: its PID may have been reused."""
+    # kill(2): 0 is our own group, 1 is init, and -1 is every process.
+    if pid > 1 and is_unreaped_child(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, sig)
+
+
+def note_server_ended(process: _SupervisedProcess, error: Any) -> None:
+    """
+    Say in the task's log what the API server answered to its heartbeat.
+
+    :param error: the client's ``ServerResponseError``, with the ``response`` and its ``detail``.
+    """
+    process._stop.server_ended = True
+    detail = find_detail(error.detail)
+    process.process_log.warning(
+        "Stopping the task: the API server does not want it to run any more",
+        status=error.response.status_code,
+        reason=detail.get("reason"),
+        state=detail.get("current_state"),
+    )
+
+
+def find_detail(detail: Any) -> dict[str, Any]:
+    """Return the part of an answer with reason and state, which some releases nest; empty if none."""
+    if isinstance(detail, dict):
+        nested = detail.get("detail")
+        return nested if isinstance(nested, dict) else detail
+    return {}
+
+
+def note_failed_heartbeats(process: _SupervisedProcess, error: Exception | None = None) -> None:
+    """Say in the task's log how many heartbeats have failed in a row, and the last error, if it is known."""
+    process.process_log.error(
+        "Stopping the task: too many heartbeats in a row have failed",
+        failed_heartbeats=process.failed_heartbeats,
+        last_error=repr(error) if error else None,
+    )
+
+
+def note_overtime(process: _SupervisedProcess) -> None:
+    """Say in the task's log for how long its process has run on since the task ended."""
+    process.process_log.warning(
+        "Ending the task's process: it still runs long after the task has ended",
+        seconds=round(time.monotonic() - (process._task_end_time_monotonic or 0)),
+        limit="[core] task_success_overtime",
+    )

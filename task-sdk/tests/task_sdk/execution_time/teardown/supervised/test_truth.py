@@ -1,0 +1,88 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+"""What a supervisor says of a task that was told to stop, or killed, is true."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+from task_sdk.execution_time.teardown.supervised.supervised_task import (
+    Api,
+    Log,
+    Relay,
+    SteppingApi,
+    conflict,
+    forked,
+    pause_for_ever,
+    start_task,
+    stop_supervisor,
+)
+
+from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+
+pytestmark = pytest.mark.usefixtures("stop_policy")
+
+
+class TestTruth:
+    @pytest.mark.parametrize(("should_retry", "state"), [(False, "failed"), (True, "up_for_retry")])
+    def test_silent_exit_is_a_failure(
+        self, relay: Relay, runner: Relay, state: str, *, should_retry: bool
+    ) -> None:
+        """A runner that was told to stop, and exits with 0 without a word, has not succeeded; the server is told so."""
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            runner.tell("ready")
+            pause_for_ever()
+
+        def supervise() -> None:
+            api = SteppingApi(stop_supervisor, should_retry=should_retry)
+            process = start_task(target, api)
+            assert runner.hear() == "ready"
+            process.wait()
+            relay.tell(["told", *api.told])
+
+        with forked(supervise):
+            # Before 1.1 nobody knows whether there are retries left.
+            states = [state, "failed"] if not hasattr(ActivitySubprocess, "_should_retry") else [state]
+            assert relay.hear() in [["told", state] for state in states]
+
+    def test_ended_by_a_user_just_before(self) -> None:
+        """A failure that the server refuses, since a user has ended the task, is no failure of the supervisor."""
+
+        class EndedApi(Api):
+            def tell(self, state: Any) -> None:
+                raise conflict()
+
+        log = Log()
+        process = start_task(lambda: os._exit(3), EndedApi(), logger=log.logger)
+        assert process.wait() == 3
+        assert log.find("does not take the state") == [
+            "The API server does not take the state of the task, which it has ended before"
+        ]
+
+    def test_told_state_stands(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A success that was told stays one, also if its process has to be killed for overtime."""
+        monkeypatch.setattr(supervisor, "TASK_OVERTIME_THRESHOLD", 0)
+        process = start_task(pause_for_ever)
+        process._terminal_state, process._task_end_time_monotonic = "success", 1.0
+        process.wait()
+        assert process.final_state == "success"

@@ -1,0 +1,489 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import io
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+import structlog
+from task_sdk.execution_time.teardown.supervised.faults import misbehave, run_in_fork
+from task_sdk.execution_time.teardown.supervised.supervised_task import (
+    PATIENCE,
+    Api,
+    Relay,
+    be_deaf,
+    be_polite,
+    detach,
+    end_task,
+    ending_all,
+    fork,
+    forked,
+    hear_ready,
+    in_turn,
+    keep_open,
+    kill_child,
+    leave_others_alone,
+    look_at_own_processes,
+    pause_for_ever,
+    set_grace,
+    start_task,
+    supervising,
+    wait_to_end,
+)
+
+from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess, conf
+from airflow.sdk.execution_time.teardown import orphans, process_tree, sweep
+from airflow.sdk.execution_time.teardown.orphans import end_orphans
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree, condemn, is_condemned, read_origin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PR_SET_NAME = 15
+MUTEX_BYTES = 64
+
+OVERTAKING = 0.2
+"""Seconds in which a start that does not wait has returned."""
+
+POLL_INTERVAL = 0.01
+"""Seconds between looks at another thread."""
+
+STARTING = 120
+"""Seconds that an interpreter which imports Airflow may take on a busy machine."""
+
+
+@pytest.fixture(autouse=True)
+def list_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
+    """End every process that a test has started, and no other; gives a function that lists those that live."""
+    leave_others_alone(monkeypatch)
+    look_at_own_processes(monkeypatch)
+    monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
+    monkeypatch.setattr(sweep, "end_orphans", functools.partial(end_orphans, grace=PATIENCE))
+    with ending_all() as list_left:
+        yield list_left
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    with contextlib.closing(Relay()) as relay:
+        yield relay
+
+
+def sweep_apart() -> dict[str, Any]:
+    """Look for orphans once, in a process of its own; return what is logged."""
+
+    def main() -> dict[str, Any]:
+        with structlog.testing.capture_logs() as logs:
+            sweep.sweep_once(conf)
+        return {"logs": logs}
+
+    [entry, *others] = run_in_fork(main)["logs"] or [{}]
+    assert others == []
+    return dict(entry)
+
+
+def run(*arguments: str) -> tuple[int, list[str]]:
+    """Run the command in a process of its own; return its status, and the lines that it has printed."""
+
+    def main() -> dict[str, Any]:
+        out = io.BytesIO()
+        text = io.TextIOWrapper(out, write_through=True)
+        # A logger may have kept a stream of an earlier test, which is closed, or want one for bytes.
+        with structlog.testing.capture_logs(), contextlib.redirect_stdout(text):
+            status = sweep.main(arguments)
+        return {"status": status, "out": out.getvalue().decode().splitlines()}
+
+    outcome = run_in_fork(main)
+    return outcome["status"], outcome["out"]
+
+
+def be_runner_in_c(tell: Callable[[], None]) -> None:
+    """Wait in C for what never comes, a mutex that is locked already, and for no signal; ``tell`` runs once it waits."""
+    mutex = ctypes.create_string_buffer(MUTEX_BYTES)
+    threading.Thread(target=tell_when_waiting, args=(ctypes.addressof(mutex), tell), daemon=True).start()
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def tell_when_waiting(mutex: int, tell: Callable[[], None]) -> None:
+    """Run ``tell`` once the main thread waits for a mutex, whose address is the first argument of its futex(2)."""
+    while not is_within(mutex, Path(f"/proc/self/task/{os.getpid()}/syscall").read_text().split()):
+        select.select([], [], [], POLL_INTERVAL)
+    tell()
+
+
+def is_within(mutex: int, call: list[str]) -> bool:
+    """Whether a system call's first argument is an address within a mutex; a thread that runs has none."""
+    return len(call) > 1 and 0 <= int(call[1], 16) - mutex < MUTEX_BYTES
+
+
+def leave(
+    relay: Relay, daemon: Callable[[Relay], None] = be_polite, *, in_c: bool = False
+) -> tuple[int, int]:
+    """Have the supervisor die of a task whose runner cannot notice it; return the PIDs of runner and daemon."""
+
+    def target() -> None:
+        detach(lambda: daemon(relay))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        if in_c:
+            be_runner_in_c(tell)
+        tell()
+        pause_for_ever()
+
+    def tell() -> None:
+        relay.tell(["runner", os.getpid()])
+
+    with supervising(target) as dying:
+        told = {type(pid): pid for pid in (relay.hear(), relay.hear())}
+        runner = told[list][1]
+        if not in_c:
+            # It comes before the signal of the supervisor's end, whose number is higher.
+            os.kill(runner, signal.SIGSTOP)
+        kill_child(dying)
+        if not in_c:
+            os.waitid(os.P_PID, runner, os.WSTOPPED)
+    return runner, told[int]
+
+
+def was_condemned(pid: int) -> bool:
+    origin = read_origin(pid)
+    assert origin is not None
+    return is_condemned(origin)
+
+
+def name_shared(relay: Relay) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
+    relay.tell(["shared", os.getpid()])
+
+
+def name_and_tell(relay: Relay) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
+    be_polite(relay)
+
+
+class TestSweep:
+    @pytest.mark.parametrize("in_c", [False, True], ids=["stopped", "in C"])
+    @pytest.mark.parametrize("daemon", [be_polite, be_deaf], ids=lambda daemon: daemon.__name__)
+    def test_nothing_is_left(
+        self,
+        relay: Relay,
+        monkeypatch: pytest.MonkeyPatch,
+        list_left: Callable[[], list[int]],
+        daemon: Callable[[Relay], None],
+        *,
+        in_c: bool,
+    ) -> None:
+        """A task whose runner does not notice is ended with all that it has started, and the log says so."""
+        monkeypatch.setattr(sweep, "end_orphans", functools.partial(end_orphans, grace=0.3))
+        runner, _ = leave(relay, daemon, in_c=in_c)
+        name = psutil.Process(runner).name()
+        entry = sweep_apart()
+        assert entry["runners"] == [{"pid": runner, "name": name}]
+        assert (entry["processes"], entry["survivors"]) == (1, [])
+        assert list_left() == []
+
+    @pytest.mark.parametrize(("policy", "stays"), [("killed", False), ("report", True), ("never", True)])
+    def test_policy(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any, policy: str, *, stays: bool
+    ) -> None:
+        """What the deployment has chosen for leftovers is heeded; the runner ends in any case."""
+        monkeypatch.setenv("AIRFLOW__WORKERS__LEFTOVER_POLICY", policy)
+        runner, daemon = leave(relay)
+        entry = sweep_apart()
+        assert entry["event"] == "Ended tasks whose supervisors had died", entry
+        assert entry["runners"][0]["pid"] == runner
+        assert list_left() == [daemon] * stays
+
+    def test_living_supervisors(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """A task whose supervisor lives is left alone, be it stopped, and so is what a success has left."""
+
+        def succeed() -> None:
+            # It does not hold the sockets, for which the supervisor would wait.
+            detach(in_turn(lambda: keep_open(relay.writer), lambda: be_polite(relay)))
+
+        def supervise_success() -> None:
+            code = start_task(succeed).wait()
+            relay.tell(["code", code])
+            pause_for_ever()
+
+        with supervising(in_turn(lambda: relay.tell(os.getpid()), pause_for_ever)) as living:
+            stopped = relay.hear()
+            os.kill(stopped, signal.SIGSTOP)
+            with forked(supervise_success) as dying:
+                told = [relay.hear(), relay.hear()]
+                told.remove(["code", 0])
+                kill_child(dying)
+            assert sweep_apart() == {}
+            assert sorted(list_left()) == sorted([living, stopped, *told])
+
+    @pytest.mark.parametrize("way", ["conflict", "failed"])
+    @pytest.mark.parametrize("runner_lives", [True, False])
+    def test_teardown_that_is_cut_off(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any, way: str, *, runner_lives: bool
+    ) -> None:
+        """What a supervisor has stopped that dies before it kills is killed, and who is spared is not."""
+        monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "shared")
+        monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
+        set_grace(monkeypatch, 0.3)
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            detach(lambda: be_deaf(relay))
+            detach(in_turn(lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: name_shared(relay)))
+            relay.tell({"runner": os.getpid()})
+            wait_to_end(relay)
+
+        def die_before_it_kills(tree: ProcessTree, processes: Any, *signals: int, **kwargs: Any) -> None:
+            if signal.SIGKILL in signals:
+                os.kill(os.getpid(), signal.SIGKILL)
+            send(tree, processes, *signals, **kwargs)
+
+        def supervise() -> None:
+            monkeypatch.setattr(ProcessTree, "signal", die_before_it_kills)
+            api = Api()
+            # What the runner starts is to have its origin.
+            process = start_task(in_turn(start.hear, target), api)
+            start.tell("start")
+            order.hear()
+            end_task(way, process, api)
+
+        send = ProcessTree.signal
+        start, order = Relay(), Relay()
+        with contextlib.closing(start), contextlib.closing(order), forked(supervise) as dying:
+            told = {type(value): value for value in hear_ready(relay, 3)}
+            runner, daemon, shared = told[dict]["runner"], told[int], told[list][1]
+            order.tell("end it")
+            os.waitpid(dying, 0)
+        left = {runner, daemon} if way == "conflict" else {daemon}
+        assert set(list_left()) == {shared, *left}
+        assert {pid: was_condemned(pid) for pid in (shared, *left)} == {
+            shared: False,
+            **dict.fromkeys(left, True),
+        }
+        if way == "conflict" and not runner_lives:
+            kill_child(runner)
+        assert sweep_apart()["survivors"] == []
+        assert list_left() == [shared]
+
+    def test_death_in_the_grace(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """What a failed task has left, and was asked to end when the supervisor died, does not stay."""
+
+        def ask_and_die(tree: ProcessTree, processes: Any, *signals: int, **kwargs: Any) -> None:
+            ask(tree, processes, *signals, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def supervise() -> None:
+            monkeypatch.setattr(ProcessTree, "signal", ask_and_die)
+            process = start_task(in_turn(lambda: detach(lambda: be_deaf(relay)), lambda: wait_to_end(relay)))
+            order.hear()
+            end_task("failed", process, Api())
+
+        ask = ProcessTree.signal
+        order = Relay()
+        with contextlib.closing(order), forked(supervise) as dying:
+            daemons = hear_ready(relay)
+            order.tell("end it")
+            os.waitpid(dying, 0)
+        assert list_left() == daemons
+        assert sweep_apart()["survivors"] == []
+        assert list_left() == []
+
+    @pytest.mark.parametrize("detaches", [False, True])
+    def test_tree_around(self, relay: Relay, list_left: Callable[[], list[int]], *, detaches: bool) -> None:
+        """A supervisor that is part of an orphaned tree, for it supervises a task within a task, leaves that alone."""
+
+        def look() -> None:
+            if detaches:
+                os.setsid()
+            order.hear()
+            sweep.sweep_once(conf)
+            relay.tell("looked")
+            pause_for_ever()
+
+        def target() -> None:
+            fork(look)
+            relay.tell(os.getpid())
+            pause_for_ever()
+
+        order = Relay()
+        with contextlib.closing(order), supervising(target) as dying:
+            runner = relay.hear()
+            os.kill(runner, signal.SIGSTOP)
+            kill_child(dying)
+            os.waitid(os.P_PID, runner, os.WSTOPPED)
+            order.tell("look")
+            assert relay.hear() == "looked"
+            assert runner in list_left()
+            assert [entry["pid"] for entry in sweep_apart()["runners"]] == [runner]
+            assert list_left() == []
+
+    def test_spared_program_that_is_condemned(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """What has become a program to be spared while it was ended is spared."""
+        runner, daemon = leave(relay, name_and_tell)
+        condemn(daemon)
+        monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "shared")
+        kill_child(runner)
+        assert sweep_apart() == {}
+        assert list_left() == [daemon]
+
+
+class TestSweepOnce:
+    def test_first_start(self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any) -> None:
+        """What is an orphan when a process starts its first task is gone when that runs; the task is not."""
+        monkeypatch.setattr(supervisor, "sweep_once", sweep.sweep_once)
+        leave(relay)
+
+        def start() -> dict[str, Any]:
+            process = start_task(pause_for_ever)
+            return {"left": [pid for pid in list_left() if pid != os.getpid()], "runner": process.pid}
+
+        outcome = run_in_fork(start)
+        assert outcome["left"] == [outcome["runner"]]
+
+    def test_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process looks once, and one that it forks looks for itself."""
+
+        def note_look() -> list[Any]:
+            looks.append(os.getpid())
+            return []
+
+        looks: list[int] = []
+        monkeypatch.setattr(sweep, "find_orphans", note_look)
+
+        def look_twice() -> dict[str, Any]:
+            sweep.sweep_once(conf)
+            sweep.sweep_once(conf)
+            return {"looks": len(looks), "own": looks[-1] == os.getpid()}
+
+        def fork_between() -> dict[str, Any]:
+            first = look_twice()
+            looks.clear()
+            return {"first": first, "second": run_in_fork(look_twice)}
+
+        assert set(map(str, run_in_fork(fork_between).values())) == {"{'looks': 1, 'own': True}"}
+
+    @pytest.mark.parametrize("forks", [False, True])
+    def test_threads(self, monkeypatch: pytest.MonkeyPatch, *, forks: bool) -> None:
+        """The start of another thread waits until orphans are ended; that of a process which is forked meanwhile does not."""
+
+        def look() -> list[Any]:
+            if threading.current_thread() is not threading.main_thread():
+                looking.set()
+                returned.append(overtaken.wait(OVERTAKING))
+            return []
+
+        def sweep_apart() -> dict[str, Any]:
+            sweep.sweep_once(conf)
+            overtaken.set()
+            return {}
+
+        def start() -> dict[str, Any]:
+            thread = threading.Thread(target=sweep.sweep_once, args=(conf,))
+            thread.start()
+            looking.wait()
+            run_in_fork(sweep_apart) if forks else sweep_apart()
+            thread.join()
+            return {"returned": returned}
+
+        looking, overtaken = threading.Event(), threading.Event()
+        returned: list[bool] = []
+        monkeypatch.setattr(sweep, "find_orphans", look)
+        assert run_in_fork(start)["returned"] == [False]
+
+    def test_failure(self) -> None:
+        """A task starts also where orphans cannot be looked for, which the log says."""
+
+        def main() -> dict[str, Any]:
+            orphans.list_pids = process_tree.list_pids
+            misbehave("os.scandir", errno.EMFILE)
+            with structlog.testing.capture_logs() as logs:
+                sweep.sweep_once(conf)
+            return {"events": [entry["event"] for entry in logs]}
+
+        assert run_in_fork(main)["events"] == ["Tasks whose supervisors have died could not be looked for"]
+
+
+class TestSweepCommand:
+    def test_dry_run(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """It lists orphans, and ends none."""
+        assert run("--dry-run") == (0, [])
+        runner, daemon = leave(relay)
+        name = psutil.Process(runner).name()
+        condemn(daemon)
+        assert was_condemned(daemon)
+        status, lines = run("--dry-run")
+        assert status == 0
+        assert sorted(lines) == [
+            f"process that was about to be killed without a supervisor: PID {daemon} ({name})",
+            f"task runner without a supervisor: PID {runner} ({name})",
+        ]
+        assert sorted(list_left()) == sorted([runner, daemon])
+
+    def test_end(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """It names, and ends, what it finds."""
+        runner, _ = leave(relay)
+        status, [line, *_] = run()
+        assert status == 0
+        assert f"PID {runner} " in line
+        assert list_left() == []
+        assert run() == (0, [])
+
+    def test_survivors(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It fails if something could not be ended."""
+        leave(relay)
+        monkeypatch.setattr(
+            sweep, "end_orphans", lambda trees: [tree.leader for tree in trees if tree.leader]
+        )
+        assert run()[0] == 1
+
+    def test_unknown_argument(self) -> None:
+        """It is refused, and nothing is looked for."""
+        with pytest.raises(SystemExit) as refused:
+            sweep.main(["--unknown"])
+        assert refused.value.code == 2
+
+    def test_program(self, relay: Relay, tmp_path: Path) -> None:
+        """It runs as a program, with no more than an Airflow home."""
+        runner, _ = leave(relay)
+        done = subprocess.run(
+            [sys.executable, "-m", sweep.__name__, "--dry-run"],
+            env={"PATH": os.environ["PATH"], "AIRFLOW_HOME": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=STARTING,
+            check=True,
+        )
+        assert f"task runner without a supervisor: PID {runner} " in done.stdout

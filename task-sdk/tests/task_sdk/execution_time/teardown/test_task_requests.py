@@ -1,0 +1,269 @@
+# Licensed to the Apache Software Foundation (ASF) under one
+# or more contributor license agreements.  See the NOTICE file
+# distributed with this work for additional information
+# regarding copyright ownership.  The ASF licenses this file
+# to you under the Apache License, Version 2.0 (the
+# "License"); you may not use this file except in compliance
+# with the License.  You may obtain a copy of the License at
+#
+#   http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing,
+# software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied.  See the License for the
+# specific language governing permissions and limitations
+# under the License.
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import structlog
+from task_sdk.execution_time.teardown.supervised.supervised_task import conflict
+
+from airflow.sdk.api.client import ServerResponseError
+from airflow.sdk.api.datamodels._generated import TaskInstanceState
+from airflow.sdk.exceptions import ErrorType
+from airflow.sdk.execution_time import comms
+from airflow.sdk.execution_time.comms import GetVariable, PutVariable, SetXCom, TaskState
+from airflow.sdk.execution_time.teardown.task_requests import (
+    STATE_REPORTS,
+    expects_answer,
+    handle_request,
+    tell_state,
+)
+
+FAILED = TaskState(state=TaskInstanceState.FAILED, end_date=datetime.now(timezone.utc))
+
+NUMBERS = [(), (7,)]
+"""Of a request: none before 1.0.3, and what it is from then on."""
+
+
+class Supervised(SimpleNamespace):
+    """A supervised task whose requests are handled, or fail, as ``handle`` does."""
+
+    def __init__(self, handle: Any = lambda: None) -> None:
+        super().__init__(
+            handled=[],
+            answers=[],
+            _handle=handle,
+            _new_session=True,
+            _stop=SimpleNamespace(server_ended=False),
+            _terminal_state=None,
+        )
+
+    def _handle_request(self, msg: Any, _log: Any, *request_id: int) -> None:
+        self.handled.append((msg, request_id))
+        if isinstance(msg, TaskState):
+            self._terminal_state = msg.state
+        self._handle()
+
+    def send_msg(self, msg: Any, error: Any = None, **request_id: int) -> None:
+        self.answers.append((error or msg, request_id))
+
+
+def fail(error: Exception) -> Any:
+    def raise_error() -> None:
+        raise error
+
+    return raise_error
+
+
+@pytest.fixture
+def log() -> Any:
+    return structlog.testing.CapturingLogger()
+
+
+def ask(process: Supervised, msg: Any, log: Any, *number: int) -> None:
+    handle_request(process, msg, log, *number, answer_failures=True)
+
+
+class TestHandleRequest:
+    @pytest.mark.parametrize("number", NUMBERS)
+    def test_request(self, log: Any, number: tuple[int, ...]) -> None:
+        """The supervisor handles it, and answers it itself."""
+        process = Supervised()
+        ask(process, FAILED, log, *number)
+        assert process.handled == [(FAILED, number)]
+        assert process.answers == log.calls == []
+
+    @pytest.mark.parametrize("number", NUMBERS)
+    def test_failed_request(self, log: Any, number: tuple[int, ...]) -> None:
+        """An API server that is away, say, is answered with an error, and does not end the supervisor."""
+        process = Supervised(fail(OSError("no route to host")))
+        ask(process, GetVariable(key="k"), log, *number)
+        [(answer, request_id)] = process.answers
+        assert request_id == ({"request_id": 7} if number else {})
+        assert answer.error == ErrorType.API_SERVER_ERROR
+        assert answer.detail == {
+            "status_code": None,
+            "message": "no route to host",
+            "exception_type": "OSError",
+        }
+        [call] = log.calls
+        assert (call.method_name, call.kwargs) == ("exception", {"request": "GetVariable"})
+
+    @pytest.mark.parametrize("error", [OSError("away"), conflict()])
+    def test_state_that_could_not_be_told(self, log: Any, error: Exception) -> None:
+        """It is forgotten, for it would be taken for told when the task has ended."""
+        process = Supervised(fail(error))
+        try:
+            ask(process, FAILED, log, 7)
+        except ServerResponseError:
+            assert error.args == conflict().args
+        assert process._terminal_state is None
+
+    def test_answer_of_the_server(self, log: Any) -> None:
+        """An error that the server has answered is for the caller, who passes it on."""
+        with pytest.raises(ServerResponseError):
+            ask(Supervised(fail(conflict())), GetVariable(key="k"), log, 7)
+
+    @pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
+    def test_task_that_is_gone(
+        self, log: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    ) -> None:
+        """Nobody may be there to take the answer."""
+        process = Supervised(fail(OSError()))
+        monkeypatch.setattr(process, "send_msg", lambda *_, **__: fail(error())())
+        ask(process, GetVariable(key="k"), log, 7)
+        assert len(log.calls) == 1
+
+    def test_caller_that_answers_failures(self, log: Any) -> None:
+        """From 1.3 on the caller answers them, with the traceback in its own log."""
+        with pytest.raises(OSError, match="away"):
+            handle_request(Supervised(fail(OSError("away"))), GetVariable(key="k"), log, 7)
+
+    def test_other_types(self, log: Any) -> None:
+        """A type that leads no session of its own is served as ever."""
+        process = Supervised(fail(OSError("away")))
+        process._new_session = False
+        process._stop.server_ended = True
+        with pytest.raises(OSError, match="away"):
+            ask(process, FAILED, log, 7)
+        assert process.handled
+
+
+class TestEndedByServer:
+    @pytest.fixture
+    def process(self) -> Supervised:
+        process = Supervised()
+        process._stop.server_ended = True
+        return process
+
+    @pytest.mark.parametrize("report", [name for name in STATE_REPORTS if hasattr(comms, name)])
+    @pytest.mark.parametrize("answer_failures", [False, True])
+    def test_state_is_refused(
+        self, log: Any, process: Supervised, report: str, *, answer_failures: bool
+    ) -> None:
+        """The task gets what the API server would answer, and its state is not told, or noted."""
+        msg = getattr(comms, report).model_construct()
+        handle_request(process, msg, log, 7, answer_failures=answer_failures)
+        [(answer, request_id)] = process.answers
+        assert answer.error == ErrorType.API_SERVER_ERROR
+        assert answer.detail["status_code"] == 409
+        assert request_id == {"request_id": 7}
+        assert process.handled == []
+
+    def test_nobody_waits(self, log: Any, process: Supervised) -> None:
+        """Before 1.0.3 a runner that reports reads no answer, which its next request would get."""
+        ask(process, FAILED, log)
+        assert process.answers == process.handled == []
+
+    def test_other_requests(self, log: Any, process: Supervised) -> None:
+        """An ``on_kill`` may ask for the connection of what it removes."""
+        ask(process, GetVariable(key="k"), log, 7)
+        assert len(process.handled) == 1
+
+
+@pytest.mark.parametrize(
+    ("msg", "expected"),
+    [
+        (GetVariable(key="k"), True),
+        (comms.DeleteXCom.model_construct(), False),
+        (comms.TriggerDagRun.model_construct(), True),
+        (PutVariable(key="k", value="v", description=None), False),
+        (SetXCom.model_construct(), False),
+        (FAILED, False),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, bool) else "",
+)
+def test_expects_answer(msg: Any, *, expected: bool) -> None:
+    """Before 1.0.3 what gets something is answered, and little else."""
+    assert expects_answer(msg) is expected
+
+
+class TestTellState:
+    def supervised(self, final_state: str, told: str | None = None, **fields: Any) -> Any:
+        process = SimpleNamespace(
+            id=uuid4(),
+            updates=0,
+            retries=[],
+            final_state=final_state,
+            _rendered_map_index="a map index",
+            _terminal_state=told,
+            **fields,
+        )
+        process.client = SimpleNamespace(task_instances=self.record(process))
+        process.update_task_state_if_needed = lambda: setattr(process, "updates", process.updates + 1)
+        return process
+
+    def record(self, process: Any) -> Any:
+        return SimpleNamespace(retry=lambda **fields: process.retries.append(fields))
+
+    def test_inferred_retry(self) -> None:
+        """The server learns at once, not by the heartbeat timeout, that a task whose runner was killed can be retried."""
+        process = self.supervised("up_for_retry")
+        began = datetime.now(timezone.utc)
+        tell_state(process)
+        [retry] = process.retries
+        assert retry.pop("end_date") >= began
+        assert retry == {"id": process.id, "rendered_map_index": "a map index"}
+        assert process.updates == 1
+
+    @pytest.mark.parametrize(
+        ("state", "told"), [("up_for_retry", "up_for_retry"), ("failed", None), ("success", "success")]
+    )
+    def test_told_state(self, state: str, told: str | None) -> None:
+        """What the task has told itself, or upstream tells, is not told again."""
+        process = self.supervised(state, told)
+        tell_state(process)
+        assert (process.retries, process.updates) == ([], 1)
+
+    def test_server_terminated(self) -> None:
+        """A task that the server has ended is told to nobody."""
+        process = self.supervised("server_terminated", "SERVER_TERMINATED")
+        tell_state(process)
+        assert process.retries == []
+
+    def test_state_that_upstream_tells_again(self) -> None:
+        """A retry that could not be told at first is upstream's to repeat."""
+        process = self.supervised("up_for_retry", _pending_terminal_state_msg=object())
+        tell_state(process)
+        assert process.retries == []
+
+    @pytest.mark.parametrize("status", [404, 409, 410])
+    def test_ended_meanwhile(self, log: Any, status: int) -> None:
+        """The server refuses the state of a task that a user has ended just before; the task's log tells it."""
+        process = self.supervised("up_for_retry", process_log=log)
+        process.update_task_state_if_needed = fail(conflict(status))
+        tell_state(process)
+        [call] = log.calls
+        assert call.method_name == "warning"
+        assert call.kwargs == {
+            "refused": "up_for_retry",
+            "status": status,
+            "reason": "not_running",
+            "state": "failed",
+        }
+        assert process.retries == []
+
+    def test_other_answers(self) -> None:
+        """Any other answer stays a failure of the supervisor."""
+        process = self.supervised("failed")
+        process.update_task_state_if_needed = fail(conflict(403))
+        with pytest.raises(ServerResponseError):
+            tell_state(process)
