@@ -46,7 +46,7 @@ except ImportError:
 try:
     from airflow.sdk.execution_time.teardown import interruption
 except ImportError:  # stock
-    interruption = None
+    interruption = None  # type: ignore[assignment]
 
 CALLS_ON_KILL = Version(version("apache-airflow-task-sdk")) >= Version("1.0.4")
 """Whether the stock runner has a handler for SIGTERM, which calls on_kill() and returns; else SIGTERM ends it."""

@@ -135,8 +135,8 @@ def run_example(example: dict[str, Any], cookie: str, *, strangers: bool) -> dic
 
 def shorten_orphan_grace(grace: float) -> None:
     """Have watchdogs and sweeps give the same grace as a kill, in what this process forks from now on."""
-    lifeline.ORPHAN_GRACE = grace
-    sweep.end_orphans = partial(orphans.end_orphans, grace=grace)
+    lifeline.ORPHAN_GRACE = grace  # type: ignore[attr-defined]
+    sweep.end_orphans = partial(orphans.end_orphans, grace=grace)  # type: ignore[attr-defined]
 
 
 def start_supervisor(scene: Scene, name: str) -> int:
@@ -302,7 +302,7 @@ def sweep_apart(scene: Scene, deadline: float) -> None:
     sweeper = os.fork()
     if sweeper == 0:
         try:
-            sweep.sweep_once(sweep.airflow_conf)
+            sweep.sweep_once(supervisor.conf)
         finally:
             os._exit(0)
     scene.follow(lambda: os.waitpid(sweeper, os.WNOHANG)[0] == sweeper, deadline)

@@ -27,7 +27,6 @@ import pytest
 import structlog
 
 from airflow.sdk.execution_time.teardown.exit_status import (
-    deny_silent_success,
     find_reported_state,
     has_reported,
     settle_exit_code,
@@ -83,34 +82,6 @@ class TestReportedState:
         process = task(log, reported)
         assert find_reported_state(process) == state
         assert has_reported(process) is (state is not None)
-
-
-class TestDenySilentSuccess:
-    @pytest.fixture
-    def stopped(self, log: structlog.testing.CapturingLogger) -> Any:
-        process = task(log, None)
-        process._exit_watch = SimpleNamespace(exit_expected=True)
-        return process
-
-    def test_stopped_task(self, stopped: Any) -> None:
-        """A runner that was told to stop, and exits with 0 without a word, has not succeeded."""
-        assert deny_silent_success(stopped, 0) == 1
-
-    @pytest.mark.parametrize("state", ["success", "skipped", "SERVER_TERMINATED"])
-    def test_told_state(self, stopped: Any, state: str) -> None:
-        """A state that was told, or that the server has chosen, is not silence."""
-        stopped._terminal_state = state
-        assert deny_silent_success(stopped, 0) == 0
-
-    @pytest.mark.parametrize("code", [1, -9])
-    def test_other_codes(self, stopped: Any, code: int) -> None:
-        """What is no success anyhow stays as it is."""
-        assert deny_silent_success(stopped, code) == code
-
-    def test_task_that_nobody_stopped(self, stopped: Any) -> None:
-        """A runner that exits with 0 by itself has succeeded."""
-        stopped._exit_watch.exit_expected = False
-        assert deny_silent_success(stopped, 0) == 0
 
 
 class TestWaitForPopen:

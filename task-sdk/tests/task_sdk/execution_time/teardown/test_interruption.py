@@ -73,6 +73,11 @@ GOOD_ENDS = [
 """Exceptions by which a task does not fail; before 1.2 they are Airflow's."""
 
 
+def make_ti(on_kill: Callable[[], Any] = lambda: None) -> Any:
+    """Return as much of a task instance as is asked of it."""
+    return SimpleNamespace(task=SimpleNamespace(on_kill=on_kill))
+
+
 class Runner:
     """A runner of tasks in this process, as far as SIGTERM goes; notes what happens, and restores all of it."""
 
@@ -100,7 +105,7 @@ class Runner:
             self.note(name)
             self.on_kill()
 
-        interrupt_on_sigterm(SimpleNamespace(task=SimpleNamespace(on_kill=on_kill)), is_ordered)
+        interrupt_on_sigterm(make_ti(on_kill), is_ordered)
 
     def run(self, execute: Callable[[], Any]) -> list[str]:
         """Run a task that is interrupted; return what it has noted."""
@@ -306,7 +311,7 @@ class TestExecute:
 
     def test_task_that_was_replaced(self, runner: Runner) -> None:
         """The ``on_kill`` of the task that runs is called, which may be an unmapped one."""
-        ti = SimpleNamespace(task=SimpleNamespace(on_kill=lambda: runner.note("template")))
+        ti = make_ti(lambda: runner.note("template"))
         interrupt_on_sigterm(ti)
         ti.task = SimpleNamespace(on_kill=lambda: runner.note("unmapped"))
         with pytest.raises(TaskInterrupted):
@@ -765,7 +770,7 @@ class TestProcesses:
         results: list[Any] = []
 
         def be_thread() -> None:
-            interrupt_on_sigterm(SimpleNamespace())
+            interrupt_on_sigterm(make_ti())
             results.append(run_interruptibly(lambda: "result"))
 
         former = signal.getsignal(signal.SIGTERM)

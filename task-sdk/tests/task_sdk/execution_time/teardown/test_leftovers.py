@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import selectors
 import signal
 import threading
 import time
@@ -26,7 +27,7 @@ from configparser import ConfigParser
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import Mock
+from unittest.mock import create_autospec
 
 import pytest
 import structlog
@@ -96,7 +97,7 @@ def process(mocker: MockerFixture) -> Any:
     tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failures={}, look_failure=None)
     tree.configure_mock(ended={}, spared=frozenset(), ends=True)
     tree.find.return_value = tree.kill_all.return_value = [STUBBORN]
-    selector = mocker.MagicMock()
+    selector = mocker.create_autospec(selectors.DefaultSelector, instance=True)
     selector.select.return_value = []
     mocker.patch.object(leftovers, "is_alive", autospec=True, return_value=True)
     mocker.patch.object(leftovers, "is_unreaped_child", autospec=True, return_value=True)
@@ -115,6 +116,7 @@ def process(mocker: MockerFixture) -> Any:
         _new_session=True,
         _stop=StopRequest(),
         _stop_policy=StopPolicy.STOP,
+        _handle_request=lambda msg, log, req_id: None,
         _service_subprocess=lambda max_wait_time: None,
         _terminal_state=None,
         _tree=tree,
@@ -275,7 +277,7 @@ class TestSurvivors:
 
     def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
         """What goes wrong with a request of the task does not end the teardown."""
-        process._service_subprocess = Mock(side_effect=RuntimeError)
+        process._service_subprocess = create_autospec(process._service_subprocess, side_effect=RuntimeError)
         assert end_leftovers(process, -9, conf) == -9
         assert process._service_subprocess.called
         assert process._tree.kill_all.called
@@ -508,9 +510,9 @@ class TestTold:
         """A task that reports how it ends has its tree noted, for its runner ends soon."""
         msg = type(name, (), {})()
         process._new_session = new_session
-        process._handle_request = Mock()
-        handle_request_of_tree(process, msg, "log", 7)
-        process._handle_request.assert_called_once_with(msg, "log", 7)
+        process._handle_request = create_autospec(process._handle_request)
+        handle_request_of_tree(process, msg, process.process_log, 7)
+        process._handle_request.assert_called_once_with(msg, process.process_log, 7)
         assert process._tree.remember.called is (noted and new_session)
 
 

@@ -318,8 +318,10 @@ class TestFind:
         if not proc:
             monkeypatch.setattr(process_tree, "PROC", str(tmp_path / "missing"))
         older = start_session()
-        time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # start times are counted in ticks
         tree, leader, _ = lead()
+        # Start times are counted in ticks.
+        while read(leader).start == read(older).start:
+            tree, leader, _ = lead()
         mark = compute_mark(read(leader))
         resource.prlimit(older, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
         assert mark in read_limits(older)

@@ -576,7 +576,8 @@ class TestNotes:
     def test_server(self, detail: Any, reason: str | None, state: str | None) -> None:
         """The API server, with its status, and with reason and state where it gives them, in whatever form."""
         process = Supervised()
-        note_server_ended(process, SimpleNamespace(detail=detail, response=SimpleNamespace(status_code=409)))
+        error: Any = SimpleNamespace(detail=detail, response=SimpleNamespace(status_code=409))
+        note_server_ended(process, error)
         [(level, _, fields)] = process.say()
         assert (level, fields) == ("warning", {"status": 409, "reason": reason, "state": state})
         assert process._stop.server_ended

@@ -32,12 +32,13 @@ from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.comms import GetVariable, PutVariable, SetXCom, TaskState
 from airflow.sdk.execution_time.teardown.task_requests import (
     STATE_REPORTS,
+    deny_silent_success,
     expects_answer,
     handle_request,
     tell_state,
 )
 
-FAILED = TaskState(state=TaskInstanceState.FAILED, end_date=datetime.now(timezone.utc))
+FAILED = TaskState(state=TaskInstanceState.FAILED, end_date=datetime(2026, 1, 1, tzinfo=timezone.utc))
 
 NUMBERS = [(), (7,)]
 """Of a request: none before 1.0.3, and what it is from then on."""
@@ -196,6 +197,32 @@ def test_expects_answer(msg: Any, *, expected: bool) -> None:
     assert expects_answer(msg) is expected
 
 
+class TestDenySilentSuccess:
+    @pytest.fixture
+    def stopped(self) -> Any:
+        return SimpleNamespace(_exit_watch=SimpleNamespace(exit_expected=True), _terminal_state=None)
+
+    def test_stopped_task(self, stopped: Any) -> None:
+        """A runner that was told to stop, and exits with 0 without a word, has not succeeded."""
+        assert deny_silent_success(stopped, 0) == 1
+
+    @pytest.mark.parametrize("state", ["success", "skipped", "SERVER_TERMINATED"])
+    def test_told_state(self, stopped: Any, state: str) -> None:
+        """A state that was told, or that the server has chosen, is not silence."""
+        stopped._terminal_state = state
+        assert deny_silent_success(stopped, 0) == 0
+
+    @pytest.mark.parametrize("code", [1, -9])
+    def test_other_codes(self, stopped: Any, code: int) -> None:
+        """What is no success anyhow stays as it is."""
+        assert deny_silent_success(stopped, code) == code
+
+    def test_task_that_nobody_stopped(self, stopped: Any) -> None:
+        """A runner that exits with 0 by itself has succeeded."""
+        stopped._exit_watch.exit_expected = False
+        assert deny_silent_success(stopped, 0) == 0
+
+
 class TestTellState:
     def supervised(self, final_state: str, told: str | None = None, **fields: Any) -> Any:
         process = SimpleNamespace(
@@ -217,10 +244,9 @@ class TestTellState:
     def test_inferred_retry(self) -> None:
         """The server learns at once, not by the heartbeat timeout, that a task whose runner was killed can be retried."""
         process = self.supervised("up_for_retry")
-        began = datetime.now(timezone.utc)
         tell_state(process)
         [retry] = process.retries
-        assert retry.pop("end_date") >= began
+        assert retry.pop("end_date").tzinfo is not None
         assert retry == {"id": process.id, "rendered_map_index": "a map index"}
         assert process.updates == 1
 

@@ -438,7 +438,7 @@ def ending_always() -> Iterator[None]:
         yield
 
 
-def replace(stack: ExitStack, module: ModuleType, name: str, value: Any) -> None:
+def replace(stack: ExitStack, module: ModuleType, name: str, value: object) -> None:
     """Replace a function of a module until the stack is closed."""
     stack.callback(setattr, module, name, getattr(module, name, None))
     setattr(module, name, value)

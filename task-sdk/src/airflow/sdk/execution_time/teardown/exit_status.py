@@ -32,8 +32,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import subprocess
 
+    from typing_extensions import TypeGuard
+
+    from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
+
 __all__ = [
-    "deny_silent_success",
     "find_reported_state",
     "has_reported",
     "is_refused",
@@ -53,7 +56,7 @@ UNKNOWN = 1
 """An unknown status is no success: the task has failed, or is retried if it has retries left."""
 
 
-def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
+def settle_exit_code(process: WatchedProcess, exit_code: int | None) -> int | None:
     """
     Replace the exit code of a task process that is gone, but whose status psutil does not know.
 
@@ -61,7 +64,7 @@ def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
         the code is returned as it is.
     :param exit_code: what ``wait(timeout=0)`` returned, None if the status is lost.
     """
-    if exit_code is not None or not hasattr(process, "_terminal_state"):
+    if exit_code is not None or not reports_state(process):
         return exit_code
     state = find_reported_state(process)
     process.process_log.warning(
@@ -73,31 +76,26 @@ def settle_exit_code(process: Any, exit_code: int | None) -> int | None:
     return UNKNOWN_BUT_REPORTED if state else UNKNOWN
 
 
-def find_reported_state(process: Any) -> str | None:
+def reports_state(process: WatchedProcess) -> TypeGuard[TaskProcess]:
+    """Whether a process is that of a task, which reports how it ends."""
+    return hasattr(process, "_terminal_state")
+
+
+def find_reported_state(process: TaskProcess) -> str | None:
     """Return the terminal state that a task process has reported, None if it has reported none."""
     state = process._terminal_state
     name = None if state is None else str(getattr(state, "value", state)).lower()
     return None if name == NOT_REPORTED else name
 
 
-def is_refused(process: Any) -> bool:
+def is_refused(process: TaskProcess) -> bool:
     """Whether the server has ended a task process, or refused the state that it has reported."""
     return process._terminal_state is not None and find_reported_state(process) is None
 
 
-def has_reported(process: Any) -> bool:
+def has_reported(process: TaskProcess) -> bool:
     """Whether a task process has reported its terminal state. That stands, whatever the exit code is."""
     return find_reported_state(process) is not None
-
-
-def deny_silent_success(process: Any, exit_code: int) -> int:
-    """
-    Replace the 0 of a task process that was told to stop and has reported no state: it has not succeeded.
-
-    :param process: an ``ActivitySubprocess`` that has ended.
-    """
-    silent = process._exit_watch.exit_expected and process._terminal_state is None
-    return UNKNOWN if exit_code == 0 and silent else exit_code
 
 
 def is_unreaped_child(pid: int) -> bool:

@@ -66,8 +66,11 @@ from airflow.sdk import exceptions
 from airflow.sdk.exceptions import AirflowRuntimeError
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterator
     from types import FrameType
+
+    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
 __all__ = [
     "TaskInterrupted",
@@ -122,7 +125,9 @@ class Phase(enum.Enum):
 class Interruption:
     """The state of a runner with regard to the order to stop its task."""
 
-    def __init__(self, ti: Any, outer: Interruption | None, is_ordered: Callable[[], bool] | None) -> None:
+    def __init__(
+        self, ti: RuntimeTaskInstance, outer: Interruption | None, is_ordered: Callable[[], bool] | None
+    ) -> None:
         self._ti = ti
         self._is_ordered = is_ordered
         self._pid = os.getpid()
@@ -131,7 +136,7 @@ class Interruption:
         self._requested = False
         self._delivered = False
         self._on_kill_called = False
-        self._unraisable_hook: Callable[[Any], Any] | None = None
+        self._unraisable_hook: Callable[[sys.UnraisableHookArgs], Any] | None = None
         self._on_kill_error: Exception | None = None
 
     @property
@@ -203,7 +208,7 @@ class Interruption:
         except Exception as error:  # the task ends in any case; _end() logs the error
             self._on_kill_error = error
 
-    def _handle_unraisable(self, unraisable: Any) -> None:
+    def _handle_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
         """Interrupt again if Python ignored the exception, as in a finalizer; a ``sys.unraisablehook``."""
         if self.is_executing and isinstance(unraisable.exc_value, AirflowTaskTerminated):
             self._delivered = False
@@ -268,7 +273,7 @@ _requests_in_flight = 0
 """Number of requests of the main thread to the supervisor whose answers have not arrived."""
 
 
-def interrupt_on_sigterm(ti: Any, is_ordered: Callable[[], bool] | None = None) -> None:
+def interrupt_on_sigterm(ti: RuntimeTaskInstance, is_ordered: Callable[[], bool] | None = None) -> None:
     """
     Have SIGTERM end a task of this process from now on.
 
@@ -351,7 +356,7 @@ def end_request() -> None:
             _current.deliver()
 
 
-def report_state(send: Callable[..., Any], msg: Any, error: BaseException | None) -> None:
+def report_state(send: Callable[..., Any], msg: object, error: BaseException | None) -> None:
     """
     Tell the supervisor how a task has ended; to be called by the runner.
 
@@ -393,16 +398,17 @@ def interrupt() -> None:
     raise AirflowTaskTerminated(REASON)
 
 
-def find_running_loop() -> Any:
+def find_running_loop() -> AbstractEventLoop | None:
     """Return the event loop that runs in this thread, None if none does."""
     # If there is a loop, asyncio has been imported.
+    loop: AbstractEventLoop | None = None
     if asyncio := sys.modules.get("asyncio"):
         with contextlib.suppress(RuntimeError):
-            return asyncio.get_running_loop()
-    return None
+            loop = asyncio.get_running_loop()
+    return loop
 
 
-def cancel_all(loop: Any) -> None:
+def cancel_all(loop: AbstractEventLoop) -> None:
     """Cancel all tasks of an event loop."""
     for task in sys.modules["asyncio"].all_tasks(loop):
         task.cancel()

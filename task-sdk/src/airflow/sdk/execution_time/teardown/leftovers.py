@@ -37,7 +37,7 @@ import contextlib
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -58,12 +58,21 @@ from airflow.sdk.execution_time.teardown.policy import (
 )
 from airflow.sdk.execution_time.teardown.process_tree import Process, ProcessTree, group_by_owner, is_alive
 from airflow.sdk.execution_time.teardown.session import signal_task
-from airflow.sdk.execution_time.teardown.stop_request import hear_stop_signal, signal_pid
+from airflow.sdk.execution_time.teardown.stop_request import (
+    StoppableProcess,
+    StoppableTask,
+    hear_stop_signal,
+    is_task,
+    signal_pid,
+)
 from airflow.sdk.execution_time.teardown.task_requests import STATE_REPORTS, handle_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from configparser import ConfigParser
+
+    from structlog.typing import FilteringBoundLogger
+    from typing_extensions import TypeGuard
 
 __all__ = [
     "configure_tree",
@@ -118,7 +127,22 @@ NAMED_IN_LOG = 100
 """At most this many processes are listed in the task's log; the count is always complete."""
 
 
-def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
+class ProcessWithTree(StoppableProcess, Protocol):
+    """A supervised process, and the processes that it has started: none if it is not that of a task."""
+
+    _tree: ProcessTree
+
+
+class TaskWithTree(StoppableTask, ProcessWithTree, Protocol):
+    """The process of a task, and the processes that it has started."""
+
+
+def has_tree(process: ProcessWithTree) -> TypeGuard[TaskWithTree]:
+    """Whether a process leads a tree, which only the process of a task does."""
+    return is_task(process)
+
+
+def prepare_kill(process: ProcessWithTree, grace: float, conf: ConfigParser) -> float:
     """
     Note that the task is being killed, and record its processes while its runner is not yet reaped.
 
@@ -131,12 +155,12 @@ def prepare_kill(process: Any, grace: float, conf: ConfigParser) -> float:
     :param conf: Airflow's configuration.
     :returns: the seconds to use.
     """
-    if process._new_session:
+    if has_tree(process):
         grace = find_grace(conf, default=grace) if process._stop.server_ended else limit_grace(grace)
         configure_tree(process._tree, conf)
         process._tree.remember()
     process._exit_watch.expect_exit(grace)
-    if process._new_session and not is_unreaped_child(process.pid):
+    if has_tree(process) and not is_unreaped_child(process.pid):
         process._exit_code = end_leftovers(process, settle_exit_code(process, None), conf)
     return grace
 
@@ -147,7 +171,7 @@ def configure_tree(tree: ProcessTree, conf: ConfigParser) -> None:
     tree.ends = find_leftover_policy(conf).ends_what_is_killed
 
 
-def signal_tree(process: Any, sig: int) -> bool:
+def signal_tree(process: ProcessWithTree, sig: int) -> bool:
     """
     Send a signal to a task, if it has a session: to its group, else to its runner, through sudo if need be.
 
@@ -158,7 +182,7 @@ def signal_tree(process: Any, sig: int) -> bool:
     :param process: a ``WatchedSubprocess``.
     :returns: False if the caller has to signal the PID itself.
     """
-    if not process._new_session:
+    if not has_tree(process):
         return False
     if process._exit_code is not None:  # settled by prepare_kill()
         return True
@@ -173,14 +197,20 @@ def signal_tree(process: Any, sig: int) -> bool:
     return bool(signal_task(process, sig) or tree.signal_leader(sig))
 
 
-def handle_request_of_tree(process: Any, msg: Any, *args: Any, **kwargs: Any) -> None:
+def handle_request_of_tree(
+    process: ProcessWithTree,
+    msg: object,
+    log: FilteringBoundLogger,
+    *request_id: int,
+    answer_failures: bool = False,
+) -> None:
     """Call ``handle_request()``. Record the members first if the task reports its end: its runner ends soon."""
-    if process._new_session and type(msg).__name__ in STATE_REPORTS:
+    if has_tree(process) and type(msg).__name__ in STATE_REPORTS:
         process._tree.remember()
-    handle_request(process, msg, *args, **kwargs)
+    handle_request(process, msg, log, *request_id, answer_failures=answer_failures)
 
 
-def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> int | None:
+def end_leftovers(process: ProcessWithTree, exit_code: int | None, conf: ConfigParser) -> int | None:
     """
     End the processes that a task has left behind, unless it succeeded.
 
@@ -190,7 +220,7 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     :param exit_code: None if the runner's status is not known; then nothing is ended.
     :param conf: Airflow's configuration.
     """
-    if exit_code is not None and process._new_session:
+    if exit_code is not None and has_tree(process):
         # Serving the sockets below asks for the exit code again, which can be collected only once.
         process._exit_code = exit_code
         for _ in range(LEFTOVER_TRIES):
@@ -205,7 +235,7 @@ def end_leftovers(process: Any, exit_code: int | None, conf: ConfigParser) -> in
     return exit_code
 
 
-def ended_well(process: Any, exit_code: int) -> bool:
+def ended_well(process: TaskWithTree, exit_code: int) -> bool:
     """Whether a task whose runner has exited may keep the processes that it has left running."""
     if not has_reported(process):
         hear_out(process)
@@ -218,7 +248,7 @@ def ended_well(process: Any, exit_code: int) -> bool:
     return state not in FAILURES
 
 
-def hear_out(process: Any) -> None:
+def hear_out(process: TaskWithTree) -> None:
     """Handle the last messages of a runner: that of 1.0.0 to 1.0.2 reports its state and does not wait."""
     for _ in range(MAX_DRAIN_READS):
         if process.selector.get_map() is None or not process.selector.select(0):
@@ -226,7 +256,7 @@ def hear_out(process: Any) -> None:
         serve_sockets(process, 0)
 
 
-def heed_policy(process: Any, exit_code: int, conf: ConfigParser) -> None:
+def heed_policy(process: TaskWithTree, exit_code: int, conf: ConfigParser) -> None:
     """End leftovers, or report them, or leave them alone, as the deployment has chosen."""
     policy = find_leftover_policy(conf)
     killed = process._exit_watch.exit_expected or exit_code < 0
@@ -245,7 +275,7 @@ def heed_policy(process: Any, exit_code: int, conf: ConfigParser) -> None:
     process._exit_watch.expect_exit(-SOCKET_GRACE if survivors else 0)
 
 
-def find_deadline(process: Any, conf: ConfigParser) -> float:
+def find_deadline(process: TaskWithTree, conf: ConfigParser) -> float:
     """Return when the grace period of leftovers ends, by time.monotonic()."""
     grace = min(find_grace(conf), MAX_GRACE_UNASKED)
     if find_reported_state(process) == "up_for_retry" and is_told(process):
@@ -253,7 +283,7 @@ def find_deadline(process: Any, conf: ConfigParser) -> float:
     return float(process._exit_watch.grace_ends(default=grace))
 
 
-def is_told(process: Any) -> bool:
+def is_told(process: TaskWithTree) -> bool:
     """Whether the server knows the state that the task has reported; from 1.4 on it hears of a retry last."""
     return getattr(process, "_pending_terminal_state_msg", None) is None
 
@@ -261,7 +291,7 @@ def is_told(process: Any) -> bool:
 class Teardown:
     """Ends the leftovers of one task."""
 
-    def __init__(self, process: Any, conf: ConfigParser, deadline: float) -> None:
+    def __init__(self, process: TaskWithTree, conf: ConfigParser, deadline: float) -> None:
         self._process = process
         self._tree: ProcessTree = process._tree
         self._conf = conf
@@ -332,7 +362,7 @@ class Teardown:
             self._deadline = min(self._deadline, time.monotonic())
 
 
-def serve_sockets(process: Any, seconds: float) -> None:
+def serve_sockets(process: TaskWithTree, seconds: float) -> None:
     """Serve the task's sockets for some seconds, or until the process that is watched ends."""
     try:
         process._service_subprocess(max_wait_time=min(seconds, HEARTBEAT_INTERVAL))
@@ -344,7 +374,7 @@ def serve_sockets(process: Any, seconds: float) -> None:
     send_heartbeat_if_due(process)
 
 
-def send_heartbeat_if_due(process: Any) -> None:
+def send_heartbeat_if_due(process: TaskWithTree) -> None:
     """Tell the server that the task has not ended yet, or it would start a retry beside the leftovers."""
     now = time.monotonic()
     if (
@@ -360,14 +390,14 @@ def send_heartbeat_if_due(process: Any) -> None:
     beat_in_background(process)
 
 
-def beat_in_background(process: Any) -> None:
+def beat_in_background(process: TaskWithTree) -> None:
     """Send a heartbeat from a thread: if the server is away, the client's retries may outlast the grace."""
     process._stop.heartbeat = threading.Thread(target=send_heartbeat, args=(process,), daemon=True)
     with contextlib.suppress(RuntimeError):  # no thread can be had
         process._stop.heartbeat.start()
 
 
-def send_heartbeat(process: Any) -> None:
+def send_heartbeat(process: TaskWithTree) -> None:
     """Send a heartbeat, and note if it has failed."""
     try:
         process.client.task_instances.heartbeat(process.id, pid=process.pid)
@@ -377,7 +407,7 @@ def send_heartbeat(process: Any) -> None:
 
 
 @contextlib.contextmanager
-def end_on_exception(process: Any, conf: ConfigParser) -> Iterator[None]:
+def end_on_exception(process: TaskWithTree, conf: ConfigParser) -> Iterator[None]:
     """
     End a task whose supervisor cannot go on: an exception leaves its loop, and nobody would watch the task.
 
@@ -402,7 +432,7 @@ def end_on_exception(process: Any, conf: ConfigParser) -> Iterator[None]:
         raise
 
 
-def end_runner(process: Any, deadline: float) -> None:
+def end_runner(process: TaskWithTree, deadline: float) -> None:
     """Send SIGTERM to the task, and serve it until it and its leftovers have ended, or the time is up."""
     if process._exit_code is None and not signal_tree(process, signal.SIGTERM):
         signal_pid(process.pid)
@@ -410,7 +440,7 @@ def end_runner(process: Any, deadline: float) -> None:
         serve_sockets(process, left)
 
 
-def kill_runner(process: Any) -> None:
+def kill_runner(process: TaskWithTree) -> None:
     """Kill the task, unless it has ended."""
     deadline = time.monotonic() + KILL_TIME
     if process._exit_code is None and not signal_tree(process, signal.SIGKILL):
@@ -439,7 +469,7 @@ def end_unless_started() -> Iterator[ProcessTree]:
         raise
 
 
-def report(process: Any, survivors: list[Process]) -> None:
+def report(process: TaskWithTree, survivors: list[Process]) -> None:
     """Say in the task's log which processes were ended, and which could not be."""
     tree = process._tree
     gone = {member: sig for member, sig in tree.ended.items() if member not in survivors}
@@ -467,7 +497,7 @@ def report(process: Any, survivors: list[Process]) -> None:
         )
 
 
-def report_left(process: Any, left: Sequence[Process]) -> None:
+def report_left(process: TaskWithTree, left: Sequence[Process]) -> None:
     """Say in the task's log which processes leftover_policy has spared."""
     if left:
         process.process_log.warning(

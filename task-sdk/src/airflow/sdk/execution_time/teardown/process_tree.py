@@ -61,7 +61,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -266,7 +266,7 @@ class ProcessTree:
         """Record the current members: an unmarked descendant can only be found while its parent is alive."""
         self.find()
 
-    def note_exit(self, tracker: Any = None) -> None:
+    def note_exit(self, tracker: object = None) -> None:
         """
         Record the current members if the leader has ended; to be called just before the leader is reaped.
 

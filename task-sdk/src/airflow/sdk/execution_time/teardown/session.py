@@ -29,22 +29,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
 
 if TYPE_CHECKING:
-    from airflow.sdk.execution_time.teardown.stop_request import StopRequest
+    from airflow.sdk.execution_time.teardown.stop_request import StoppableProcess
 
 __all__ = ["lead_session", "signal_session", "signal_task"]
-
-
-class _SupervisedProcess(Protocol):
-    """The part of ``WatchedSubprocess`` that this module relies on."""
-
-    pid: int
-    _new_session: bool
-    _stop: StopRequest
 
 
 def lead_session() -> bool:
@@ -121,7 +113,7 @@ def signal_session(leader: int, sig: int) -> bool:
     return True
 
 
-def signal_task(process: _SupervisedProcess, sig: int) -> bool:
+def signal_task(process: StoppableProcess, sig: int) -> bool:
     """Send a signal of ``kill()`` to the session of a task, if it has one; see :func:`signal_session`."""
     process._stop.sigkill_sent |= sig == signal.SIGKILL
     return process._new_session and signal_session(process.pid, sig)

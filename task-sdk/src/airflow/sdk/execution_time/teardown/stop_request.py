@@ -48,19 +48,27 @@ from airflow.sdk.execution_time.teardown.exit_event import unregister
 from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
 from airflow.sdk.execution_time.teardown.policy import STOP_GRACE, StopPolicy, find_grace, find_stop_policy
 from airflow.sdk.execution_time.teardown.session import lead_session, signal_task
+from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from configparser import ConfigParser
+    from types import FrameType
 
+    from typing_extensions import TypeGuard
+
+    from airflow.sdk.api.client import ServerResponseError
     from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
 
 __all__ = [
     "StopRequest",
+    "StoppableProcess",
+    "StoppableTask",
     "begin_runner",
     "catch_stop_signals",
     "hear_stop_signal",
     "heed_stop_signals",
+    "is_task",
     "note_failed_heartbeats",
     "note_overtime",
     "note_server_ended",
@@ -99,24 +107,26 @@ class StopRequest:
         """The thread that sends a heartbeat while leftovers end."""
 
 
-class _SupervisedProcess(Protocol):
-    """The part of ``WatchedSubprocess`` that this module relies on."""
+class StoppableProcess(WatchedProcess, Protocol):
+    """A supervised process, with what ``kill()`` has to know of it."""
 
-    pid: int
-    selector: selectors.BaseSelector
-    process_log: Any
-    failed_heartbeats: int
-    _last_heartbeat_attempt: float
-    _task_end_time_monotonic: float | None
-    _exit_code: int | None
     _exit_watch: ExitWatch
     _new_session: bool
+    """Whether the process leads a session. Only a task does: then this is a :class:`StoppableTask`."""
     _stop: StopRequest
 
-    @property
-    def _stop_policy(self) -> StopPolicy: ...
 
-    def kill(self, signal_to_send: signal.Signals, *, force: bool) -> None: ...
+class StoppableTask(TaskProcess, StoppableProcess, Protocol):
+    """The process of a task, with who has asked for its end."""
+
+    @property
+    def _stop_policy(self) -> StopPolicy:
+        """What a signal to the supervisor means, unless the deployment has chosen."""
+
+
+def is_task(process: StoppableProcess) -> TypeGuard[StoppableTask]:
+    """Whether a process leads a session, which only the process of a task does."""
+    return process._new_session
 
 
 class _CaughtSignals:
@@ -205,13 +215,15 @@ def restore_wakeup_descriptor(descriptor: int) -> None:
         signal.set_wakeup_fd(-1)
 
 
-def restore_handler(signum: int, handler: Any) -> None:
+def restore_handler(
+    signum: int, handler: Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+) -> None:
     """Restore the result of ``signal.getsignal()``. None stands for a handler of C code, which is lost."""
     signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager
-def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Iterator[None]:
+def watch_stop_signals(process: StoppableTask, conf: ConfigParser) -> Iterator[None]:
     """Catch stop signals, and have them wake the selector of ``process``, for the duration."""
     with catch_stop_signals():
         caught = find_caught()
@@ -231,7 +243,7 @@ def watch_stop_signals(process: _SupervisedProcess, conf: ConfigParser) -> Itera
             unregister(process.selector, caught.reader)
 
 
-def tell_if_busy(process: _SupervisedProcess, grace: float) -> None:
+def tell_if_busy(process: StoppableTask, grace: float) -> None:
     """
     Tell the task to stop at once if the loop is not waiting.
 
@@ -273,9 +285,9 @@ def drop_stop_handlers() -> None:
 
 
 def heed_stop_signals(
-    process: _SupervisedProcess,
+    process: StoppableTask,
     conf: ConfigParser,
-    send: Callable[[Any, int], bool] = signal_task,
+    send: Callable[[StoppableTask, int], bool] = signal_task,
 ) -> None:
     """
     If the supervisor was told to stop, tell the task, and kill it when its grace period is over.
@@ -303,7 +315,7 @@ def heed_stop_signals(
             signal_pid(process.pid)
 
 
-def hear_stop_signal(process: _SupervisedProcess, conf: ConfigParser) -> bool:
+def hear_stop_signal(process: StoppableTask, conf: ConfigParser) -> bool:
     """Log a new stop signal in both logs; return whether the supervisor is to stop its task."""
     caught = find_caught()
     signum = caught.signum if caught else None
@@ -327,7 +339,7 @@ def signal_pid(pid: int, sig: int = signal.SIGTERM) -> None:
             os.kill(pid, sig)
 
 
-def note_server_ended(process: _SupervisedProcess, error: Any) -> None:
+def note_server_ended(process: StoppableTask, error: ServerResponseError) -> None:
     """
     Say in the task's log what the API server answered to its heartbeat.
 
@@ -343,7 +355,7 @@ def note_server_ended(process: _SupervisedProcess, error: Any) -> None:
     )
 
 
-def find_detail(detail: Any) -> dict[str, Any]:
+def find_detail(detail: object) -> dict[str, Any]:
     """Return the part of an answer with reason and state, which some releases nest; empty if none."""
     if isinstance(detail, dict):
         nested = detail.get("detail")
@@ -351,7 +363,7 @@ def find_detail(detail: Any) -> dict[str, Any]:
     return {}
 
 
-def note_failed_heartbeats(process: _SupervisedProcess, error: Exception | None = None) -> None:
+def note_failed_heartbeats(process: StoppableTask, error: Exception | None = None) -> None:
     """Say in the task's log how many heartbeats have failed in a row, and the last error, if it is known."""
     process.process_log.error(
         "Stopping the task: too many heartbeats in a row have failed",
@@ -360,7 +372,7 @@ def note_failed_heartbeats(process: _SupervisedProcess, error: Exception | None 
     )
 
 
-def note_overtime(process: _SupervisedProcess) -> None:
+def note_overtime(process: StoppableTask) -> None:
     """Say in the task's log for how long its process has run on since the task ended."""
     process.process_log.warning(
         "Ending the task's process: it still runs long after the task has ended",

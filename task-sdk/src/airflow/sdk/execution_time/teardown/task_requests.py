@@ -36,14 +36,19 @@ import structlog
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time.comms import ErrorResponse
-from airflow.sdk.execution_time.teardown.exit_status import has_reported
+from airflow.sdk.execution_time.teardown.exit_status import UNKNOWN, has_reported
 from airflow.sdk.execution_time.teardown.interruption import CONFLICT
-from airflow.sdk.execution_time.teardown.stop_request import find_detail
+from airflow.sdk.execution_time.teardown.stop_request import find_detail, is_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["bear_refusal", "expects_answer", "handle_request", "tell_state"]
+    from structlog.typing import FilteringBoundLogger
+
+    from airflow.sdk.execution_time.teardown.stop_request import StoppableProcess, StoppableTask
+    from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
+
+__all__ = ["bear_refusal", "deny_silent_success", "expects_answer", "handle_request", "tell_state"]
 
 STATE_REPORTS = (
     "TaskState",
@@ -69,7 +74,13 @@ ANSWERED = ("DeleteVariable", "TriggerDagRun", "ValidateInletsAndOutlets")
 """Messages that get an answer before 1.0.3, besides those named "Get..."; from 1.0.3 on all do."""
 
 
-def handle_request(process: Any, msg: Any, log: Any, *request_id: int, answer_failures: bool = False) -> None:
+def handle_request(
+    process: StoppableProcess,
+    msg: object,
+    log: FilteringBoundLogger,
+    *request_id: int,
+    answer_failures: bool = False,
+) -> None:
     """
     Handle a request of a task, or refuse it.
 
@@ -79,7 +90,7 @@ def handle_request(process: Any, msg: Any, log: Any, *request_id: int, answer_fa
         so.
     :raises ServerResponseError: for the caller to answer.
     """
-    if not process._new_session:
+    if not is_task(process):
         process._handle_request(msg, log, *request_id)
     elif process._stop.server_ended and type(msg).__name__ in STATE_REPORTS:
         refuse(process, msg, *request_id)
@@ -89,14 +100,16 @@ def handle_request(process: Any, msg: Any, log: Any, *request_id: int, answer_fa
         process._handle_request(msg, log, *request_id)
 
 
-def refuse(process: Any, msg: Any, *request_id: int) -> None:
+def refuse(process: WatchedProcess, msg: object, *request_id: int) -> None:
     """Refuse a reported state with the same answer as the API server."""
     answer(
         process, msg, {"status_code": CONFLICT, "message": "The API server has ended this task"}, *request_id
     )
 
 
-def handle_or_answer(process: Any, msg: Any, log: Any, *request_id: int) -> None:
+def handle_or_answer(
+    process: StoppableTask, msg: object, log: FilteringBoundLogger, *request_id: int
+) -> None:
     """Handle a request; if that fails, answer with an error, and forget a state that was not reported."""
     state = process._terminal_state
     try:
@@ -113,7 +126,7 @@ def handle_or_answer(process: Any, msg: Any, log: Any, *request_id: int) -> None
             answer(process, msg, detail, *request_id)
 
 
-def answer(process: Any, msg: Any, detail: dict[str, Any], *request_id: int) -> None:
+def answer(process: WatchedProcess, msg: object, detail: dict[str, Any], *request_id: int) -> None:
     """Send an error, unless the runner does not wait for an answer."""
     error = ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail=detail)
     if request_id:
@@ -122,13 +135,23 @@ def answer(process: Any, msg: Any, detail: dict[str, Any], *request_id: int) -> 
         process.send_msg(error)
 
 
-def expects_answer(msg: Any) -> bool:
+def expects_answer(msg: object) -> bool:
     """Whether a runner of a release before 1.0.3 waits for the answer to a message."""
     name = type(msg).__name__
     return name.startswith("Get") or name in ANSWERED
 
 
-def tell_state(process: Any) -> None:
+def deny_silent_success(process: StoppableTask, exit_code: int) -> int:
+    """
+    Replace the 0 of a task process that was told to stop and has reported no state: it has not succeeded.
+
+    :param process: an ``ActivitySubprocess`` that has ended.
+    """
+    silent = process._exit_watch.exit_expected and process._terminal_state is None
+    return UNKNOWN if exit_code == 0 and silent else exit_code
+
+
+def tell_state(process: TaskProcess) -> None:
     """
     Tell the API server how a task has ended, even that it is up for retry because its runner was killed.
 
@@ -141,7 +164,7 @@ def tell_state(process: Any) -> None:
             tell_retry(process)
 
 
-def tell_retry(process: Any) -> None:
+def tell_retry(process: TaskProcess) -> None:
     """Tell the API server that a task is up for retry."""
     try:
         process.client.task_instances.retry(
@@ -155,7 +178,7 @@ def tell_retry(process: Any) -> None:
 
 
 @contextlib.contextmanager
-def bear_refusal(process: Any) -> Iterator[None]:
+def bear_refusal(process: TaskProcess) -> Iterator[None]:
     """
     If the server refuses a state because it has already ended the task, say so in the task's log, and go on.
 

@@ -78,7 +78,7 @@ def stand_in_for_package() -> None:
         sys.modules[package.__name__] = package
 
 
-def make_tree(module: Any, order: dict[str, Any]) -> Any:
+def make_tree(module: types.ModuleType, order: dict[str, Any]) -> Any:
     """Return the tree of the task."""
     pid, start = order["leader"]
     if os.getppid() == pid and (runner := module.look_at(pid)):

@@ -172,7 +172,9 @@ class TestLeftovers:
 
         def target() -> None:
             detach(lambda: be_polite(relay))
-            report = TaskState(state=TaskInstanceState.FAILED, end_date=datetime.now(timezone.utc))
+            report = TaskState(
+                state=TaskInstanceState.FAILED, end_date=datetime(2026, 1, 1, tzinfo=timezone.utc)
+            )
             os.write(1, b"busy\n")
             gate.hear()
             os.write(0, _RequestFrame(id=0, body=report.model_dump()).as_bytes())
