@@ -376,6 +376,25 @@ class TestProof:
         assert os.waitstatus_to_exitcode(status) == expected & 127
 
 
+class TestOrphans:
+    def test_end(self) -> None:
+        """Orphans are ended instead of the check, or listed, and the status is that of the sweep: here as many as it writes."""
+
+        def note_arguments() -> None:
+            check.sweep.main = lambda arguments: sys.stdout.write(repr(arguments))
+
+        result = run("--orphans", change=note_arguments)
+        assert (result.status, result.out) == (2, "[]")
+        result = run("--orphans", "--dry-run", change=note_arguments)
+        assert (result.status, result.out) == (13, "['--dry-run']")
+
+    def test_dry_run_of_the_check(self) -> None:
+        """The check proves something, or nothing: there is no dry run of it."""
+        result = run("--dry-run")
+        assert (result.status, result.out) == (2, "")
+        assert result.err == "The check has no dry run: give --orphans as well, or leave out --dry-run.\n"
+
+
 class TestMeans:
     def test_all_there(self) -> None:
         """On Linux nothing is wanting."""

@@ -22,6 +22,8 @@ supervisor, with a stand-in for the API client. It kills the task, and looks for
 it kills the supervisor of another task, and looks again. It needs no database and no API server, runs as any
 user, and takes half a second besides the import of Airflow.
 
+With ``--orphans`` it does what ``sweep`` does instead: it ends the tasks whose supervisors have died.
+
 The exit status is 0, or 1 if something is wrong, or 2 if an argument is wrong, or 130 if interrupted. An SDK
 without this module answers "No module named". The check warns of means that are poorer than they could be;
 with ``--strict`` it fails then.
@@ -57,7 +59,7 @@ import structlog
 from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
-from airflow.sdk.execution_time.teardown import leftovers, lifeline, process_tree
+from airflow.sdk.execution_time.teardown import leftovers, lifeline, process_tree, sweep
 from airflow.sdk.execution_time.teardown.orphans import find_orphans
 from airflow.sdk.execution_time.teardown.policy import (
     LeftoverPolicy,
@@ -476,7 +478,7 @@ def find_means(task: ActivitySubprocess) -> Means:
     """Return the means that are used for a task that runs."""
     return Means(
         session=os.getsid(task.pid) == os.getpgid(task.pid) == task.pid,
-        exit="polling" if task._exit_watch._polls else "pidfd",
+        exit="polling" if task._exit_watch.polls else "pidfd",
         mark=name_mark(task._tree),
         processes=find_source(task.pid),
     )
@@ -492,9 +494,9 @@ def find_source(pid: int) -> str:
 
 def name_mark(tree: process_tree.ProcessTree) -> str:
     """Return the kind of mark of a tree's processes."""
-    if tree._leader is None:
+    if tree.leader is None:
         return "none"
-    return "limit" if tree._read_marks is process_tree.read_limits else "variable"
+    return "limit" if tree.is_marked_by_limit else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:
@@ -646,7 +648,7 @@ def examine(run_as_user: str | None, *, strict: bool = False) -> Findings:
     if orphans:
         pids = ", ".join(map(str, orphans))
         warnings.append(
-            f"tasks run on without their supervisors, until the next one starts or sweep is run: PID {pids}"
+            f"tasks run on without their supervisors, until the next one starts or --orphans ends them: PID {pids}"
         )
     if strict:
         problems, warnings = problems + warnings, []
@@ -762,6 +764,8 @@ def describe_sudo(users: Users) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check this environment, and return the exit status."""
     options = parse_arguments(arguments)
+    if options.orphans:
+        return sweep.main(["--dry-run"] if options.dry_run else [])
     # Suppress the supervisor's log apart from warnings, which may explain the findings.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     try:
@@ -789,7 +793,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--run-as-user", metavar="USER", help="ask sudo whether processes of USER can be ended"
     )
     parser.add_argument("--strict", action="store_true", help="fail also for what is only a warning")
+    parser.add_argument(
+        "--orphans",
+        action="store_true",
+        help="end the tasks whose supervisors have died, instead of the check",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="with --orphans: list them, and end none")
     options = parser.parse_args(arguments)
+    if options.dry_run and not options.orphans:
+        parser.exit(2, "The check has no dry run: give --orphans as well, or leave out --dry-run.\n")
     if options.run_as_user is not None and not is_user(options.run_as_user):
         parser.exit(2, f"There is no user {options.run_as_user!r}: give the run_as_user of your tasks.\n")
     return options

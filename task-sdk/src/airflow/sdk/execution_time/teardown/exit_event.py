@@ -126,14 +126,14 @@ class ExitWatch:
         self._pidfd = None
 
     @property
+    def polls(self) -> bool:
+        """Whether the watch has to look for the exit, because no pidfd shows it."""
+        return self._polls
+
+    @property
     def exit_expected(self) -> bool:
         """Whether the child was asked to end."""
         return self._kill_ends is not None
-
-    @property
-    def kill_expected(self) -> bool:
-        """Whether the child is also going to be killed if it does not end."""
-        return self._kill_ends not in (None, math.inf)
 
     def grace_ends(self, default: float) -> float:
         """Return when the grace period ends, by time.monotonic(); without one, in ``default`` seconds."""

@@ -193,6 +193,11 @@ class ProcessTree:
         """The process that leads the tree, dead or alive."""
         return self._leader
 
+    @property
+    def is_marked_by_limit(self) -> bool:
+        """Whether the processes carry the mark as a limit; otherwise it is a variable of their environments."""
+        return self._read_marks is read_limits
+
     def adopt(self, pid: int, mark: int | None = None) -> None:
         """
         Make ``pid`` the leader, and mark it. May be repeated.
