@@ -16,8 +16,9 @@ from patches.errors import PatchError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-SDK_SOURCES = "task-sdk/src"
-SDK_TESTS = "task-sdk/tests"
+SDK_FOLDER = "task-sdk"
+SDK_SOURCES = f"{SDK_FOLDER}/src"
+SDK_TESTS = f"{SDK_FOLDER}/tests"
 SDK_VERSION_FILE = f"{SDK_SOURCES}/airflow/sdk/__init__.py"
 
 NEW_FILE_MODE = "100644"

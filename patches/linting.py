@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from patches.errors import PatchError
 from patches.releases import all_releases
-from patches.rules import SOURCES, TESTS, find_edits
+from patches.rules import PAGE_FOLDER, PAGES, SOURCES, TESTS, find_edits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,16 +23,20 @@ if TYPE_CHECKING:
 UPSTREAM_PACKAGES = {"task_sdk/__init__.py", "task_sdk/execution_time/__init__.py"}
 
 
-def lint_changes(changes: Sequence[Change], sources: Path = SOURCES, tests: Path = TESTS) -> None:
+def lint_changes(
+    changes: Sequence[Change], sources: Path = SOURCES, tests: Path = TESTS, pages: Path = PAGES
+) -> None:
     """Raise a PatchError with a sentence for every fault of the change files."""
     files = {item.name for change in changes for item in (*change.files, *change.shared)}
     modules = {item.name for change in changes for item in change.tests}
+    docs = {item.name for change in changes for item in change.docs}
     problems = [
-        *_compare_claims(files, "files", _list_modules(sources), sources),
-        *_compare_claims(modules, "tests", _list_modules(tests) - UPSTREAM_PACKAGES, tests),
+        *_compare_claims(files, "files", _list_files(sources, "**/*.py"), sources),
+        *_compare_claims(modules, "tests", _list_files(tests, "**/*.py") - UPSTREAM_PACKAGES, tests),
+        *_compare_claims(docs, "docs", _list_files(pages, f"{PAGE_FOLDER}**/*.rst"), pages),
     ]
     for change in changes:
-        for item in (*change.needs, *change.files, *change.shared, *change.tests):
+        for item in (*change.needs, *change.files, *change.shared, *change.tests, *change.docs):
             problems += _find_gaps(f"{item.name} in change {change.name}", item.releases)
         for rule in change.rules:
             problems += _lint_rule(rule)
@@ -40,8 +44,8 @@ def lint_changes(changes: Sequence[Change], sources: Path = SOURCES, tests: Path
         raise PatchError(*problems)
 
 
-def _list_modules(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+def _list_files(folder: Path, pattern: str) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
 
 
 def _compare_claims(claimed: set[str], key: str, there: set[str], folder: Path) -> Iterator[str]:

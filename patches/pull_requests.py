@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import textwrap
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
 from patches.checkouts import (
+    SDK_FOLDER,
     SDK_SOURCES,
     SDK_TESTS,
     SDK_VERSION_FILE,
@@ -22,7 +24,8 @@ from patches.errors import PatchError
 from patches.releases import all_releases, find_nearest, find_release, last_of_lines
 from patches.rules import (
     ADVICE,
-    CORE,
+    PAGES,
+    SDK,
     SOURCES,
     TESTS,
     Patch,
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from patches.rules import Change
 
 NEWSFRAGMENTS = "airflow-core/newsfragments"
+# Lines before 3.2 have it, and want its list in every significant newsfragment.
+TEMPLATE = f"{NEWSFRAGMENTS}/template.significant.rst"
 MAIN = "main"
 MESSAGE_WIDTH = 72
 
@@ -102,7 +107,7 @@ def prepare(checkout: Checkout, changes: Sequence[Change], wishes: Wishes) -> Pu
     selected = _select_changes(checkout, changes, wanted, release, notices)
     alone = wanted[0] if len(wanted) == 1 else None
     files = _collect_files(checkout, selected, release, notices)
-    files |= _write_newsfragment(checkout, alone, wishes.number, notices)
+    files |= _write_newsfragment(checkout, alone, selected, wishes.number, notices)
     try:
         files = apply_style(checkout, files)
     except NoStyleError as error:
@@ -214,7 +219,7 @@ def _collect_files(
     patch = compute_patch(checkout.folder / SDK_SOURCES, release, changes, SOURCES)
     files = {f"{SDK_SOURCES}/{file}": content for file, content in (patch.changed | patch.added).items()}
     files |= _collect_tests(checkout, changes, release)
-    return files | _edit_core(checkout, changes, release, notices)
+    return files | _edit_beyond_sdk(checkout, changes, release, notices)
 
 
 def _collect_tests(checkout: Checkout, changes: Sequence[Change], release: Release) -> dict[str, bytes]:
@@ -229,17 +234,36 @@ def _collect_tests(checkout: Checkout, changes: Sequence[Change], release: Relea
     return tests
 
 
-def _edit_core(
+def _collect_pages(
     checkout: Checkout, changes: Sequence[Change], release: Release, notices: list[str]
 ) -> dict[str, bytes]:
-    """Return the files of the core that rules edit; a checkout of the SDK's folder alone has none."""
-    patch = Patch()
+    """Return the pages of documentation that the changes bring; not every checkout has a place for them."""
+    pages: dict[str, bytes] = {}
+    for name in (name for change in changes for name in select_names(change.docs, release)):
+        file = f"{SDK_FOLDER}/{name}"
+        folder = PurePosixPath(file).parent
+        if checkout.read(file) is not None:
+            raise PatchError(f"{checkout.folder} has {file} already: upstream now has a page of that name.")
+        if (checkout.folder / folder).is_dir():
+            pages[file] = (PAGES / name).read_bytes()
+        else:
+            notices.append(f"Left out: {file}, for there is no {folder}.")
+    return pages
+
+
+def _edit_beyond_sdk(
+    checkout: Checkout, changes: Sequence[Change], release: Release, notices: list[str]
+) -> dict[str, bytes]:
+    """Return our pages, and the files outside the SDK's sources that rules edit; what is not there is not edited."""
+    ours = {f"{SDK_FOLDER}/{page.name}" for change in changes for page in change.docs}
+    patch = Patch(changed=_collect_pages(checkout, changes, release, notices))
     failures: list[str] = []
-    for rule in (rule for change in changes for rule in change.rules if rule.file.startswith(CORE)):
+    for rule in (rule for change in changes for rule in change.rules if not rule.file.startswith(SDK)):
         if not rule.count_expected(release):
             continue
-        if checkout.read(rule.file) is None:
-            notices.append(f"Left out: rule {rule.id}, for there is no {rule.file}.")
+        if rule.file not in patch.changed and checkout.read(rule.file) is None:
+            if rule.file not in ours:  # what is left out of ours was said already
+                notices.append(f"Left out: rule {rule.id}, for there is no {rule.file}.")
         else:
             failures += apply_rule(checkout.folder, patch, rule, release)
     if failures:
@@ -248,21 +272,39 @@ def _edit_core(
 
 
 def _write_newsfragment(
-    checkout: Checkout, alone: Change | None, number: int | None, notices: list[str]
+    checkout: Checkout,
+    alone: Change | None,
+    selected: Sequence[Change],
+    number: int | None,
+    notices: list[str],
 ) -> dict[str, bytes]:
-    """Return the newsfragment: one line, as upstream's static checks demand."""
+    """Return the newsfragment: one line, and more below it only if it is significant, as upstream's checks demand."""
     if not (checkout.folder / NEWSFRAGMENTS).is_dir():
         notices.append(f"Left out: the newsfragment, for there is no {NEWSFRAGMENTS}.")
         return {}
     referred = re.search(r"\d+", alone.refers) if alone else None
-    file = f"{NEWSFRAGMENTS}/{number or (referred[0] if referred else NUMBER)}.bugfix.rst"
+    paragraphs = [alone.news if alone else NEWS]
+    paragraphs += [_fill(change.significant) for change in selected if change.significant]
+    kind = "bugfix" if len(paragraphs) == 1 else "significant"
+    if kind == "significant":
+        paragraphs += _list_types_of_change(checkout)
+    file = f"{NEWSFRAGMENTS}/{number or (referred[0] if referred else NUMBER)}.{kind}.rst"
     if checkout.read(file) is not None:
         raise PatchError(
             f"{checkout.folder} has {file} already: give the number of the pull request with --number."
         )
     if number is None:
         notices.append(f"Rename {file} when the pull request has a number, or give it with --number.")
-    return {file: f"{alone.news if alone else NEWS}\n".encode()}
+    return {file: ("\n\n".join(paragraphs) + "\n").encode()}
+
+
+def _list_types_of_change(checkout: Checkout) -> list[str]:
+    """Return the paragraphs of the template's list, in which behaviour is ticked; nothing without a template."""
+    template = (checkout.read(TEMPLATE) or b"").decode()
+    titles = re.findall(r"^\* Types of change$", template, re.MULTILINE)
+    boxes = re.findall(r"^  \* \[ \] .+$", template, re.MULTILINE)
+    ticked = "\n".join(box.replace("[ ] Behaviour", "[x] Behaviour") for box in boxes)
+    return [*titles, ticked] if titles and boxes else []
 
 
 def _write_message(alone: Change | None, selected: Sequence[Change]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -30,15 +31,22 @@ if TYPE_CHECKING:
 CHANGES = ROOT / "patches" / "changes"
 SOURCES = ROOT / "task-sdk" / "src"
 TESTS = ROOT / "task-sdk" / "tests"
+PAGES = ROOT / "task-sdk"
 # Where a rule's file is: in the SDK, which is in the wheel, or in the core, which is in a checkout alone.
 SDK, CORE = "airflow/", "airflow-core/"
+# Where the page of documentation is that lines are inserted into; a checkout alone has it.
+DOCUMENTATION = ("airflow-core/docs/", "docker-stack-docs/", "task-sdk/docs/")
 # Below task-sdk/tests, as upstream has it.
 TEST_FOLDER = "task_sdk/"
+# Below task-sdk.
+PAGE_FOLDER = "docs/"
 
 CHANGE_KEYS = {"change", "what", "why", "upstream", "files", "tests"}
-OPTIONAL_CHANGE_KEYS = {"needs", "subject", "news", "refers", "shared"}
+OPTIONAL_CHANGE_KEYS = {"needs", "subject", "news", "significant", "refers", "shared", "docs"}
 RULE_KEYS = {"id", "language", "message", "note", "rule", "fix", "metadata"}
 OPTIONAL_RULE_KEYS = {"constraints", "utils", "transform", "rewriters"}
+INSERTION_KEYS = {"id", "message", "note", "insert", "metadata"}
+PLACE_KEYS = {"after", "before"}
 METADATA_KEYS = {"file"}
 OPTIONAL_METADATA_KEYS = {"matches", "releases"}
 # Follows the rules that fail.
@@ -48,8 +56,17 @@ QUOTED_LENGTH = 40
 
 
 @dataclass(frozen=True)
+class Insertion:
+    """Whole lines that go after, or before, others of a text that ast-grep cannot parse."""
+
+    lines: str
+    place: str
+    is_after: bool
+
+
+@dataclass(frozen=True)
 class Rule:
-    """One ast-grep rule: its text, the file that it edits, and how often it matches in which releases."""
+    """One ast-grep rule or insertion: its text, the file that it edits, and how often it matches in which releases."""
 
     id: str
     origin: str
@@ -58,6 +75,8 @@ class Rule:
     file: str
     releases: SpecifierSet
     counts: tuple[tuple[SpecifierSet, int], ...]
+    insertion: Insertion | None = None
+    """None for an ast-grep rule."""
 
     def count_expected(self, release: Release) -> int:
         """Return how often the rule must match in a release; 0 means that the rule is not for it."""
@@ -90,12 +109,14 @@ class Change:
     upstream: str
     subject: str
     news: str
+    significant: str
     refers: str
     needs: tuple[Item, ...]
     files: tuple[Item, ...]
     shared: tuple[Item, ...]
     """Files that it brings unless another change has brought them before."""
     tests: tuple[Item, ...]
+    docs: tuple[Item, ...]
     rules: tuple[Rule, ...]
 
     @property
@@ -134,6 +155,7 @@ def load_changes(folder: Path = CHANGES) -> list[Change]:
         raise PatchError(f"{folder} has no change file.")
     _refuse_duplicates("Rule", [(rule.id, rule.origin) for change in changes for rule in change.rules])
     _refuse_duplicates("File", [(file.name, change.name) for change in changes for file in change.files])
+    _refuse_duplicates("Page", [(page.name, change.name) for change in changes for page in change.docs])
     _refuse_unmet_needs(changes)
     return changes
 
@@ -200,6 +222,8 @@ def write_files(tree: Path, files: dict[str, bytes]) -> None:
 
 def find_edits(rule: Rule, source: bytes) -> list[Edit]:
     """Run one rule on the text of a file and return the edits that it asks for, in order."""
+    if rule.insertion is not None:
+        return _find_places(rule.insertion, source)
     # The text comes on stdin: ast-grep skips files that git ignores, and says nothing about missing ones.
     result = run_command(
         [find_tool("ast-grep"), "scan", "--inline-rules", rule.text, "--json=compact", "--stdin"],
@@ -223,6 +247,14 @@ def find_edits(rule: Rule, source: bytes) -> list[Edit]:
             f"Rule {rule.id} ({rule.origin}) has matches inside one another: make it match less."
         )
     return edits
+
+
+def _find_places(insertion: Insertion, source: bytes) -> list[Edit]:
+    place = re.compile(rb"^%b$" % re.escape(insertion.place.encode()), re.MULTILINE)
+    lines = insertion.lines.encode()
+    if insertion.is_after:
+        return [Edit(match.end(), match.end(), b"\n" + lines) for match in place.finditer(source)]
+    return [Edit(match.start(), match.start(), lines + b"\n") for match in place.finditer(source)]
 
 
 def apply_edits(source: bytes, edits: Sequence[Edit]) -> bytes:
@@ -255,6 +287,8 @@ def _load_change(path: Path) -> Change:
         raise PatchError(
             f"{path.name} has only one of subject and news: a change that goes to upstream needs both."
         )
+    if "significant" in document and "news" not in document:
+        raise PatchError(f"{path.name} has significant without news: news is the line above it.")
     if path.stem.partition("-")[2] != name:
         raise PatchError(f"{path.name} says that its change is {name!r}: call the file NN-{name}.yml.")
     return Change(
@@ -264,11 +298,13 @@ def _load_change(path: Path) -> Change:
         upstream=_read_text(document, "upstream", path.name),
         subject=_read_optional_text(document, "subject", path.name),
         news=_read_optional_text(document, "news", path.name),
+        significant=_read_optional_text(document, "significant", path.name),
         refers=_read_optional_text(document, "refers", path.name),
         needs=_read_items(document.get("needs", []), "needs", path.name),
         files=_read_files(document["files"], "files", path.name, SDK),
         shared=_read_files(document.get("shared", []), "shared", path.name, SDK),
         tests=_read_files(document["tests"], "tests", path.name, TEST_FOLDER),
+        docs=_read_files(document.get("docs", []), "docs", path.name, PAGE_FOLDER),
         rules=tuple(_load_rule(text, path.name) for text in texts[1:]),
     )
 
@@ -276,7 +312,11 @@ def _load_change(path: Path) -> Change:
 def _load_rule(text: str, origin: str) -> Rule:
     document = _read_mapping(text, origin)
     where = f"Rule {document.get('id', '(without id)')} ({origin})"
-    _check_keys(document, RULE_KEYS, OPTIONAL_RULE_KEYS, where)
+    is_insertion = "insert" in document
+    if is_insertion:
+        _check_keys(document, INSERTION_KEYS, PLACE_KEYS, where)
+    else:
+        _check_keys(document, RULE_KEYS, OPTIONAL_RULE_KEYS, where)
     metadata = document["metadata"]
     if not isinstance(metadata, dict):
         raise PatchError(f"{where} has no mapping for metadata.")
@@ -289,12 +329,28 @@ def _load_rule(text: str, origin: str) -> Rule:
         id=_read_text(document, "id", where),
         origin=origin,
         text=text,
-        file=_check_path(metadata["file"], where, SDK, CORE),
+        file=_check_path(metadata["file"], where, *(DOCUMENTATION if is_insertion else (SDK, CORE))),
         releases=_read_specifiers(metadata.get("releases", ""), where),
         counts=tuple(
             (_read_specifiers(versions, where), _check_count(count, where))
             for versions, count in counts.items()
         ),
+        insertion=_read_insertion(document, where) if is_insertion else None,
+    )
+
+
+def _read_insertion(document: dict[str, Any], where: str) -> Insertion:
+    places = PLACE_KEYS & document.keys()
+    if len(places) != 1:
+        raise PatchError(f"{where} needs one place: give either after or before.")
+    (place,) = places
+    for key in (place, "insert"):
+        _read_text(document, key, where)
+    # Unlike other texts they keep the blanks and empty lines around them; a block scalar ends in a newline.
+    return Insertion(
+        lines=document["insert"].removesuffix("\n"),
+        place=document[place].removesuffix("\n"),
+        is_after=place == "after",
     )
 
 

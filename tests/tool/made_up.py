@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import os
 import socket
 import subprocess
@@ -64,6 +65,15 @@ metadata: {metadata}
 rule: {rule}
 fix: {fix}
 """
+INSERTION = """\
+---
+id: {id}
+message: List it.
+note: A page that is in no list is not found.
+metadata: {{file: {file}}}
+{where}: {anchor}
+insert: {text}
+"""
 TIMEOUT = 60
 """Seconds."""
 
@@ -103,6 +113,18 @@ def write_rule(
     return RULE.format(id=id, rule=rule, fix=fix, metadata=f"{{file: {FILE}, {metadata}}}")
 
 
+def write_insertion(
+    text: str,
+    anchor: str,
+    *,
+    file: str,
+    where: str = "after",
+    id: str = "list-it",  # noqa: A002
+) -> str:
+    """Return the YAML document that inserts lines into a page of documentation."""
+    return INSERTION.format(id=id, file=file, where=where, anchor=json.dumps(anchor), text=json.dumps(text))
+
+
 def write_change(
     folder: Path,
     *rules: str,
@@ -111,10 +133,11 @@ def write_change(
     needs: str = "[]",
     files: str = "[]",
     tests: str = "[]",
+    more: str = "",
 ) -> None:
-    """Write a change file with these rules."""
+    """Write a change file with these rules, and more lines in its first document."""
     folder.mkdir(exist_ok=True)
-    head = HEAD.format(name=name, needs=needs, files=files, tests=tests)
+    head = HEAD.format(name=name, needs=needs, files=files, tests=tests) + more
     (folder / f"{number:02}-{name}.yml").write_text(head + "".join(rules), "utf-8")
 
 

@@ -9,12 +9,14 @@ import pytest
 from patches.errors import PatchError
 from patches.linting import lint_changes
 from patches.rules import TESTS, add_needed, load_changes, select_names
-from tests.tool.made_up import ADDED, FILE, HEAD, load, release, write_change, write_rule
+from tests.tool.made_up import ADDED, FILE, HEAD, load, release, write_change, write_insertion, write_rule
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 HEADER = HEAD.format(name="politeness", files="[]", tests="[]", needs="[]")
+INDEX = "task-sdk/docs/index.rst"
+INSERTION = write_insertion("  manners", "  concepts", file=INDEX)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,31 @@ HEADER = HEAD.format(name="politeness", files="[]", tests="[]", needs="[]")
         (
             HEADER + write_rule() + "constraint: {}",
             "Rule say-moin (10-politeness.yml) has keys that mean nothing",
+        ),
+        (HEADER + "docs: [manners.rst]", "give a path that begins with docs/"),
+        (HEADER + "significant: ''", "10-politeness.yml has no text for significant"),
+        (
+            HEADER.replace("news:", "significant:").replace("subject:", "refers:"),
+            "10-politeness.yml has significant without news",
+        ),
+        (HEADER + INSERTION.replace("insert:", "fix:"), "Rule list-it (10-politeness.yml) lacks"),
+        (HEADER + INSERTION.replace("message:", "why:"), "Rule list-it (10-politeness.yml) lacks message"),
+        (HEADER + INSERTION + "fix: x", "Rule list-it (10-politeness.yml) has keys that mean nothing: fix"),
+        (HEADER + INSERTION.replace("after:", "at:"), "has keys that mean nothing: at"),
+        *(
+            (
+                HEADER + insertion,
+                "Rule list-it (10-politeness.yml) needs one place: give either after or before",
+            )
+            for insertion in (INSERTION + "before: x", INSERTION.replace('after: "  concepts"\n', ""))
+        ),
+        (
+            HEADER + INSERTION.replace('"  concepts"', '""'),
+            "Rule list-it (10-politeness.yml) has no text for",
+        ),
+        (
+            HEADER + INSERTION.replace(INDEX, "task-sdk/README.md"),
+            "give a path that begins with airflow-core/docs/ or docker-stack-docs/ or task-sdk/docs/",
         ),
         (HEADER + write_rule(metadata="match: 2"), "in its metadata, has keys that mean nothing: match"),
         (HEADER + write_rule().replace("file:", "path:"), "in its metadata, lacks file"),
@@ -104,13 +131,34 @@ def test_lint_finds_faulty_rule(tmp_path: Path, rule: str, message: str) -> None
     assert any(message in sentence for sentence in refusal.value.sentences)
 
 
+def test_lint_compares_pages_with_claims(tmp_path: Path) -> None:
+    """So are a page of documentation that no change claims, and a claim without a page."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "stray.rst").touch()
+    write_change(tmp_path / "changes", more="docs: [docs/absent.rst]\n")
+    with pytest.raises(PatchError) as refusal:
+        lint_changes(load_changes(tmp_path / "changes"), pages=tmp_path)
+    unclaimed, missing = (sentence for sentence in refusal.value.sentences if "docs" in sentence)
+    assert unclaimed.startswith("docs/stray.rst belongs to no change: name it under docs")
+    assert missing.startswith("docs/absent.rst, which a change names under docs, is not below")
+
+
+def test_refuses_page_of_two_changes(tmp_path: Path) -> None:
+    """Only one change brings a page; others insert their sections into it."""
+    for name in ("politeness", "rudeness"):
+        write_change(tmp_path, name=name, more="docs: [docs/manners.rst]\n")
+    with pytest.raises(PatchError, match=r"Page docs/manners\.rst is in politeness and in rudeness"):
+        load_changes(tmp_path)
+
+
 def test_lint_compares_files_with_claims(tmp_path: Path) -> None:
     """A file that no change claims is found, and so is a claim without a file."""
     sources = tmp_path / "src"
     (sources / FILE).parent.mkdir(parents=True)
     (sources / FILE).touch()
+    changes = load(tmp_path, files=f"[{ADDED}]", tests="[task_sdk/test_absent.py]")
     with pytest.raises(PatchError) as refusal:
-        lint_changes(load(tmp_path, files=f"[{ADDED}]", tests="[task_sdk/test_absent.py]"), sources, TESTS)
+        lint_changes(changes, sources, TESTS, pages=tmp_path)
     claims, (missing_test,) = refusal.value.sentences[:-1], refusal.value.sentences[-1:]
     unclaimed, missing, *unclaimed_tests = claims
     assert unclaimed.startswith(f"{FILE} belongs to no change")

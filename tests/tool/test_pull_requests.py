@@ -21,7 +21,15 @@ from patches.pull_requests import NEWS, NEWSFRAGMENTS, Wishes, make_pull_request
 from patches.releases import last_of_lines
 from patches.rules import ADVICE, load_changes
 from tests.harness.checkouts import commit_all, git, isolate_git, record_state
-from tests.tool.made_up import ADDED, FILE, SOURCE, write_change, write_rule, write_tree
+from tests.tool.made_up import (
+    ADDED,
+    FILE,
+    SOURCE,
+    write_change,
+    write_insertion,
+    write_rule,
+    write_tree,
+)
 from tests.tool.running import TIMEOUT, interrupt, start
 
 if TYPE_CHECKING:
@@ -39,6 +47,24 @@ CONFIGURATION_RULE = (
     .replace(FILE, CONFIGURATION)
     .replace("language: python", "language: yaml")
 )
+DOCS = "task-sdk/docs"
+INDEX, PAGE = f"{DOCS}/index.rst", f"{DOCS}/manners.rst"
+LIST = ".. toctree::\n\n  concepts\n  api\n"
+MANNERS = "Manners\n=======\n\nLimits\n------\n\nNone.\n"
+SECTION = "Waving\n------\n\nOnce.\n\n"
+# What older lines of upstream have; the order of its parts, and its comments, are made up.
+TEMPLATE = """\
+.. A comment
+
+* Types of change
+
+  * [ ] Dag changes
+  * [ ] Behaviour changes
+
+.. Another
+
+* Migration rules needed
+"""
 MEBIBYTE = 1 << 20
 # A git that waits at the command in the variable BLOCKED until it is told to go on.
 BLOCKING_GIT = """\
@@ -267,6 +293,126 @@ def test_edits_the_core_where_it_is(tmp_path: Path) -> None:
     part = make_checkout(tmp_path / "part")
     request = make_pull_request(part, changes, Wishes())
     assert f"Left out: rule be-loud, for there is no {CONFIGURATION}." in request.notices
+
+
+@pytest.fixture
+def pages(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> list[Change]:
+    """Return two changes: one brings a page and lists it, and one adds a section to the page."""
+    (tmp_path / "pages" / "docs").mkdir(parents=True)
+    (tmp_path / "pages" / "docs" / "manners.rst").write_text(MANNERS)
+    monkeypatch.setattr("patches.pull_requests.PAGES", tmp_path / "pages")
+    folder = tmp_path / "documented"
+    listing = write_insertion("  manners", "  concepts", file=INDEX)
+    write_change(folder, write_rule(), listing, files=f"[{ADDED}]", more="docs: [docs/manners.rst]\n")
+    wave = write_rule("{pattern: 'say(\"moin\", $N)'}", "wave($N)", id="wave")
+    section = write_insertion(SECTION, "Limits\n------", file=PAGE, where="before", id="say-wave")
+    write_change(folder, wave, section, number=20, name="gestures", needs="[politeness]")
+    return load_changes(folder)
+
+
+def test_brings_documentation(tmp_path: Path, pages: list[Change]) -> None:
+    """A page is listed where upstream lists its own, and has the sections of all changes, be they sent together or not."""
+    whole = make_checkout(tmp_path / "whole", files={INDEX: LIST})
+    request = make_pull_request(whole, pages, Wishes())
+    assert (whole / INDEX).read_text() == LIST.replace("  concepts\n", "  concepts\n  manners\n")
+    assert (whole / PAGE).read_text() == MANNERS.replace("Limits\n", f"{SECTION}Limits\n")
+    assert PAGE in request.added
+    stack = make_checkout(tmp_path / "stack", files={INDEX: LIST})
+    make_pull_request(stack, pages, Wishes(only=("politeness",), number=1))
+    assert (stack / PAGE).read_text() == MANNERS
+    make_pull_request(stack, pages, Wishes(only=("gestures",), number=2, branch="second"))
+    assert git(stack, "rev-parse", f"HEAD:{DOCS}") == git(whole, "rev-parse", f"HEAD:{DOCS}")
+
+
+def test_section_goes_into_a_page_that_was_reworded(tmp_path: Path, pages: list[Change]) -> None:
+    """Upstream may have changed the page since; the next change looks for its place alone."""
+    checkout = make_checkout(tmp_path / "checkout", files={INDEX: LIST})
+    make_pull_request(checkout, pages, Wishes(only=("politeness",), number=1))
+    commit_text(PAGE, MANNERS.replace("None.", "Some."))(checkout)
+    make_pull_request(checkout, pages, Wishes(only=("gestures",), number=2))
+    assert f"{SECTION}Limits\n------\n\nSome.\n" in (checkout / PAGE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {INDEX: "Nothing is listed.\n"},
+            f"Rule list-it (10-politeness.yml) on {INDEX} of SDK 1.3.2: 0 matches",
+        ),
+        (
+            {INDEX: LIST + LIST},
+            f"Rule list-it (10-politeness.yml) on {INDEX} of SDK 1.3.2: 2 matches instead of 1",
+        ),
+        ({INDEX: LIST, PAGE: ""}, f"has {PAGE} already: upstream now has a page of that name"),
+    ],
+)
+def test_refuses_other_documentation(
+    tmp_path: Path, pages: list[Change], files: dict[str, str], message: str
+) -> None:
+    """Where the place for a page is gone, or not one, or taken, nothing is committed."""
+    checkout = make_checkout(tmp_path / "checkout", files=files)
+    assert message in refuse(checkout, pages, Wishes())
+
+
+def test_says_that_there_is_no_documentation(checkout: Path, pages: list[Change]) -> None:
+    """A checkout without the folder gets the commit without the page, and its user is told so."""
+    request = make_pull_request(checkout, pages, Wishes())
+    assert PAGE not in request.files
+    assert [notice for notice in request.notices if DOCS in notice] == [
+        f"Left out: {PAGE}, for there is no {DOCS}.",
+        f"Left out: rule list-it, for there is no {INDEX}.",
+    ]
+
+
+@pytest.fixture
+def significant(tmp_path: Path) -> list[Change]:
+    """Return three changes, of which the first and the last alter what users see."""
+    folder = tmp_path / "significant"
+    write_change(folder, write_rule(), name="politeness", more=f"significant: {'It greets. ' * 20}\n")
+    rule = write_rule("{pattern: 'say(\"HALLO\", $N)'}", "cry($N)", id="cry")
+    write_change(folder, rule, number=20, name="noise")
+    rule = write_rule("{pattern: 'say(\"moin\", $N)'}", "wave($N)", id="wave")
+    more = "significant: It waves.\n"
+    write_change(folder, rule, number=30, name="gestures", needs="[politeness]", more=more)
+    return load_changes(folder)
+
+
+def test_significant_news(checkout: Path, significant: list[Change]) -> None:
+    """A change of behaviour has a summary, an empty line, and what the changes of the commit say of it."""
+    request = make_pull_request(checkout, significant, Wishes(only=("gestures",), number=7))
+    news = request.files[f"{NEWSFRAGMENTS}/7.significant.rst"].decode()
+    summary, empty, *body = news.splitlines()
+    assert (summary, empty) == ("The SDK greets politely.", "")
+    assert " ".join(body).split() == [*("It greets. " * 20).split(), "It", "waves."]
+    assert all(len(line) <= 110 for line in body)
+    assert (news.endswith(".\n\nIt waves.\n"), len(body) > 3) == (True, True)
+
+
+def test_all_news_are_significant_if_one_is(tmp_path: Path, significant: list[Change]) -> None:
+    """The commit of all changes has its own summary, and the words of those that alter what users see."""
+    request = make_pull_request(make_checkout(tmp_path / "all"), significant, Wishes())
+    (file,) = (file for file in request.files if file.startswith(NEWSFRAGMENTS))
+    assert file == f"{NEWSFRAGMENTS}/65505.significant.rst"
+    assert request.files[file].decode().startswith(f"{NEWS}\n\nIt greets.")
+    request = make_pull_request(
+        make_checkout(tmp_path / "one"), significant, Wishes(only=("noise",), number=8)
+    )
+    assert f"{NEWSFRAGMENTS}/8.bugfix.rst" in request.files
+
+
+def test_significant_news_have_the_list_that_a_line_asks_for(
+    tmp_path: Path, significant: list[Change]
+) -> None:
+    """Where upstream has a template, its types of change follow, with the one for behaviour ticked."""
+    template = f"{NEWSFRAGMENTS}/template.significant.rst"
+    checkout = make_checkout(tmp_path / "checkout", files={template: TEMPLATE})
+    request = make_pull_request(checkout, significant, Wishes(number=7))
+    assert (
+        request.files[f"{NEWSFRAGMENTS}/7.significant.rst"]
+        .decode()
+        .endswith("\n\nIt waves.\n\n* Types of change\n\n  * [ ] Dag changes\n  * [x] Behaviour changes\n")
+    )
 
 
 def test_patch_gives_the_same_tree(tmp_path: Path, checkout: Path, changes: list[Change]) -> None:
