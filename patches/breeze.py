@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from patches.releases import Release
 
 # As in PROVIDERS_COMPATIBILITY_TESTS_MATRIX of dev/breeze/src/airflow_breeze/global_constants.py.
-COMPATIBLE_WITH = ("2.11.0", "3.0.6", "3.1.8")
+COMPATIBLE_WITH = ("2.11.1", "3.0.6", "3.1.8")
 # The providers that start or run tasks.
 PROVIDERS = "Providers[celery,cncf.kubernetes,edge3,standard]"
 NEEDED = ("docker", "breeze")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from patches.rules import Change
 
 NEWSFRAGMENTS = "airflow-core/newsfragments"
-# Lines before 3.2 have it, and want its list in every significant newsfragment.
+# Older lines have it, and want its list in every significant newsfragment.
 TEMPLATE = f"{NEWSFRAGMENTS}/template.significant.rst"
 MAIN = "main"
 MESSAGE_WIDTH = 72

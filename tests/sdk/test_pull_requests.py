@@ -42,6 +42,15 @@ if TYPE_CHECKING:
 SOURCES = "task-sdk/src"
 OPTIONS = ("leftover_policy", "spared_leftovers", "stop_signal_policy")
 CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
+DOCUMENTATION = "task-sdk/docs"
+SECTIONS = [
+    "What ends a task",
+    "Signals to a supervisor",
+    "The task is interrupted",
+    "Processes that the task has started",
+    "When the supervisor dies",
+    "Limits",
+]
 CHANGES = [change for change in load_changes() if change.goes_upstream]
 # What a pull request goes to first, and the only line on which all tests of a commit run: those of its wheel run on every line.
 NEWEST = last_of_lines()[-1]
@@ -171,6 +180,27 @@ def test_configuration_reference(release: Release, checkout: Path) -> None:
     added = {name: after["workers"]["options"].pop(name) for name in OPTIONS}
     assert all(option["description"] and option["version_added"] for option in added.values())
     assert after == before
+
+
+def test_documentation(release: Release, checkout: Path) -> None:
+    """From 1.4 on a page about the end of tasks is listed, and pointed to, and each change has its section there."""
+    request = make_pull_request(checkout, CHANGES, Wishes())
+    changed = sorted(PurePosixPath(file).name for file in request.files if file.startswith(DOCUMENTATION))
+    if Version(release.version) < Version("1.4.0b1"):
+        assert changed == []
+        return
+    assert changed == ["concepts.rst", "index.rst", "stopping-tasks.rst"]
+    for page in ("concepts", "index"):
+        assert (
+            git(checkout, "diff", "HEAD~1", "--", f"{DOCUMENTATION}/{page}.rst").count("stopping-tasks") == 1
+        )
+    lines = (checkout / DOCUMENTATION / "stopping-tasks.rst").read_text().splitlines()
+    titles = [title for title, line in zip(lines, lines[1:]) if title and line == "-" * len(title)]
+    assert titles == SECTIONS
+    (notice,) = (notice for notice in request.notices if "docker-stack-docs" in notice)
+    assert notice.startswith(
+        "Left out: rule point-to-stopping-from-signals, for there is no docker-stack-docs/"
+    )
 
 
 def test_commit_is_what_the_wheel_has(release: Release, checkout: Path, tmp_path: Path) -> None:
