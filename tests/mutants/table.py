@@ -453,7 +453,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-forgets-the-tree-at-a-report",
         "leftovers.py",
-        "    if process._new_session and type(msg).__name__ in STATE_REPORTS:\n        process._tree.remember()\n",
+        "    if has_tree(process) and type(msg).__name__ in STATE_REPORTS:\n        process._tree.remember()\n",
         "",
         "what has lost its mark is left when a task fails by itself",
         ("test_leftovers.py",),
@@ -469,7 +469,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-kills-by-number",
         "leftovers.py",
-        "    if process._new_session and not is_unreaped_child(process.pid):",
+        "    if has_tree(process) and not is_unreaped_child(process.pid):",
         "    if False:",
         "a kill polls, and signals, the number of a runner that somebody else has collected",
         ("test_leftovers.py",),
@@ -493,7 +493,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-ends-everybodys-leftovers",
         "leftovers.py",
-        "    if exit_code is not None and process._new_session:",
+        "    if exit_code is not None and has_tree(process):",
         "    if exit_code is not None:",
         "a Dag processor ends what it has left",
         ("test_leftovers.py",),
@@ -943,11 +943,11 @@ IN_THE_REST = [
     ),
     Mutant(
         "status-takes-silence-for-success",
-        "exit_status.py",
+        "task_requests.py",
         "return UNKNOWN if exit_code == 0 and silent else exit_code",
         "return exit_code",
         "a runner that was told to stop, and says nothing, has succeeded",
-        ("test_exit_status.py",),
+        ("test_task_requests.py",),
     ),
     Mutant(
         "status-believes-its-own-note",

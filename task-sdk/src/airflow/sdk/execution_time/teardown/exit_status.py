@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import subprocess
 
-    from typing_extensions import TypeGuard
+    import typing_extensions
 
     from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
 
@@ -76,7 +76,7 @@ def settle_exit_code(process: WatchedProcess, exit_code: int | None) -> int | No
     return UNKNOWN_BUT_REPORTED if state else UNKNOWN
 
 
-def reports_state(process: WatchedProcess) -> TypeGuard[TaskProcess]:
+def reports_state(process: WatchedProcess) -> typing_extensions.TypeGuard[TaskProcess]:
     """Whether a process is that of a task, which reports how it ends."""
     return hasattr(process, "_terminal_state")
 

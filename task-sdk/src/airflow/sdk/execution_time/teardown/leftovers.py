@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from configparser import ConfigParser
 
+    import typing_extensions
     from structlog.typing import FilteringBoundLogger
-    from typing_extensions import TypeGuard
 
 __all__ = [
     "configure_tree",
@@ -137,7 +137,7 @@ class TaskWithTree(StoppableTask, ProcessWithTree, Protocol):
     """The process of a task, and the processes that it has started."""
 
 
-def has_tree(process: ProcessWithTree) -> TypeGuard[TaskWithTree]:
+def has_tree(process: ProcessWithTree) -> typing_extensions.TypeGuard[TaskWithTree]:
     """Whether a process leads a tree, which only the process of a task does."""
     return is_task(process)
 

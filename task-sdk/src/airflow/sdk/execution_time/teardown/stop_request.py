@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from configparser import ConfigParser
     from types import FrameType
 
-    from typing_extensions import TypeGuard
+    import typing_extensions
 
     from airflow.sdk.api.client import ServerResponseError
     from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
@@ -124,7 +124,7 @@ class StoppableTask(TaskProcess, StoppableProcess, Protocol):
         """What a signal to the supervisor means, unless the deployment has chosen."""
 
 
-def is_task(process: StoppableProcess) -> TypeGuard[StoppableTask]:
+def is_task(process: StoppableProcess) -> typing_extensions.TypeGuard[StoppableTask]:
     """Whether a process leads a session, which only the process of a task does."""
     return process._new_session
 
