@@ -216,7 +216,13 @@ def _collect_files(
     checkout: Checkout, changes: Sequence[Change], release: Release, notices: list[str]
 ) -> dict[str, bytes]:
     """Return all that the changes edit and add, by path in the checkout."""
-    patch = compute_patch(checkout.folder / SDK_SOURCES, release, changes, SOURCES)
+    patch = compute_patch(
+        checkout.folder / SDK_SOURCES,
+        release,
+        changes,
+        SOURCES,
+        lambda file, content: _is_there(checkout, f"{SDK_SOURCES}/{file}", content),
+    )
     files = {f"{SDK_SOURCES}/{file}": content for file, content in (patch.changed | patch.added).items()}
     files |= _collect_tests(checkout, changes, release)
     return files | _edit_beyond_sdk(checkout, changes, release, notices)

@@ -21,7 +21,7 @@ from patches.releases import ROOT
 
 if TYPE_CHECKING:
     import zipfile
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Union
 
     from patches.releases import Release
@@ -184,13 +184,23 @@ def apply_changes(tree: Path, release: Release, changes: Sequence[Change], sourc
     return patch
 
 
-def compute_patch(tree: Tree, release: Release, changes: Sequence[Change], sources: Path = SOURCES) -> Patch:
-    """Return what the changes make of a tree, which may be an open wheel, without writing anything."""
+def compute_patch(
+    tree: Tree,
+    release: Release,
+    changes: Sequence[Change],
+    sources: Path = SOURCES,
+    is_ours: Callable[[str, bytes], bool] | None = None,
+) -> Patch:
+    """Return what the changes make of a tree, which may be an open wheel, without writing anything.
+
+    `is_ours` says whether the tree has a shared file with our content; unless given, byte for byte.
+    """
+    is_ours = is_ours or (lambda file, content: _read_file(tree, file) == content)
     patch = Patch()
     problems: list[str] = []
     failures: list[str] = []
     for change in changes:
-        problems += _add_files(tree, patch, change, release, sources)
+        problems += _add_files(tree, patch, change, release, sources, is_ours=is_ours)
         for rule in change.rules:
             if rule.file.startswith(SDK):
                 failures += apply_rule(tree, patch, rule, release)
@@ -457,16 +467,24 @@ def _contains(releases: SpecifierSet, release: Release) -> bool:
     return releases.contains(release.version, prereleases=True)
 
 
-def _add_files(tree: Tree, patch: Patch, change: Change, release: Release, sources: Path) -> Iterator[str]:
+def _add_files(
+    tree: Tree,
+    patch: Patch,
+    change: Change,
+    release: Release,
+    sources: Path,
+    *,
+    is_ours: Callable[[str, bytes], bool],
+) -> Iterator[str]:
     shared = select_names(change.shared, release)
     for file in (*select_names(change.files, release), *shared):
         if not (sources / file).is_file():
             yield f"{file} of change {change.name} is not below {sources}."
             continue
-        content, there = (sources / file).read_bytes(), _read_file(tree, file)
-        if there is None:
+        content = (sources / file).read_bytes()
+        if not tree.joinpath(file).is_file():
             patch.added[file] = content
-        elif there != content or file not in shared:
+        elif file not in shared or not is_ours(file, content):
             yield (
                 f"{file} of change {change.name} is there already: patch pristine upstream only (or upstream now has a "
                 "file of that name)."

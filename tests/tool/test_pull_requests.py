@@ -234,6 +234,21 @@ def test_builds_on_what_is_there(
     assert sorted(request.files) == [f"{NEWSFRAGMENTS}/2.bugfix.rst", SDK_FILE]
 
 
+@pytest.mark.parametrize("styled", [False, True])
+def test_shared_file_comes_with_the_first_change(tmp_path: Path, sources: Path, *, styled: bool) -> None:
+    """What two changes share is in the first commit of a stack, in the checkout's style, and not in the second."""
+    checkout = make_checkout(tmp_path / "checkout", files=STYLE if styled else None)
+    (sources / "files" / ADDED).write_text('BYE = "bye"\n')
+    rules = write_rule(), write_rule("{pattern: 'say(\"HALLO\", $N)'}", "say($N, name)", id="cry")
+    for number, (name, rule) in enumerate(zip(("politeness", "noise"), rules, strict=True)):
+        write_change(tmp_path / "changes", rule, number=number, name=name, more=f"shared: [{ADDED}]\n")
+    changes = load_changes(tmp_path / "changes")
+    first = make_pull_request(checkout, changes, Wishes(only=("politeness",), number=1))
+    second = make_pull_request(checkout, changes, Wishes(only=("noise",), number=2))
+    assert f"task-sdk/src/{ADDED}" in first.files
+    assert sorted(second.files) == [f"{NEWSFRAGMENTS}/2.bugfix.rst", SDK_FILE]
+
+
 LAST = {".".join(release.version.split(".")[:2]): release.version for release in last_of_lines()}
 NEWEST = last_of_lines()[-1].version
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from patches.errors import PatchError
-from patches.rules import ADVICE, apply_changes, write_files
+from patches.rules import ADVICE, apply_changes, load_changes, write_files
 from tests.tool import made_up
-from tests.tool.made_up import ADDED, FILE, SOURCE, load, write_rule
+from tests.tool.made_up import ADDED, FILE, SOURCE, load, write_change, write_rule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -173,6 +173,22 @@ def test_applies_once_only(tree: Path, folder: Path, tmp_path: Path) -> None:
     there, unmatched, _ = refusal.value.sentences
     assert "is there already: patch pristine upstream only" in there
     assert "0 matches instead of 1" in unmatched
+
+
+def test_adds_shared_file_once(tree: Path, folder: Path, tmp_path: Path) -> None:
+    """A file that two changes share is added by the first, and left alone by the second; another's is refused."""
+    sources = tmp_path / "src"
+    (sources / ADDED).parent.mkdir(parents=True)
+    (sources / ADDED).write_text("BYE = 1\n")
+    rules = write_rule(), write_rule("{pattern: 'say(\"HALLO\", $N)'}", "cry($N)", id="cry")
+    for number, (name, rule) in enumerate(zip(("politeness", "noise"), rules, strict=True)):
+        write_change(folder, rule, number=number, name=name, more=f"shared: [{ADDED}]\n")
+    first, second = load_changes(folder)
+    assert list(apply_changes(tree, made_up.release(), [first], sources).added) == [ADDED]
+    assert list(apply_changes(tree, made_up.release(), [second], sources).added) == []
+    (tree / ADDED).write_text("BYE = 2\n")
+    with pytest.raises(PatchError, match="is there already"):
+        apply_changes(tree, made_up.release(), [second], sources)
 
 
 def test_keeps_the_mode_of_a_changed_file(tree: Path, folder: Path) -> None:
