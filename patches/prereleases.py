@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NOTES = {
     Version("1.0.0b4"): "as 1.0.0rc1; nor does the supervisor answer failed requests",
     Version("1.0.0rc1"): "the supervisor does not keep the task instance, nor has it send_msg()",
+    Version("1.0.0rc2"): "the task's log does not name the signal that has ended the task",
 }
 
 
