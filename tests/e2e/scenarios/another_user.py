@@ -1,8 +1,11 @@
-"""Tasks of another user than their unprivileged worker's are set to failed, and the sudoers permit to end them or not."""
+"""Tasks of another user than their unprivileged worker's are ended: the sudoers permit it or not, or the supervisor dies."""
 
 from __future__ import annotations
 
+import os
 import pwd
+import signal
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 # The run_as_user of every task that has none of its own.
 RUN_AS_USER = {"AIRFLOW__CORE__DEFAULT_IMPERSONATION": OTHER}
+ORPHAN_GRACE = 8.0
+"""Seconds in which a task whose supervisor has died is gone, if it can notice that: five, and what a busy machine needs."""
 PLACE_FOLDERS = ("tests", "tests/harness", DAGS)
 
 
@@ -64,6 +69,17 @@ def set_failed_forbidden(installation: Installation, executor: Executor) -> Outc
             *find_tracebacks(run.airflow),
         ]
         return Outcome(sum(PROCESSES.values()) + len(PROCESSES), left, seconds, states, problems)
+
+
+def kill_supervisors(installation: Installation, executor: Executor) -> Outcome:
+    """Kill the supervisors of tasks of another user, which is the README's limit: these tasks run on."""
+    with enter_place(installation) as copy, start_run_as_other(copy, executor, "ALL") as run:
+        for supervisor in run.supervisors():
+            os.kill(supervisor, signal.SIGKILL)
+        time.sleep(ORPHAN_GRACE)
+        left = find_others(run.airflow)
+        problems = [] if left else ["nothing is left, so the README need not name this limit"]
+        return Outcome(sum(PROCESSES.values()) + len(PROCESSES), left, None, run.states(), problems)
 
 
 @contextmanager
@@ -140,6 +156,13 @@ SCENARIOS = (
         "the same, and the sudoers forbid to end them",
         ("local",),
         set_failed_forbidden,
+        check=check_users,
+    ),
+    Scenario(
+        "another-user-orphaned",
+        "their supervisors get SIGKILL, and they run on",
+        ("local",),
+        kill_supervisors,
         check=check_users,
     ),
 )

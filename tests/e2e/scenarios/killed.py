@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tests.e2e.deployment import run_airflow
@@ -12,7 +13,7 @@ from tests.e2e.outcomes import Outcome, Scenario, judge_on_kill, name_left
 from tests.e2e.runs import POLL_INTERVAL, PROCESSES, start_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from tests.e2e.deployment import Airflow, Executor, Installation
     from tests.e2e.runs import Run
@@ -22,6 +23,8 @@ VARIABLES = {
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
 }
 """Have the server give up a task soon, after which it would start a retry."""
+THREADS = {"AIRFLOW__CELERY__POOL": "threads"}
+"""Have a Celery worker supervise its tasks in threads of its main process."""
 GRACE_DUE = 8.0
 """Seconds in which everything has to be gone: the grace period of 5, a second for the kill, and a busy machine's two."""
 GIVE_UP_TIMEOUT = 90.0
@@ -43,11 +46,23 @@ def kill_worker(installation: Installation, executor: Executor) -> Outcome:
     return lose_supervisors(installation, executor, lambda airflow, _run: airflow.worker.process.kill())
 
 
+def kill_worker_with_threads(installation: Installation, executor: Executor) -> Outcome:
+    """Send SIGKILL to a Celery worker that is the supervisor of all its tasks."""
+    return lose_supervisors(
+        installation, executor, lambda airflow, _run: airflow.worker.process.kill(), variables=THREADS
+    )
+
+
 def lose_supervisors(
-    installation: Installation, executor: Executor, kill: Callable[[Airflow, Run], None]
+    installation: Installation,
+    executor: Executor,
+    kill: Callable[[Airflow, Run], None],
+    *,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Kill what watches the tasks, and see what is there when the server would start them anew."""
-    with run_airflow(installation, executor, variables=VARIABLES) as airflow, start_run(airflow) as run:
+    settings = {**VARIABLES, **variables}
+    with run_airflow(installation, executor, variables=settings) as airflow, start_run(airflow) as run:
         kill(airflow, run)
         began = time.monotonic()
         seconds = wait_until_nothing_left(run, began + GRACE_DUE)
@@ -95,4 +110,11 @@ SCENARIOS = (
         shows_fault=True,
     ),
     Scenario("worker-killed", "the Celery worker gets SIGKILL", ("celery",), kill_worker, shows_fault=True),
+    # A stock supervisor of 3.3 and newer starts no task in another thread than the main one.
+    Scenario(
+        "worker-with-threads-killed",
+        "the same, with a pool of threads",
+        ("celery",),
+        kill_worker_with_threads,
+    ),
 )

@@ -176,7 +176,7 @@ class TestSignal:
                 kill_child(supervisor)
                 gate.tell("go")
             _, status = os.waitpid(runner, 0)
-            assert os.waitstatus_to_exitcode(status) == lifeline.RUNNER_FAILED
+            assert os.waitstatus_to_exitcode(status) == stop_request.RUNNER_FAILED
             relay.tell("nothing")
             assert relay.hear() == "nothing"
 

@@ -61,6 +61,7 @@ from airflow.sdk.execution_time.teardown.policy import (
     without_warnings,
 )
 from airflow.sdk.execution_time.teardown.process_tree import is_there, look_at, read_limits, read_origin
+from airflow.sdk.execution_time.teardown.stop_request import RUNNER_FAILED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -90,9 +91,6 @@ INTERRUPTING = (*watchdog.IGNORED, signal.SIGALRM)
 
 WATCHDOG_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
 """The variables that the watchdog needs. It gets no others: they may be secret, and others can read them."""
-
-RUNNER_FAILED = 124
-"""Exit status of a runner that could not begin, as upstream has it."""
 
 
 class Lifeline:
