@@ -46,7 +46,7 @@ NO_END = {
     "slow_fork": 0,
 }
 """Of a task that runs beside the one that is ended, or after it."""
-SWEEP = "airflow.sdk.execution_time.teardown.sweep"
+PACKAGE = "airflow.sdk.execution_time.teardown"
 CHATTER = b'"line '
 """Begins what a task logs all the time."""
 
@@ -80,9 +80,9 @@ def run_scene(case: dict[str, Any], folder: Path, answer: int) -> None:
 
 def keep_sweeps_to_scene() -> None:
     """Have the supervisors of this scene find its own orphans alone: they would end those of others, which run meanwhile."""
-    if importlib.util.find_spec(SWEEP) is None:  # a stock one
+    if importlib.util.find_spec(PACKAGE) is None:  # a stock one
         return
-    sweep: Any = importlib.import_module(SWEEP)
+    sweep: Any = importlib.import_module(f"{PACKAGE}.sweep")
     find_orphans, scene = sweep.find_orphans, os.getpid()
 
     def find_own_orphans() -> list[Any]:
