@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -21,6 +22,7 @@ from tests.harness.real.api import URL, Server, build_task_instance, make_client
 from tests.harness.real.telling import tell
 
 HEARTBEAT_INTERVAL = 0.1
+STOP_REQUEST = "airflow.sdk.execution_time.teardown.stop_request"
 SOCKET_CLEANUP_TIMEOUT = 1.0
 LOOP_LIMIT = 50
 """Signals after which a loop that answers each with another gives up."""
@@ -190,6 +192,8 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     supervisor.MIN_HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL
+    if stop_request := sys.modules.get(STOP_REQUEST):  # of a patched one
+        stop_request.HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL  # type: ignore[attr-defined]
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     if hasattr(supervisor, "KILLED_TASK_CLEANUP_TIME"):
         supervisor.KILLED_TASK_CLEANUP_TIME = float(case["grace"])

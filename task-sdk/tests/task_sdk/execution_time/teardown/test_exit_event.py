@@ -229,6 +229,33 @@ class TestExitWatch:
         child.wait()
         watch.close(selector)
 
+    def test_sockets_that_are_given_up(self, mocker: Any) -> None:
+        """They are not waited for once the child is gone, and it was not asked to end for that."""
+        watch = ExitWatch()
+        watch.give_up_sockets()
+        assert not watch.sockets_overdue(None)
+        assert watch.sockets_overdue(0)
+        assert not watch.exit_expected
+
+    @pytest.mark.parametrize("has_event", [False, True])
+    def test_before_handlers(
+        self, child: Child, selector: selectors.BaseSelector, *, has_event: bool
+    ) -> None:
+        """Whoever wants to be called before the events of sockets are handled is, and only then."""
+        calls: list[str] = []
+        watch = ExitWatch()
+        watch.start(selector, child.pid)
+        watch.before_handlers = lambda: calls.append("called")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            selector.register(ours, selectors.EVENT_READ, lambda _: True)
+            if has_event:
+                theirs.send(b".")
+            watch.select(selector, timeout=0, exit_code=None)
+            selector.unregister(ours)
+        assert bool(calls) is has_event
+        watch.close(selector)
+
     def test_wake_up_is_no_event(self, child: Child, selector: selectors.BaseSelector) -> None:
         """A socket that has no handler wakes the loop, is emptied, however much is in it, and is no event."""
         watch = ExitWatch()

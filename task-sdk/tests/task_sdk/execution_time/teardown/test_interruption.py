@@ -749,6 +749,26 @@ class TestProcesses:
 
         assert runner.run(execute) == ["inner on_kill", "on_kill"]
 
+    def test_nested_task_that_has_just_ended(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So is one whose inner task is interrupted when its execute() has returned, and nothing is restored yet."""
+        finish = interruption.Interruption._finish
+        interrupting = [stop]
+
+        def finish_interrupted(task: Any) -> None:
+            if interrupting:
+                interrupting.pop()()
+            finish(task)
+
+        def execute() -> None:
+            runner.prepare("inner on_kill")
+            monkeypatch.setattr(interruption.Interruption, "_finish", finish_interrupted)
+            with contextlib.suppress(TaskInterrupted):
+                run_interruptibly(lambda: None)
+            select.select([], [], [], PATIENCE)
+            runner.note("unreachable")
+
+        assert runner.run(execute) == ["inner on_kill", "on_kill"]
+
     def test_nested_task_that_has_ended(self, runner: Runner) -> None:
         """Once it has, SIGTERM is for the task that has run it."""
 

@@ -42,7 +42,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     waiting,
 )
 
-from airflow.sdk.execution_time.teardown import leftovers
+from airflow.sdk.execution_time.teardown import leftovers, stop_request
 from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
 from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
 from airflow.sdk.execution_time.teardown.leftovers import (
@@ -408,7 +408,7 @@ class TestHeartbeats:
     @pytest.fixture(autouse=True)
     def in_foreground(self, mocker: MockerFixture) -> None:
         """Have each be over when the clock goes on, which only waits for the supervisor."""
-        mocker.patch.object(leftovers, "beat_in_background", leftovers.send_heartbeat)
+        mocker.patch.object(stop_request, "beat_in_background", stop_request.send_heartbeat)
 
     @pytest.fixture
     def heartbeat(self, process: Any) -> Any:
@@ -419,7 +419,7 @@ class TestHeartbeats:
         end_leftovers(process, -9, conf)
         heartbeat.assert_called_with(process.id, pid=process.pid)
         assert heartbeat.call_count >= 10, "every five seconds, or a look later"
-        assert heartbeat.call_count <= clock.passed / 5
+        assert heartbeat.call_count <= clock.passed / 5 + 1, "the first one at once"
 
     def test_task_that_the_server_has_ended(self, conf: Conf, process: Any, heartbeat: Any) -> None:
         """The server knows of that."""
@@ -447,14 +447,25 @@ class TestHeartbeats:
         heartbeat.assert_not_called()
 
 
+class TestUnseenLeader:
+    def test_no_look_can_succeed(self, conf: Conf, process: Any, clock: Clock) -> None:
+        """Where /proc does not show the task, leftovers have no grace: nobody could be found when it is over."""
+        process._tree.leader = None
+        process._tree.look_failure = "hidden"
+        process._tree.find.return_value = process._tree.kill_all.return_value = []
+        end_leftovers(process, 1, conf)
+        assert clock.passed < 1
+        assert [call.kwargs["reason"] for call in process.process_log.calls] == ["hidden"]
+
+
 class TestHeartbeatThread:
     def test_server_that_hangs(self, process: Any) -> None:
         """A heartbeat that is under way keeps nobody waiting, and no second one is sent beside it."""
         answer = threading.Event()
         process.client.task_instances.heartbeat.side_effect = lambda *_, **__: answer.wait(PATIENCE)
         for _ in range(2):
-            process._last_heartbeat_attempt = -leftovers.HEARTBEAT_INTERVAL
-            leftovers.send_heartbeat_if_due(process)
+            process._stop.beaten_at = process._last_successful_heartbeat = -stop_request.HEARTBEAT_INTERVAL
+            stop_request.send_heartbeat_if_due(process)
         answer.set()
         process._stop.heartbeat.join()
         process.client.task_instances.heartbeat.assert_called_once()
@@ -601,6 +612,13 @@ class TestPolicies:
 
 
 class TestKill:
+    @pytest.mark.parametrize("spared", [frozenset(), frozenset({"ssh"})])
+    def test_sigkill_is_ours(self, process: Any, spared: frozenset[str]) -> None:
+        """The log does not blame a lack of memory for it, whether or not somebody is spared."""
+        process._tree.spared = spared
+        signal_tree(process, signal.SIGKILL)
+        assert process._stop.sigkill_sent
+
     def test_processes_have_time_to_stop(self, process: Any) -> None:
         """A SIGKILL waits for those that have not come to stop, but no longer than nobody notices."""
         signal_tree(process, signal.SIGKILL)
@@ -686,6 +704,13 @@ class TestExceptions:
         assert signals == [signal.SIGTERM, signal.SIGKILL]
         assert process._tree.kill_all.called
         assert GRACE <= clock.passed <= GRACE + 1
+
+    def test_spared_before_anything_happens(self, conf: Conf, process: Any) -> None:
+        """A signal to the supervisor may be the first that the task gets."""
+        conf.read_dict({"workers": {"spared_leftovers": "ssh"}})
+        with end_on_exception(process, conf):
+            assert process._tree.spared == {"ssh"}
+            assert process._stop.spares_group_members
 
     def test_spared(self, conf: Conf, process: Any, clock: Clock) -> None:
         """What the deployment spares is spared here, too, from the first signal on."""

@@ -16,6 +16,7 @@
 # under the License.
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import SimpleNamespace
@@ -23,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from task_sdk.execution_time.teardown.supervised.supervised_task import ended_by, waiting
+from task_sdk.execution_time.teardown.supervised.supervised_task import (
+    Relay,
+    ended_by,
+    fork,
+    in_turn,
+    pause_for_ever,
+    waiting,
+)
 
 from airflow.sdk.execution_time.teardown.session import lead_session, signal_session, signal_task
 from airflow.sdk.execution_time.teardown.stop_request import StopRequest
@@ -130,7 +138,16 @@ class TestSignalSession:
 
     def test_somebody_elses_child_is_refused(self, killpg: Any) -> None:
         """A process that we have not started is not signalled."""
-        assert not signal_session(os.getppid(), signal.SIGTERM)
+        told = Relay()
+
+        def start_leader() -> None:
+            told.tell(fork(in_turn(lead_session, lambda: told.tell("leads"), pause_for_ever)))
+
+        with contextlib.closing(told), waiting(start_leader):
+            [stranger] = [pid for pid in (told.hear(), told.hear()) if pid != "leads"]
+            assert os.getpgid(stranger) == stranger
+            assert not signal_session(stranger, signal.SIGTERM)
+            os.kill(stranger, signal.SIGKILL)
         killpg.assert_not_called()
 
     def test_without_waitid(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ import time
 from configparser import ConfigParser
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import create_autospec
 
 import pytest
 import structlog
@@ -41,6 +42,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     waiting,
 )
 
+from airflow.sdk.api.client import TaskInstanceOperations
 from airflow.sdk.execution_time.teardown import stop_request
 from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
 from airflow.sdk.execution_time.teardown.policy import STOP_GRACE, StopPolicy
@@ -108,7 +110,10 @@ class Supervised(SimpleNamespace):
             process_log=structlog.testing.CapturingLogger(),
             failed_heartbeats=0,
             killed=[],
+            client=SimpleNamespace(task_instances=create_autospec(TaskInstanceOperations, instance=True)),
+            id="the task instance's",
             _last_heartbeat_attempt=0.0,
+            _last_successful_heartbeat=1.0,
             _task_end_time_monotonic=None,
             _exit_code=None,
             _exit_watch=ExitWatch(),
@@ -350,6 +355,58 @@ class TestBusyLoop:
             signal.raise_signal(signal.SIGTERM)
         signalled.assert_not_called()
 
+    @pytest.mark.parametrize("spares", [False, True])
+    def test_group_is_spared(self, conf: ConfigParser, mocker: MockerFixture, *, spares: bool) -> None:
+        """The task's own process alone is signalled where others of its group may be spared."""
+        group = mocker.patch.object(stop_request, "signal_task", autospec=True, return_value=True)
+        alone = mocker.patch.object(stop_request, "signal_pid", autospec=True)
+        process = Supervised()
+        process._stop.spares_group_members = spares
+        with watch_stop_signals(process, conf):
+            signal.raise_signal(signal.SIGTERM)
+        assert (group.called, alone.called) == (not spares, spares)
+
+    def test_signal_between_wait_and_events(self, conf: ConfigParser) -> None:
+        """The handler takes a loop for waiting that has just returned with a request, which may take a minute."""
+
+        class Interrupting(selectors.DefaultSelector):
+            def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+                events = super().select(timeout)
+                signal.raise_signal(signal.SIGTERM)
+                return events
+
+        ours, theirs = socket.socketpair()
+        with ours, theirs, waiting(lead_session) as pid, Interrupting() as selector:
+            process = Supervised(pid)
+            process.selector = selector
+            process._exit_watch.start(selector, pid)
+            selector.register(ours, selectors.EVENT_READ, lambda _: True)
+            theirs.send(b".")
+            with watch_stop_signals(process, conf):
+                process._exit_watch.select(selector, timeout=PATIENCE, exit_code=None)
+                assert process._stop.told
+            assert ended_by(pid) == signal.SIGTERM
+            process._exit_watch.close(selector)
+
+    def test_heartbeat_that_hangs(self, conf: ConfigParser) -> None:
+        """While a task has its grace the loop sends none, which may take longer than the grace: a thread does."""
+        process, asked, answer = Supervised(), threading.Event(), threading.Event()
+        process._stop.kill_at = time.monotonic() + PATIENCE
+        process._last_successful_heartbeat = -stop_request.HEARTBEAT_INTERVAL
+
+        def hang(*_: Any, **__: Any) -> None:
+            asked.set()
+            answer.wait(PATIENCE)
+
+        process.client.task_instances.heartbeat.side_effect = hang
+        for _ in "ab":
+            heed_stop_signals(process, conf, send=Sent())
+        assert asked.wait(PATIENCE)
+        answer.set()
+        process._stop.heartbeat.join()
+        process.client.task_instances.heartbeat.assert_called_once()
+        assert process._last_heartbeat_attempt > 0
+
     def test_no_heartbeat_after_one_that_failed(self, conf: ConfigParser) -> None:
         """Another one to a server that is away would take a good part of the grace."""
         process = Supervised()
@@ -517,6 +574,18 @@ class TestHeedStopSignals:
         signal.raise_signal(signal.SIGTERM)
         heed_stop_signals(process, conf, send=sent)
         assert sent == []
+        assert not process._exit_watch.exit_expected, "it was not asked to end"
+
+    @pytest.mark.parametrize("policy", StopPolicy)
+    def test_sockets_of_an_exited_task(self, conf: ConfigParser, policy: StopPolicy) -> None:
+        """Whoever holds them keeps a supervisor that was told to stop no longer, and the log says that it was told."""
+        process = Supervised(policy=policy)
+        process._exit_code = 0
+        assert not process._exit_watch.sockets_overdue(0)
+        signal.raise_signal(signal.SIGTERM)
+        heed_stop_signals(process, conf, send=Sent())
+        assert process._exit_watch.sockets_overdue(0) is (policy is StopPolicy.STOP)
+        assert len(process.say()) == 1
 
     def test_two_tasks(self, conf: ConfigParser) -> None:
         """A supervisor of several tasks, as a test may be, stops each."""

@@ -29,6 +29,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -427,12 +428,17 @@ class TestSweepOnce:
 
         def main() -> dict[str, Any]:
             orphans.list_pids = process_tree.list_pids
-            misbehave("os.scandir", errno.EMFILE)
+            misbehave("os.scandir", errno.EMFILE, times={1})
+            looks = mock.create_autospec(sweep.find_orphans, side_effect=sweep.find_orphans)
+            sweep.find_orphans = looks
             with structlog.testing.capture_logs() as logs:
-                sweep.sweep_once(conf)
-            return {"events": [entry["event"] for entry in logs]}
+                for _ in range(3):
+                    sweep.sweep_once(conf)
+            return {"events": [entry["event"] for entry in logs], "looks": looks.call_count}
 
-        assert run_in_fork(main)["events"] == ["Tasks whose supervisors have died could not be looked for"]
+        outcome = run_in_fork(main)
+        assert outcome["events"] == ["Tasks whose supervisors have died could not be looked for"]
+        assert outcome["looks"] == 2, "the next start looks again, until one look has not failed"
 
 
 class TestSweepCommand:

@@ -79,8 +79,11 @@ class ExitWatch:
         self._sockets_at_start = 0
         self._kill_ends: float | None = None
         self._wake_at = math.inf
+        self._sockets_given_up = False
         self.is_waiting = False
         """Whether :meth:`select` is waiting, so that its caller handles a wake-up at once."""
+        self.before_handlers: Callable[[], None] | None = None
+        """Called when the caller is about to handle the events of sockets, which may take long."""
         self._started = False
         self._follows = False
 
@@ -149,6 +152,10 @@ class ExitWatch:
         ends = time.monotonic() + grace
         self._kill_ends = ends if self._kill_ends is None else min(self._kill_ends, ends)
 
+    def give_up_sockets(self) -> None:
+        """Do not wait for open sockets any longer, once the child is gone."""
+        self._sockets_given_up = True
+
     def wake_at(self, deadline: float | None) -> None:
         """Make :meth:`select` return at ``deadline``, by time.monotonic(), exit or not; None cancels that."""
         self._wake_at = math.inf if deadline is None else deadline
@@ -184,6 +191,8 @@ class ExitWatch:
             # now on.
             self.close(selector)
             self._polls = True
+        if on_sockets and self.before_handlers is not None:
+            self.before_handlers()
         return on_sockets
 
     def sockets_overdue(self, exit_code: int | None) -> bool:
@@ -191,6 +200,8 @@ class ExitWatch:
         return exit_code is not None and self._release_due_in() <= 0
 
     def _release_due_in(self) -> float:
+        if self._sockets_given_up:
+            return 0
         if self._kill_ends is None:
             return math.inf
         return self._kill_ends + SOCKET_GRACE - time.monotonic()

@@ -236,9 +236,7 @@ class Interruption:
                 self._await_order()
                 raise
             finally:
-                self._phase = Phase.FINISHED
-                self._restore_unraisable_hook()
-                restore_outer(self._outer)
+                self._finish()
         except BaseException as error:
             if not self._requested:
                 raise
@@ -246,6 +244,11 @@ class Interruption:
         if self._requested:
             self._end()
         return result
+
+    def _finish(self) -> None:
+        self._phase = Phase.FINISHED
+        self._restore_unraisable_hook()
+        restore_outer(self._outer)
 
     def _await_order(self) -> None:
         """If SIGTERM is on its way, wait for it: ``on_kill`` must run even if ``execute()`` has failed."""
@@ -257,6 +260,7 @@ class Interruption:
 
     def _end(self, error: BaseException | None = None) -> NoReturn:
         """Log an error of ``on_kill``, and raise TaskInterrupted to the runner."""
+        self._finish()  # the interruption may have come just before it
         self.deliver()
         if self._on_kill_error is not None:
             log.error("on_kill failed", exc_info=self._on_kill_error)

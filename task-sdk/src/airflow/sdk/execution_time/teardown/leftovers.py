@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,10 +58,12 @@ from airflow.sdk.execution_time.teardown.policy import (
 from airflow.sdk.execution_time.teardown.process_tree import Process, ProcessTree, group_by_owner, is_alive
 from airflow.sdk.execution_time.teardown.session import signal_task
 from airflow.sdk.execution_time.teardown.stop_request import (
+    HEARTBEAT_INTERVAL,
     StoppableProcess,
     StoppableTask,
     hear_stop_signal,
     is_task,
+    send_heartbeat_if_due,
     signal_pid,
 )
 from airflow.sdk.execution_time.teardown.task_requests import STATE_REPORTS, handle_request
@@ -116,13 +117,6 @@ LEFTOVER_TRIES = 2
 POLL_INTERVAL = 0.02
 """Seconds between looks at a process that cannot be watched."""
 
-HEARTBEAT_INTERVAL = 5.0
-"""
-Seconds between heartbeats while leftovers end.
-
-None follows a failed heartbeat: if the server is away, each takes a long time.
-"""
-
 NAMED_IN_LOG = 100
 """At most this many processes are listed in the task's log; the count is always complete."""
 
@@ -157,7 +151,7 @@ def prepare_kill(process: ProcessWithTree, grace: float, conf: ConfigParser) -> 
     """
     if has_tree(process):
         grace = find_grace(conf, default=grace) if process._stop.server_ended else limit_grace(grace)
-        configure_tree(process._tree, conf)
+        configure_tree(process, conf)
         process._tree.remember()
     process._exit_watch.expect_exit(grace)
     if has_tree(process) and not is_unreaped_child(process.pid):
@@ -165,10 +159,11 @@ def prepare_kill(process: ProcessWithTree, grace: float, conf: ConfigParser) -> 
     return grace
 
 
-def configure_tree(tree: ProcessTree, conf: ConfigParser) -> None:
-    """Tell a tree what the deployment has chosen."""
-    tree.spared = find_spared_names(conf)
-    tree.ends = find_leftover_policy(conf).ends_what_is_killed
+def configure_tree(process: TaskWithTree, conf: ConfigParser) -> None:
+    """Tell the tree of a task what the deployment has chosen."""
+    process._tree.spared = find_spared_names(conf)
+    process._tree.ends = find_leftover_policy(conf).ends_what_is_killed
+    process._stop.spares_group_members = bool(process._tree.spared)
 
 
 def signal_tree(process: ProcessWithTree, sig: int) -> bool:
@@ -186,6 +181,7 @@ def signal_tree(process: ProcessWithTree, sig: int) -> bool:
         return False
     if process._exit_code is not None:  # settled by prepare_kill()
         return True
+    process._stop.sigkill_sent |= sig == signal.SIGKILL
     tree = process._tree
     if sig == signal.SIGKILL and tree.ends:
         tree.kill_all(STOP_TIME, with_leader=True)
@@ -262,7 +258,7 @@ def heed_policy(process: TaskWithTree, exit_code: int, conf: ConfigParser) -> No
     killed = process._exit_watch.exit_expected or exit_code < 0
     if policy is LeftoverPolicy.NEVER or (policy is LeftoverPolicy.KILLED and not killed):
         return
-    configure_tree(process._tree, conf)
+    configure_tree(process, conf)
     if policy is LeftoverPolicy.REPORT:
         report_left(process, process._tree.find())
         return
@@ -300,7 +296,8 @@ class Teardown:
     def terminate(self) -> None:
         """Send SIGTERM to leftovers, and to those they start, until none is left or the grace is over."""
         asked: set[Process] = set()
-        while time.monotonic() < self._deadline:
+        # Without a leader no look can succeed.
+        while self._tree.leader is not None and time.monotonic() < self._deadline:
             members = self._tree.find()
             if not members and self._tree.look_failure:
                 # The look failed, so there may be leftovers all the same.
@@ -314,7 +311,7 @@ class Teardown:
             self._tree.condemn(fresh)
             self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)
             asked.update(fresh)
-            self._wait_for(members, LOOK_INTERVAL)
+            self._wait_for(members, LOOK_INTERVAL, hurries=True)
 
     def kill(self) -> list[Process]:
         """Kill leftovers until none is left; return those that are still there when the time is up."""
@@ -344,15 +341,20 @@ class Teardown:
             found += fresh
         return found
 
-    def _wait_for(self, members: Sequence[Process], seconds: float) -> None:
-        """Serve the task's sockets until all members have ended, for ``seconds`` or until the time is up."""
+    def _wait_for(self, members: Sequence[Process], seconds: float, *, hurries: bool = False) -> None:
+        """
+        Serve the task's sockets until all members have ended, for ``seconds`` or until the time is up.
+
+        :param hurries: whether the time is up, too, when the supervisor is told to stop.
+        """
         ends = time.monotonic() + seconds
         # Begin with the one that was signalled last: when it has ended, most others have, too.
         for member in reversed(members):
             watched = self._process._exit_watch.follow(self._process.selector, member.pid)
             while is_alive(member) and (left := min(ends, self._deadline) - time.monotonic()) > 0:
                 serve_sockets(self._process, left if watched else min(left, POLL_INTERVAL))
-                self._hurry_if_told_to_stop()
+                if hurries:
+                    self._hurry_if_told_to_stop()
         # It may have taken the last file descriptor, which the next look needs.
         self._process._exit_watch.close(self._process.selector)
 
@@ -374,38 +376,6 @@ def serve_sockets(process: TaskWithTree, seconds: float) -> None:
     send_heartbeat_if_due(process)
 
 
-def send_heartbeat_if_due(process: TaskWithTree) -> None:
-    """Tell the server that the task has not ended yet, or it would start a retry beside the leftovers."""
-    now = time.monotonic()
-    if (
-        process._stop.server_ended
-        or process.failed_heartbeats
-        or (process._stop.heartbeat is not None and process._stop.heartbeat.is_alive())
-        # The server has not let the task start.
-        or not process._last_successful_heartbeat
-        or now - max(process._last_heartbeat_attempt, process._last_successful_heartbeat) < HEARTBEAT_INTERVAL
-    ):
-        return
-    process._last_heartbeat_attempt = now
-    beat_in_background(process)
-
-
-def beat_in_background(process: TaskWithTree) -> None:
-    """Send a heartbeat from a thread: if the server is away, the client's retries may outlast the grace."""
-    process._stop.heartbeat = threading.Thread(target=send_heartbeat, args=(process,), daemon=True)
-    with contextlib.suppress(RuntimeError):  # no thread can be had
-        process._stop.heartbeat.start()
-
-
-def send_heartbeat(process: TaskWithTree) -> None:
-    """Send a heartbeat, and note if it has failed."""
-    try:
-        process.client.task_instances.heartbeat(process.id, pid=process.pid)
-    except Exception as error:  # as in the supervisor's own loop, and none is sent any more
-        process.failed_heartbeats += 1
-        log.info("The server takes no heartbeat of a task that is being ended", error=str(error))
-
-
 @contextlib.contextmanager
 def end_on_exception(process: TaskWithTree, conf: ConfigParser) -> Iterator[None]:
     """
@@ -415,11 +385,12 @@ def end_on_exception(process: TaskWithTree, conf: ConfigParser) -> Iterator[None
     Known causes are an API server that is away, a log that cannot be written, and the soft time limit of
     Celery.
     """
+    # A signal to the supervisor may be the first that the task gets.
+    configure_tree(process, conf)
     try:
         yield
     except BaseException as error:
         grace = min(find_grace(conf), MAX_GRACE_UNASKED)
-        configure_tree(process._tree, conf)
         process._exit_watch.expect_exit(grace)
         with contextlib.suppress(Exception):  # the log may be what has failed
             process.process_log.error("Stopping the task: its supervisor has failed", error=repr(error))

@@ -36,6 +36,7 @@ Nothing here imports Airflow outside this package.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import importlib
 import json
@@ -46,7 +47,6 @@ import socket
 import stat
 import struct
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,10 +143,13 @@ class Lifeline:
             with contextlib.suppress(Exception):
                 leave_sockets(self._supervisor)
             try:
-                pid = start_watchdog(describe(self._conf))
-                threading.Thread(target=replace_watchdog, args=(pid,), daemon=True).start()
+                watching = start_watchdog(describe(self._conf))
             except Exception:  # without a watchdog, tell at least the task itself
                 os.kill(self._runner, signal.SIGTERM)
+            else:
+                # Not threading.Thread: this is a signal handler, and may have interrupted one that holds its locks.
+                with contextlib.suppress(RuntimeError):  # no thread can be had
+                    _thread.start_new_thread(replace_watchdog, (watching,))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
 

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
 
 __all__ = [
+    "HEARTBEAT_INTERVAL",
     "StopRequest",
     "StoppableProcess",
     "StoppableTask",
@@ -72,6 +73,7 @@ __all__ = [
     "note_failed_heartbeats",
     "note_overtime",
     "note_server_ended",
+    "send_heartbeat_if_due",
     "signal_pid",
     "watch_stop_signals",
 ]
@@ -83,6 +85,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 Signals that tell a supervisor to stop: dumb-init, Kubernetes and Celery send SIGTERM, a terminal the others.
 
 The task gets SIGTERM for each of them, because SIGINT would end its runner without ``on_kill``.
+"""
+
+HEARTBEAT_INTERVAL = 5.0
+"""
+Seconds between heartbeats of a task that is being ended.
+
+None follows a failed heartbeat: if the server is away, each takes a long time.
 """
 
 RUNNER_FAILED = 124
@@ -103,8 +112,12 @@ class StopRequest:
         """Whether a signal to the supervisor was logged. A second signal changes nothing."""
         self.told = False
         """Whether the handler has already told the task to stop."""
+        self.spares_group_members = False
+        """Whether the task's group may have processes that the deployment spares, so that the group gets no signal."""
         self.heartbeat: threading.Thread | None = None
-        """The thread that sends a heartbeat while leftovers end."""
+        """The thread that has sent the last heartbeat of a task that is being ended."""
+        self.beaten_at = 0.0
+        """When it was sent, by time.monotonic()."""
 
 
 class StoppableProcess(WatchedProcess, Protocol):
@@ -155,6 +168,11 @@ class _CaughtSignals:
             self.received_at = time.monotonic()
             if self.on_signal is not None:
                 self.on_signal()
+
+    def repeat(self) -> None:
+        """Call ``on_signal`` if a signal has come: at that moment it may have relied on the loop."""
+        if self.signum is not None and self.on_signal is not None:
+            self.on_signal()
 
     def close(self) -> None:
         self.reader.close()
@@ -233,9 +251,11 @@ def watch_stop_signals(process: StoppableTask, conf: ConfigParser) -> Iterator[N
         process.selector.register(caught.reader, selectors.EVENT_READ)
         if find_stop_policy(conf, process._stop_policy) is StopPolicy.STOP:
             caught.on_signal = functools.partial(tell_if_busy, process, find_grace(conf, default=STOP_GRACE))
+            process._exit_watch.before_handlers = caught.repeat
         try:
             yield
         finally:
+            process._exit_watch.before_handlers = None
             caught.on_signal = None
             if process._stop.told:
                 # The task may have ended before the loop could log the signal.
@@ -253,7 +273,7 @@ def tell_if_busy(process: StoppableTask, grace: float) -> None:
     if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.told:
         process._stop.told = True
         process._exit_watch.expect_exit(grace)
-        if not signal_task(process, signal.SIGTERM):
+        if process._stop.spares_group_members or not signal_task(process, signal.SIGTERM):
             signal_pid(process.pid)
 
 
@@ -302,10 +322,14 @@ def heed_stop_signals(
             request.kill_at = None
             process._exit_watch.wake_at(None)
             process.kill(signal.SIGKILL, force=True)
-        elif process.failed_heartbeats:
-            # Send no other heartbeat: if the server is away, that would take much of the grace period.
-            process._last_heartbeat_attempt = time.monotonic()
-    elif process._exit_code is None and hear_stop_signal(process, conf):
+        else:
+            put_off_heartbeat(process)
+    elif process._exit_code is not None:
+        if hear_stop_signal(process, conf):
+            # Others hold the sockets of a task that has ended, and whoever has sent the signal will not wait for them.
+            process._exit_watch.give_up_sockets()
+    elif hear_stop_signal(process, conf):
+        put_off_heartbeat(process)
         grace = find_grace(conf, default=STOP_GRACE)
         caught = find_caught()
         request.kill_at = (caught.received_at if caught else time.monotonic()) + grace
@@ -313,6 +337,46 @@ def heed_stop_signals(
         process._exit_watch.wake_at(request.kill_at)
         if not request.told and not send(process, signal.SIGTERM):
             signal_pid(process.pid)
+
+
+def put_off_heartbeat(process: StoppableTask) -> None:
+    """Send heartbeats from a thread instead of the loop: if the server is away, one may take longer than the grace."""
+    send_heartbeat_if_due(process)
+    process._last_heartbeat_attempt = time.monotonic()
+
+
+def send_heartbeat_if_due(process: StoppableTask) -> None:
+    """Tell the server that the task has not ended yet, or it would start a retry beside what is left."""
+    request = process._stop
+    if (
+        request.server_ended
+        or process.failed_heartbeats
+        or (request.heartbeat is not None and request.heartbeat.is_alive())
+        # The server has not let the task start.
+        or not process._last_successful_heartbeat
+        or time.monotonic() - max(request.beaten_at, process._last_successful_heartbeat) < HEARTBEAT_INTERVAL
+    ):
+        return
+    request.beaten_at = time.monotonic()
+    beat_in_background(process)
+
+
+def beat_in_background(process: StoppableTask) -> None:
+    """Send a heartbeat from a thread."""
+    process._stop.heartbeat = threading.Thread(target=send_heartbeat, args=(process,), daemon=True)
+    with contextlib.suppress(RuntimeError):  # no thread can be had
+        process._stop.heartbeat.start()
+
+
+def send_heartbeat(process: StoppableTask) -> None:
+    """Send a heartbeat, and note if it has failed."""
+    try:
+        process.client.task_instances.heartbeat(process.id, pid=process.pid)
+    except Exception as error:  # as in the supervisor's own loop, and none is sent any more
+        process.failed_heartbeats += 1
+        log.info("The server takes no heartbeat of a task that is being ended", error=str(error))
+    else:
+        process._last_successful_heartbeat = time.monotonic()
 
 
 def hear_stop_signal(process: StoppableTask, conf: ConfigParser) -> bool:

@@ -95,6 +95,9 @@ def quick_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
     monkeypatch.setattr(supervisor, "SOCKET_CLEANUP_TIMEOUT", 0.1)
     monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
+    # An unfixed supervisor does not have it.
+    if stop_request := sys.modules.get("airflow.sdk.execution_time.teardown.stop_request"):
+        monkeypatch.setattr(stop_request, "HEARTBEAT_INTERVAL", 0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Api,
     Log,
     Relay,
+    SteppingApi,
     Tree,
     be_deaf,
     be_polite,
@@ -44,6 +45,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     end_task,
     ending,
     exec_sleeper,
+    forked,
     hear_ready,
     in_turn,
     keep_open,
@@ -52,6 +54,8 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     pause_for_ever,
     set_grace,
     start_task,
+    stop_supervisor,
+    tell_when_monitoring,
     wait_to_end,
     wait_until_left,
 )
@@ -393,6 +397,36 @@ class TestNested:
             left = list_left()
             assert sibling in left
             assert not set(daemon) & set(left)
+
+
+class TestSpared:
+    @pytest.mark.parametrize("is_busy", [False, True])
+    def test_member_of_the_group(
+        self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, *, is_busy: bool
+    ) -> None:
+        """A program that the deployment spares survives a signal to the supervisor, even in a request, or later in a kill."""
+        monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "sleep")
+        monkeypatch.setenv("AIRFLOW__WORKERS__STOP_SIGNAL_POLICY", "stop")
+
+        def supervise() -> None:
+            # Its heartbeat is a request.
+            api = SteppingApi(stop_supervisor) if is_busy else Api()
+            process = start_task(in_turn(start_sleep, pause_for_ever), api)
+            if not is_busy:
+                tell_when_monitoring(relay, monkeypatch)
+            relay.tell(process.wait())
+
+        def start_sleep() -> None:
+            relay.tell(subprocess.Popen(["sleep", "600"]).pid)
+
+        with forked(supervise) as supervising:
+            told = [relay.hear() for _ in range(1 if is_busy else 2)]
+            child = tree.add(next(pid for pid in told if pid != "monitoring"))
+            if not is_busy:
+                os.kill(supervising, signal.SIGTERM)
+            assert relay.hear() == -signal.SIGTERM
+            assert tree.runs(child)
+            os.kill(child, signal.SIGKILL)
 
 
 class TestUnchanged:

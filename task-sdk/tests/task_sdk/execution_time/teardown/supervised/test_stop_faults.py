@@ -58,7 +58,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 
 from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.sdk.execution_time import comms
-from airflow.sdk.execution_time.teardown import leftovers
+from airflow.sdk.execution_time.teardown import leftovers, stop_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -282,7 +282,7 @@ class TestLeftovers:
     def test_heartbeats_go_on(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """While leftovers have their grace the server is told that the task is not over."""
         set_grace(monkeypatch, NEVER)
-        monkeypatch.setattr(leftovers, "HEARTBEAT_INTERVAL", 0.05)
+        monkeypatch.setattr(stop_request, "HEARTBEAT_INTERVAL", 0.05)
         heartbeat = Relay()
 
         class Telling(Api):
