@@ -447,6 +447,24 @@ class TestHeartbeats:
         heartbeat.assert_not_called()
 
 
+class TestSignalWhileKilling:
+    def test_dying_process_is_no_survivor(
+        self, conf: Conf, process: Any, clock: Clock, mocker: MockerFixture
+    ) -> None:
+        """A signal just after SIGKILL leaves what was killed the time to die."""
+        kill_all = process._tree.kill_all
+        mocker.patch.object(
+            leftovers, "hear_stop_signal", autospec=True, side_effect=lambda *_: kill_all.called
+        )
+        dies_at = GRACE + 0.1
+        is_alive: Any = leftovers.is_alive
+        is_alive.side_effect = lambda _: clock.passed < dies_at
+        kill_all.side_effect = [[STUBBORN], []]
+        end_leftovers(process, -9, conf)
+        assert clock.passed >= dies_at
+        assert [call for call in process.process_log.calls if call.method_name == "error"] == []
+
+
 class TestUnseenLeader:
     def test_no_look_can_succeed(self, conf: Conf, process: Any, clock: Clock) -> None:
         """Where /proc does not show the task, leftovers have no grace: nobody could be found when it is over."""
