@@ -445,9 +445,9 @@ class TestMeans:
         """Where /proc belongs to another PID namespace it says that the task is not found, and what that means."""
 
         def confuse() -> None:
-            os.readlink = lambda path, *args, **kwargs: "2" if path == "/proc/self" else original(path)
+            os.readlink = lambda path, *args, **kwargs: another if path == "/proc/self" else original(path)
 
-        original = os.readlink
+        original, another = os.readlink, str(os.getpid())
         findings = find_wrong(change=confuse)
         assert findings.means.mark == "none"
         assert set(STUBBORN) <= set(findings.proof.left)
