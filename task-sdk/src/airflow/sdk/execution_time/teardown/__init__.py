@@ -17,6 +17,5 @@
 """
 End the task of a supervisor completely.
 
-The modules know only what they need of the supervisor: see the protocols in ``supervised``. Nothing is imported here:
-the watchdog of a task whose supervisor has died loads two of the modules without Airflow.
+Nothing is imported here: some modules also run without Airflow, if the supervisor of a task has died.
 """

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import selectors
     import socket
 
-__all__ = ["close_sockets"]
-
 
 def close_sockets(selector: selectors.BaseSelector) -> None:
     """Close every socket of the child that ``selector`` has; they have handlers as their data."""

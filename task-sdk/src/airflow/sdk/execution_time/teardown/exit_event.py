@@ -43,7 +43,6 @@ import structlog
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ExitWatch", "release_sockets", "unregister"]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -140,14 +139,13 @@ class ExitWatch:
 
     def grace_ends(self, default: float) -> float:
         """Return when the grace period ends, by time.monotonic(); without one, in ``default`` seconds."""
-        return time.monotonic() + default if self._kill_ends in (None, math.inf) else self._kill_ends
+        return time.monotonic() + default if self._kill_ends is None else self._kill_ends
 
     def expect_exit(self, grace: float) -> None:
         """
         Note that the child has been asked to end, and has ``grace`` seconds for it.
 
-        :param grace: infinite if it is not going to be killed. If called several times, the earliest end
-            counts.
+        If called several times, the earliest end counts.
         """
         ends = time.monotonic() + grace
         self._kill_ends = ends if self._kill_ends is None else min(self._kill_ends, ends)
@@ -196,7 +194,7 @@ class ExitWatch:
         return on_sockets
 
     def sockets_overdue(self, exit_code: int | None) -> bool:
-        """Whether the child was killed and is gone, but another process keeps its sockets open too long."""
+        """Whether the child is gone, but another process has held its sockets open too long."""
         return exit_code is not None and self._release_due_in() <= 0
 
     def _release_due_in(self) -> float:

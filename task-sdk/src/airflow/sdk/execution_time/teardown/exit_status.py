@@ -36,15 +36,6 @@ if TYPE_CHECKING:
 
     from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
 
-__all__ = [
-    "find_reported_state",
-    "has_reported",
-    "is_refused",
-    "is_unreaped_child",
-    "settle_exit_code",
-    "signal_popen",
-    "wait_for_popen",
-]
 
 NOT_REPORTED = "server_terminated"
 """The state that the supervisor itself notes for a task that the server has ended."""

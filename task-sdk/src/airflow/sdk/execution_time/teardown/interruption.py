@@ -72,13 +72,6 @@ if TYPE_CHECKING:
 
     from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
-__all__ = [
-    "TaskInterrupted",
-    "interrupt_on_sigterm",
-    "report_state",
-    "run_interruptibly",
-    "uninterrupted",
-]
 
 log = structlog.get_logger(logger_name="task")
 

@@ -15,7 +15,7 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-End the processes that a task has left running, once its own process was killed or has failed.
+End the processes that a task has left running, once its own process has been killed or has failed.
 
 1. The runner goes first: it and its ``on_kill`` have the whole grace period of the kill.
 2. Its leftovers get SIGTERM, and SIGCONT so that a stopped process can act on it.
@@ -75,15 +75,6 @@ if TYPE_CHECKING:
     import typing_extensions
     from structlog.typing import FilteringBoundLogger
 
-__all__ = [
-    "configure_tree",
-    "end_leftovers",
-    "end_on_exception",
-    "end_unless_started",
-    "handle_request_of_tree",
-    "prepare_kill",
-    "signal_tree",
-]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -190,7 +181,7 @@ def signal_tree(process: ProcessWithTree, sig: int) -> bool:
         tree.remember()
     if tree.spared and tree.signal_group(sig):
         return True
-    return bool(signal_task(process, sig) or tree.signal_leader(sig))
+    return signal_task(process, sig) or tree.signal_leader(sig)
 
 
 def handle_request_of_tree(
@@ -200,7 +191,7 @@ def handle_request_of_tree(
     *request_id: int,
     answer_failures: bool = False,
 ) -> None:
-    """Call ``handle_request()``. Record the members first if the task reports its end: its runner ends soon."""
+    """Handle a request. If it reports the task's end, record the members first: the runner exits soon."""
     if has_tree(process) and type(msg).__name__ in STATE_REPORTS:
         process._tree.remember()
     handle_request(process, msg, log, *request_id, answer_failures=answer_failures)
@@ -276,7 +267,7 @@ def find_deadline(process: TaskWithTree, conf: ConfigParser) -> float:
     grace = min(find_grace(conf), MAX_GRACE_UNASKED)
     if find_reported_state(process) == "up_for_retry" and is_told(process):
         grace = min(grace, RETRY_TOLD_GRACE)
-    return float(process._exit_watch.grace_ends(default=grace))
+    return process._exit_watch.grace_ends(default=grace)
 
 
 def is_told(process: TaskWithTree) -> bool:

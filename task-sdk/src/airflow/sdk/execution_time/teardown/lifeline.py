@@ -19,7 +19,7 @@ Have a runner notice that its supervisor has died.
 
 Without its supervisor nobody could stop the task: it would run on beside the retry that the server starts
 when heartbeats fail. So the runner asks the kernel for a real-time signal when its parent ends (prctl(2),
-PR_SET_PDEATHSIG). The signal's handler executes the watchdog (watchdog), which ends the task as the
+PR_SET_PDEATHSIG). The signal's handler executes the ``watchdog``, which ends the task as the
 supervisor would have: ``on_kill`` runs, and processes that are left when the grace period ends are killed.
 While the supervisor lives, there is no additional process and no open descriptor.
 
@@ -29,7 +29,7 @@ There are two cases in which the signal alone is not enough:
    example, fails for that reason. If it ended at once, ``on_kill`` would not run, and the processes that it
    has started would run on. So the runner waits for the signal before it ends.
 2. Python runs the handler between two instructions of the main thread. If the main thread is in C code that
-   does not return, or the runner is stopped, the handler does not run. sweep ends such tasks.
+   does not return, or the runner is stopped, the handler does not run. The ``sweep`` ends such tasks.
 
 Nothing here imports Airflow outside this package.
 """
@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from configparser import ConfigParser
 
-__all__ = ["await_death", "follow_spawner", "follow_supervisor", "run_to_death"]
 
 PR_SET_PDEATHSIG = 1
 

@@ -19,9 +19,9 @@ Find the trees of tasks whose supervisor has died, and end them as the superviso
 
 Two programs do so:
 
-1. A runner that notices the death starts a watchdog (lifeline).
+1. A runner that notices the death starts a ``watchdog`` (see ``lifeline``).
 2. If the runner cannot notice it, because it is stopped or busy in C code, the next supervisor ends the tree
-   (sweep).
+   (``sweep``).
 
 They end a tree only if its runner is there: without a runner, the processes may be the leftovers of a task
 that has succeeded. The only exceptions are processes that a supervisor was about to kill when it died.
@@ -63,7 +63,6 @@ from airflow.sdk.execution_time.teardown.process_tree import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["ORPHAN_GRACE", "Orphan", "end_orphans", "find_orphans", "kill_condemned"]
 
 ORPHAN_GRACE = 5.0
 """
@@ -93,7 +92,7 @@ class Orphan:
     @property
     def condemned(self) -> bool:
         """Whether its supervisor was about to kill it."""
-        return bool(is_condemned(self.origin))
+        return is_condemned(self.origin)
 
 
 def find_orphans() -> list[Orphan]:

@@ -37,7 +37,6 @@ from airflow.sdk.execution_time.teardown.task_requests import expects_answer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CommsLock", "reads_answer", "sends_request"]
 
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 

@@ -48,18 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from configparser import ConfigParser
 
-__all__ = [
-    "GRACE",
-    "LeftoverPolicy",
-    "StopPolicy",
-    "find_grace",
-    "find_leftover_policy",
-    "find_spared_names",
-    "find_stop_policy",
-    "is_grace_set",
-    "limit_grace",
-    "without_warnings",
-]
 
 log = structlog.get_logger(logger_name="supervisor")
 

@@ -35,7 +35,7 @@ belong to the outer one, even if their supervisors are gone. With three generati
 through a process of the second that is alive, or that an earlier look has seen.
 
 Besides the mark a leader gets its *origin*, in ``RLIMIT_RSS``, which has no effect either. The origin
-identifies the leader's supervisor, and contains a part of the mark. It serves two purposes: orphans
+identifies the leader's supervisor, and contains a part of the mark. It serves two purposes: ``orphans``
 recognises a tree whose supervisor has died, and a look finds a process that has set the limit of the mark for
 itself.
 
@@ -75,7 +75,6 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-__all__ = ["Process", "ProcessTree"]
 
 Tie = tuple[str, int]
 """A kind and a number that several processes share: ("parent", 4711), ("session", 4711), ("mark", 4711)."""

@@ -36,8 +36,6 @@ from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
 if TYPE_CHECKING:
     from airflow.sdk.execution_time.teardown.stop_request import StoppableProcess
 
-__all__ = ["lead_session", "signal_session", "signal_task"]
-
 
 def lead_session() -> bool:
     """

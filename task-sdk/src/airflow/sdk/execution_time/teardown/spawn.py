@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
     from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 
-__all__ = ["spawn_leader"]
 
 UNKNOWN_PID = 0
 

@@ -60,23 +60,6 @@ if TYPE_CHECKING:
     from airflow.sdk.api.client import ServerResponseError
     from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
 
-__all__ = [
-    "HEARTBEAT_INTERVAL",
-    "StopRequest",
-    "StoppableProcess",
-    "StoppableTask",
-    "begin_runner",
-    "catch_stop_signals",
-    "hear_stop_signal",
-    "heed_stop_signals",
-    "is_task",
-    "note_failed_heartbeats",
-    "note_overtime",
-    "note_server_ended",
-    "send_heartbeat_if_due",
-    "signal_pid",
-    "watch_stop_signals",
-]
 
 log = structlog.get_logger(logger_name="supervisor")
 
@@ -226,7 +209,7 @@ def forget_caught() -> None:
 
 
 def restore_wakeup_descriptor(descriptor: int) -> None:
-    """Restore the result of ``signal.set_wakeup_fd()``; -1 if it was closed meanwhile, if inherited."""
+    """Restore the former wakeup descriptor; -1 if it has been closed since, as an inherited one may be."""
     try:
         signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
     except (OSError, ValueError):
@@ -296,7 +279,7 @@ def begin_runner(*steps: Callable[[], object]) -> None:
 
 
 def drop_stop_handlers() -> None:
-    """Have stop signals end this process, a forked copy of a supervisor, without a byte to the supervisor."""
+    """Have stop signals end this process, a forked copy of a supervisor, without writing to its wakeup descriptor."""
     signal.set_wakeup_fd(-1)
     for signum in STOP_SIGNALS:
         if callable(signal.getsignal(signum)):

@@ -15,12 +15,10 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-What this package uses of the supervisor's classes, as types.
+Types of the supervisor's classes, with what this package uses of them.
 
-Upstream's classes satisfy these protocols in every release since SDK 1.0.3. The modules that give them further
-attributes extend the protocols: see ``stop_request`` and ``leftovers``.
-
-Imports nothing at run time.
+A module that gives these classes further attributes extends the protocols. Methods whose parameters differ between
+releases are properties here. Imports nothing at run time.
 """
 
 from __future__ import annotations
@@ -37,11 +35,9 @@ if TYPE_CHECKING:
 
     from airflow.sdk.api.client import Client
 
-__all__ = ["TaskProcess", "WatchedProcess"]
-
 
 class WatchedProcess(Protocol):
-    """The part of ``WatchedSubprocess``, the supervisor's view of any child, that is used."""
+    """The part of ``WatchedSubprocess`` (the supervisor's view of any child) that this package uses."""
 
     pid: int
     selector: selectors.BaseSelector
@@ -65,7 +61,7 @@ class WatchedProcess(Protocol):
 
 
 class TaskProcess(WatchedProcess, Protocol):
-    """The part of ``ActivitySubprocess``, the supervisor's view of a task's runner, that is used."""
+    """The part of ``ActivitySubprocess`` (the supervisor's view of a task's runner) that this package uses."""
 
     id: UUID
     """Of the task instance."""

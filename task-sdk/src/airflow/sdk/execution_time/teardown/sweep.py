@@ -15,7 +15,7 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-End the tasks whose supervisors have died, and that have not noticed it themselves (lifeline).
+End the tasks whose supervisors have died, and whose runners could not notice it (see ``lifeline``).
 
 A supervisor does this before the first task that its process starts. So does the command
 ``python -m airflow.sdk.execution_time.teardown.sweep``, for example in ``ExecStartPre=`` of systemd, or in cron.
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from airflow.sdk.execution_time.teardown.orphans import Orphan
     from airflow.sdk.execution_time.teardown.process_tree import Process
 
-__all__ = ["main", "sweep_once"]
 
 log = structlog.get_logger(logger_name="supervisor")
 

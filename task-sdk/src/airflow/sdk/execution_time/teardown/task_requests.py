@@ -21,8 +21,6 @@ Answer the requests of a task, even if the API server cannot answer, or has ende
   task would run on without one.
 - If the server has ended a task, the supervisor refuses the state that the task reports. Otherwise its runner
   would run the callbacks of a failure, though the task has not failed.
-
-Outside this package it imports nothing of Airflow but errors.
 """
 
 from __future__ import annotations
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from airflow.sdk.execution_time.teardown.stop_request import StoppableProcess, StoppableTask
     from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
 
-__all__ = ["bear_refusal", "deny_silent_success", "expects_answer", "handle_request", "tell_state"]
 
 STATE_REPORTS = (
     "TaskState",
@@ -71,7 +68,7 @@ ENDED_STATUSES = (404, CONFLICT, 410)
 """The server's answers about a task that is not to run any more, or that it does not know."""
 
 ANSWERED = ("DeleteVariable", "TriggerDagRun", "ValidateInletsAndOutlets")
-"""Messages that get an answer before 1.0.3, besides those named "Get..."; from 1.0.3 on all do."""
+"""Before 1.0.3 these, and those named "Get...", are the only messages that get an answer."""
 
 
 def handle_request(

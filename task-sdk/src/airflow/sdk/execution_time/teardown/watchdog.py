@@ -64,9 +64,9 @@ def leave_task() -> None:
 def end_task(order: dict[str, Any]) -> None:
     """End the described task; to be called in a process of its own, which has inherited the task's marks."""
     tree = importlib.import_module(f"{PACKAGE}.process_tree")
-    orphan = importlib.import_module(f"{PACKAGE}.orphans")
+    orphans = importlib.import_module(f"{PACKAGE}.orphans")
     tree.lift_marks()
-    orphan.end_orphans([make_tree(tree, order)], order["grace"])
+    orphans.end_orphans([make_tree(tree, order)], order["grace"])
 
 
 def stand_in_for_package() -> None:
