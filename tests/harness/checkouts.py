@@ -47,6 +47,24 @@ namespace_packages = true
 no_implicit_optional = true
 warn_redundant_casts = true
 """
+# More than one hook may need a ruff; that of the name lints.
+HOOKS = """\
+repos:
+  - repo: https://example.org/hooks
+    rev: 0123456789abcdef0123456789abcdef01234567  # frozen: v1.2.3
+    hooks:
+      - id: mend-spaces
+  - repo: local
+    hooks:
+      - id: list-operators
+        entry: ./list_operators.py
+        additional_dependencies: ['rich>=12', 'ruff==0.0.1']
+      - id: ruff
+        entry: ruff check --force-exclude
+        additional_dependencies: ['ruff=={ruff}']
+      - id: ruff-format
+        entry: ./ruff_format.py
+"""
 
 
 def unpack_checkout(sdist: Path, folder: Path) -> Path:
@@ -60,6 +78,11 @@ def unpack_checkout(sdist: Path, folder: Path) -> Path:
     (folder / "pyproject.toml").write_text(RUFF_SETTINGS + MYPY_SETTINGS)
     commit_all(folder)
     return folder
+
+
+def write_hooks(ruff: str) -> str:
+    """Return what a root's .pre-commit-config.yaml says of ruff, whose version it pins as upstream's does."""
+    return HOOKS.format(ruff=ruff)
 
 
 def commit_all(folder: Path) -> None:

@@ -16,13 +16,13 @@ import yaml
 from packaging.version import Version
 
 from patches.commands import find_tool
+from patches.environments import NoInterpreterError
 from patches.pull_requests import Wishes, make_pull_request
 from patches.releases import last_of_lines
 from patches.rules import load_changes
 from patches.upstream import fetch_sdist, fetch_wheel
 from patches.wheels import build_wheel
 from tests.harness.checkouts import commit_all, git, unpack_checkout
-from tests.harness.environments import NoInterpreterError
 from tests.sdk.running import SCENARIOS, install_release
 from tests.upstream.checkouts import build_sdk, export_parent
 from tests.upstream.judging import REPEATS
