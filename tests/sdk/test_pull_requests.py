@@ -219,9 +219,8 @@ def read_code(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist() if name.startswith("airflow/")}
 
 
-def test_adds_no_type_error(tmp_path: Path) -> None:
+def test_adds_no_type_error(checkout: Path) -> None:
     """Mypy, with upstream's settings, has nothing against the commit that it had not against the files before."""
-    checkout = unpack_checkout(fetch_sdist(NEWEST), tmp_path / "checkout")
     request = make_pull_request(checkout, CHANGES, Wishes(types=True))
     (left_out,) = [notice for notice in request.notices if "types" in notice] or [""]
     if "No Python" in left_out:
