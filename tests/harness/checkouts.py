@@ -109,8 +109,9 @@ class Root:
     ignored: str = ""
 
 
-# As v3-0-test was in July 2025, and main in September 2025 and in March 2026. Since July 2026 main selects its rules. The branches
-# pin the ruff that they had in summer 2026; main has one that knows `extend-banned-api`.
+# As v3-0-test was in July 2025, and main in September 2025 and in March 2026, with the ruff that the branches of 3.0 to 3.2 pin in
+# autumn 2026; that of 3.3 is taken to be as that of 3.2. Since July 2026 main selects its rules, and its ruff is a newer one, which
+# knows `extend-banned-api`.
 ROOTS = {
     "1.0": Root("0.15.5", added='"SIM105"', ignored='"PT006", "PT011"'),
     "1.1": Root("0.15.5", ignored='"PT006", "PT011", "SIM105", "UP038"'),
