@@ -36,7 +36,7 @@ def prereleases(session: nox.Session) -> None:
 @nox.session
 def pr(session: nox.Session) -> None:
     """Commit the changes on a new branch of the apache/airflow checkout given, ready for a pull request."""
-    install_groups(session, "tool", "lint")  # ruff, for the checkout's own configuration
+    install_groups(session, "tool", "lint")  # ruff and mypy, for the checkout's own configurations
     session.run("python", "-m", "patches", "pr", *session.posargs, interrupt_timeout=INTERRUPT_TIMEOUT)
 
 

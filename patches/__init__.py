@@ -45,6 +45,7 @@ nothing is written: upstream's code has changed, and somebody has to look.
 ``python -m patches --help`` shows the commands. The modules, from the inside out: ``errors``, ``commands`` (running other
 programs), ``releases`` (the table in pyproject.toml), ``upstream`` (verified downloads), ``rules`` (change files and their
 application to a tree), ``wheels`` (patched wheels), ``checking`` (a release that may be new), ``prereleases`` (those that
-the index has), ``linting``, ``checkouts`` (commits in a git checkout), ``styling`` (a checkout's ruff configuration),
-``pull_requests`` and ``breeze``.
+the index has), ``linting``, ``checkouts`` (commits in a git checkout), ``environments`` (a checkout's ruff, and a release for
+mypy), ``styling`` (a checkout's ruff configuration), ``type_checking`` (its mypy configuration), ``pull_requests`` and
+``breeze``.
 """

@@ -107,6 +107,11 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     request.add_argument("--branch", metavar="NAME", help="default: task-sdk-teardown, or task-sdk-CHANGE")
     request.add_argument("--number", type=int, metavar="N", help="of the pull request, for the newsfragment")
     request.add_argument("--format-patch", type=Path, metavar="FILE", help="write a patch for `git am`, too")
+    request.add_argument(
+        "--no-types",
+        action="store_true",
+        help="leave out mypy, which takes a minute, and more the first time",
+    )
     request.set_defaults(run=_run_pr)
 
     breeze = commands.add_parser("breeze", help="run upstream's own checks on a checkout, in Breeze")
@@ -219,8 +224,11 @@ def _run_pr(options: argparse.Namespace) -> None:
         branch=options.branch,
         number=options.number,
         patch_file=options.format_patch,
+        types=not options.no_types,
     )
-    print(_describe_request(make_pull_request(options.checkout, load_changes(), wishes), options))
+    with Console(stderr=True).status("Making the commit"):
+        request = make_pull_request(options.checkout, load_changes(), wishes)
+    print(_describe_request(request, options))
 
 
 def _describe_request(request: PullRequest, options: argparse.Namespace) -> str:

@@ -122,6 +122,12 @@ def commit_files(
     return commit[:SHORT_DIGITS]
 
 
+def export_files(checkout: Checkout, folder: Path) -> None:
+    """Write the files of the commit that is checked out into a folder."""
+    with _read_own_index(checkout) as own_index:
+        checkout.git("checkout-index", "--all", f"--prefix={folder}/", environment=own_index)
+
+
 def _exclude_each_other(branch: str, other: str) -> bool:
     """Whether git cannot have branches of both names: a/b needs a folder where a is a file."""
     return f"{branch}/".startswith(f"{other}/") or f"{other}/".startswith(f"{branch}/")
@@ -150,9 +156,7 @@ def _hold_interrupts() -> Iterator[None]:
 
 def _write_commit(checkout: Checkout, files: Mapping[str, bytes], message: str) -> str:
     """Write the commit's objects by way of an index of their own, and return the commit's id."""
-    with tempfile.TemporaryDirectory() as work:
-        own_index = {"GIT_INDEX_FILE": str(Path(work, "index"))}
-        checkout.git("read-tree", checkout.head, environment=own_index)
+    with _read_own_index(checkout) as own_index:
         entries = [
             f"{_find_mode(checkout, file)} {_write_blob(checkout, content)}\t{file}\n"
             for file, content in files.items()
@@ -160,6 +164,15 @@ def _write_commit(checkout: Checkout, files: Mapping[str, bytes], message: str) 
         checkout.git("update-index", "--index-info", stdin="".join(entries).encode(), environment=own_index)
         tree = checkout.git("write-tree", environment=own_index).strip()
     return checkout.git("commit-tree", tree, "-p", checkout.head, stdin=message.encode()).strip()
+
+
+@contextlib.contextmanager
+def _read_own_index(checkout: Checkout) -> Iterator[dict[str, str]]:
+    """Give the variable that has git use an index of our own, with the commit that is checked out."""
+    with tempfile.TemporaryDirectory() as work:
+        own_index = {"GIT_INDEX_FILE": str(Path(work, "index"))}
+        checkout.git("read-tree", checkout.head, environment=own_index)
+        yield own_index
 
 
 def _find_mode(checkout: Checkout, file: str) -> str:

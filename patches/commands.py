@@ -30,15 +30,20 @@ _stopping = threading.Event()
 
 
 def run_command(
-    command: Sequence[str], *, stdin: bytes = b"", environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end and return its status and what it printed; add to its environment."""
+    """Run a command to its end, in a folder, and return its status and what it printed; add to its environment."""
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | dict(environment or {}),
+        cwd=folder,
     ) as process:
         try:
             _register(process)

@@ -20,6 +20,7 @@ from patches.checkouts import (
     commit_files,
     open_checkout,
 )
+from patches.environments import EnvironmentFailedError
 from patches.errors import PatchError
 from patches.releases import all_releases, find_nearest, find_release, last_of_lines
 from patches.rules import (
@@ -35,6 +36,7 @@ from patches.rules import (
     select_names,
 )
 from patches.styling import NoStyleError, apply_style, style_new_file
+from patches.type_checking import NoTypesError, check_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -69,6 +71,7 @@ class Wishes:
     branch: str | None = None
     number: int | None = None
     patch_file: Path | None = None
+    types: bool = False
 
 
 @dataclass
@@ -96,6 +99,7 @@ def make_pull_request(folder: Path, changes: Sequence[Change], wishes: Wishes) -
         _check_patch_file(checkout, wishes.patch_file)
     check_branch(checkout, request.branch)
     check_identity(checkout)
+    _check_types(checkout, request, wishes)
     request.commit = commit_files(checkout, request.files, request.message, request.branch, wishes.patch_file)
     return request
 
@@ -109,7 +113,7 @@ def prepare(checkout: Checkout, changes: Sequence[Change], wishes: Wishes) -> Pu
     files = _collect_files(checkout, selected, release, notices)
     files |= _write_newsfragment(checkout, alone, selected, wishes.number, notices)
     try:
-        files = apply_style(checkout, files)
+        files = apply_style(checkout, files, notices)
     except NoStyleError as error:
         notices.append(f"Left out: the check of the style, for {error}.")
     return PullRequest(
@@ -324,6 +328,16 @@ def _write_message(alone: Change | None, selected: Sequence[Change]) -> str:
 
 def _fill(text: str) -> str:
     return textwrap.fill(text, MESSAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _check_types(checkout: Checkout, request: PullRequest, wishes: Wishes) -> None:
+    if not wishes.types:
+        request.notices.append("Left out: the check of the types, with --no-types.")
+        return
+    try:
+        check_types(checkout, request.files, request.release)
+    except (NoTypesError, EnvironmentFailedError) as error:
+        request.notices.append(f"Left out: the check of the types. {error}")
 
 
 def _check_patch_file(checkout: Checkout, file: Path) -> None:

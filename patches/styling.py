@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import yaml
+from packaging.version import Version
+
 from patches.commands import find_tool, run_command, run_parallel
+from patches.environments import EnvironmentFailedError, fetch_ruff
 from patches.errors import PatchError
 
 if TYPE_CHECKING:
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
     from patches.checkouts import Checkout
 
 CONFIGURATIONS = ("ruff.toml", ".ruff.toml")
+HOOKS = ".pre-commit-config.yaml"
 FAILED = 2  # ruff's exit status when it could not run; 1 means that it found something
 
 
@@ -23,7 +29,11 @@ class NoStyleError(PatchError):
     """Ruff could not run, or was not asked to."""
 
 
-def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, bytes]:
+class NoPinError(PatchError):
+    """The checkout's hooks do not say which ruff they run."""
+
+
+def apply_style(checkout: Checkout, files: Mapping[str, bytes], notices: list[str]) -> dict[str, bytes]:
     """Return the files as the checkout's ruff configuration wants them.
 
     New files, and files that were in style before, are fixed and formatted. Others are not, for a commit must not restyle
@@ -31,6 +41,7 @@ def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, byt
     before, and a NoStyleError where there is no configuration, or ruff does not take it.
     """
     _check_configuration(checkout)
+    _, said = choose_ruff(checkout)
     styled = dict(files)
     problems: list[str] = []
     modules = [file for file in files if _is_python(file)]
@@ -44,10 +55,43 @@ def apply_style(checkout: Checkout, files: Mapping[str, bytes]) -> dict[str, byt
     if problems:
         raise PatchError(
             *problems,
+            *said,
             "The checkout's ruff configuration asks for that: mend these files where this repository has them "
             "(task-sdk/, patches/changes/), and run this again.",
         )
+    notices += said
     return styled
+
+
+@functools.cache
+def choose_ruff(checkout: Checkout) -> tuple[str, tuple[str, ...]]:
+    """Return the ruff that the checkout's hooks run, or else ours, and what is to be said about it."""
+    ours = find_tool("ruff")
+    hooks = checkout.read(HOOKS)
+    if hooks is None:
+        return ours, ()
+    own = run_command([ours, "--version"]).stdout.decode().split()[-1]
+    try:
+        pin = _read_pin(hooks)
+        return (ours if pin == Version(own) else str(fetch_ruff(pin))), ()
+    except (NoPinError, EnvironmentFailedError) as error:
+        return ours, (f"Ruff {own} has checked the style, which need not be the checkout's own. {error}",)
+
+
+def _read_pin(hooks: bytes) -> Version:
+    """Return the version of ruff that is installed for the hook of that name."""
+    try:
+        (pin,) = {
+            need.removeprefix("ruff==")
+            for repository in yaml.safe_load(hooks)["repos"]
+            for hook in repository["hooks"]
+            if hook["id"] == "ruff"
+            for need in hook["additional_dependencies"]
+            if need.startswith("ruff==")
+        }
+        return Version(pin)
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
+        raise NoPinError(f"{HOOKS} does not name a version of it.") from None
 
 
 def style_new_file(checkout: Checkout, file: str, content: bytes) -> bytes:
@@ -94,7 +138,7 @@ def _run_ruff(checkout: Checkout, file: str, content: bytes, *arguments: str) ->
     command, *options = arguments
     result = run_command(
         [
-            find_tool("ruff"),
+            choose_ruff(checkout)[0],
             command,
             "--no-cache",
             *options,

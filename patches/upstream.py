@@ -85,6 +85,23 @@ def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def explain_failure(name: str, stderr: str) -> str:
+    """Say in one sentence what pip's messages about a file or a version mean."""
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return (
+            f"The package index served a {name} whose sha256 is not the one in pyproject.toml; it was not kept: "
+            "find out who changed it before you go on."
+        )
+    if "(from versions: none)" in stderr or "connection broken" in stderr:
+        return (
+            f"{name} could not be downloaded, for the package index did not answer: check the network, the proxy and "
+            "pip's configuration."
+        )
+    if "No matching distribution found" in stderr:
+        return f"The package index has no {name}: check the version."
+    return f"{name} could not be downloaded; pip says: {_find_error(stderr)}"
+
+
 def _fetch(name: str, version: str, sha256: str, cache: Path) -> Path:
     cached = cache / name
     if not cached.is_file():
@@ -110,24 +127,7 @@ def _run_pip_download(name: str, version: str, sha256: str | None, folder: Path)
         environment={"TMPDIR": str(folder)},
     )
     if result.returncode or not (folder / name).is_file():
-        raise PatchError(_explain_failure(name, result.stderr.decode(errors="replace")))
-
-
-def _explain_failure(name: str, stderr: str) -> str:
-    """Say in one sentence what pip's messages mean."""
-    if "DO NOT MATCH THE HASHES" in stderr:
-        return (
-            f"The package index served a {name} whose sha256 is not the one in pyproject.toml; it was not kept: "
-            "find out who changed it before you go on."
-        )
-    if "(from versions: none)" in stderr or "connection broken" in stderr:
-        return (
-            f"{name} could not be downloaded, for the package index did not answer: check the network, the proxy and "
-            "pip's configuration."
-        )
-    if "No matching distribution found" in stderr:
-        return f"The package index has no {name}: check the version."
-    return f"{name} could not be downloaded; pip says: {_find_error(stderr)}"
+        raise PatchError(explain_failure(name, result.stderr.decode(errors="replace")))
 
 
 def _find_error(stderr: str) -> str:

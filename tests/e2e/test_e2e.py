@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 from rich.console import Console
 
+from patches.environments import NoInterpreterError
 from patches.errors import PatchError
 from patches.releases import find_release
 from tests.e2e.__main__ import choose, main, run_scenario
@@ -19,7 +20,7 @@ from tests.e2e.scenarios import SCENARIOS
 from tests.e2e.scenarios.load import KILLED, TASKS, judge_states
 from tests.e2e.servers import ServerFailedError
 from tests.harness import users
-from tests.harness.environments import Environment, NoInterpreterError
+from tests.harness.environments import Environment
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:

@@ -6,7 +6,10 @@ import hashlib
 import os
 import subprocess
 import tarfile
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from packaging.version import Version
 
 from patches.pull_requests import NEWSFRAGMENTS
 from tests.harness.archives import extract
@@ -17,23 +20,52 @@ if TYPE_CHECKING:
 IDENTITY = {"NAME": "A Contributor", "EMAIL": "contributor@example.org"}
 TIMEOUT = 60
 """Seconds."""
-# Asks for about what upstream asks for.
+# What the roots of all lines ask for. Those of release branches select nothing, so that it comes on top of ruff's default.
+RULES = """
+    "ASYNC", "B004", "B006", "B007", "B017", "B019", "B028", "D1", "D2", "D213", "D3", "D400", "D401", "D402", "D403", "D412", "D419",
+    "E", "G", "I", "ISC", "LOG", "PGH004", "PGH005", "PT", "RET505", "RET506", "RET507", "RET508", "RUF006", "RUF015", "RUF019",
+    "RUF100", "S101", "SIM300", "TC", "TID25", "TRY002", "UP", "W",
+"""
+LATER_RULES = """
+    "B012", "PLW0120", "PLW0127", "PLW0128", "PLW0129", "PLW0131", "PLW0133", "PLW0177", "PLW0211", "PLW0245", "PLW0406", "PLW0602",
+    "PLW0604", "PLW0642", "PLW0711", "PLW1501", "PLW1507", "PLW1508", "PLW1509", "PLW1510", "PLW1641", "PLW2101", "PLW2901",
+    "PLW3301", "SIM107",
+"""
+MAIN_RULES = (
+    '"B", "D1", "D2", "D3", "D40", "E", "F", "G", "I", "ISC", "LOG", "PGH", "PT", "RET50", "TC", "UP", "W"'
+)
+IGNORED = """
+    "ASYNC110", "COM812", "COM819", "D100", "D102", "D103", "D104", "D105", "D107", "D203", "D206", "D212", "D300", "E111", "E114",
+    "E117", "E501", "E731", "PT007", "PT013", "PT019", "Q000", "Q001", "Q002", "Q003", "TC003", "W191",
+"""
+MAIN_IGNORED = '"D404", "D405", "D406", "D407", "D408", "D409", "ISC004", "LOG004"'
 RUFF_SETTINGS = """\
 [tool.ruff]
 line-length = 110
 
 [tool.ruff.lint]
-select = ["B", "D1", "D2", "D3", "D40", "E", "F", "G", "I", "ISC", "LOG", "PGH", "PT", "RET50", "RUF100", "TC", "UP", "W"]
-extend-select = [
-    "PLE1205", "PLW01", "PLW02", "PLW04", "PLW0602", "PLW0604", "PLW0642", "PLW07", "PLW15", "PLW1641", "PLW21", "PLW2901",
-    "PLW33", "RUF006", "RUF015", "RUF019", "S101", "SIM105", "SIM107", "SIM300", "TID251", "TID252", "TRY002",
-]
-ignore = ["D100", "D102", "D103", "D104", "D105", "D107", "D203", "D212", "D404", "D405", "D406", "D407", "D408", "D409"]
-extend-ignore = ["E501", "E731", "ISC004", "LOG004", "PT007", "PT013", "PT019", "TC003"]
+{select}
+extend-select = [{rules}{added}]
+ignore = [{ignored}]
+
+[tool.ruff.format]
+docstring-code-format = true
 
 [tool.ruff.lint.isort]
-known-first-party = ["airflow", "tests_common"]
+combine-as-imports = true
+known-first-party = ["airflow"]
 required-imports = ["from __future__ import annotations"]
+section-order = ["future", "standard-library", "third-party", "first-party", "local-folder", "testing"]
+
+[tool.ruff.lint.isort.sections]
+testing = ["dev", "tests_common", "tests"]
+
+[tool.ruff.lint.flake8-pytest-style]
+fixture-parentheses = false
+mark-parentheses = false
+
+[tool.ruff.lint.flake8-type-checking]
+exempt-modules = ["typing", "typing_extensions"]
 """
 # But for its plugins, which no index has in the version of the checkout, and what is about the layout of the output.
 MYPY_SETTINGS = """\
@@ -47,19 +79,74 @@ namespace_packages = true
 no_implicit_optional = true
 warn_redundant_casts = true
 """
+# More than one hook may need a ruff; the one of that name lints.
+HOOKS = """\
+repos:
+  - repo: https://example.org/hooks
+    rev: 0123456789abcdef0123456789abcdef01234567  # frozen: v1.2.3
+    hooks:
+      - id: mend-spaces
+  - repo: local
+    hooks:
+      - id: list-operators
+        entry: ./list_operators.py
+        additional_dependencies: ['rich>=12', 'ruff==0.0.1']
+      - id: ruff
+        entry: ruff check --force-exclude
+        additional_dependencies: ['ruff=={ruff}']
+      - id: ruff-format
+        entry: ./ruff_format.py
+"""
+
+
+@dataclass(frozen=True)
+class Root:
+    """What the root of a line asks for: the ruff that it pins, and where its rules are not those of all lines."""
+
+    ruff: str
+    select: str = ""
+    added: str = ""
+    ignored: str = ""
+
+
+# As v3-0-test was in July 2025, and main in September 2025 and in March 2026, with the ruff that the branches of 3.0 to 3.2 pin in
+# autumn 2026; that of 3.3 is taken to be as that of 3.2. Since July 2026 main selects its rules, and its ruff is a newer one, which
+# knows `extend-banned-api`.
+ROOTS = {
+    "1.0": Root("0.15.5", added='"SIM105"', ignored='"PT006", "PT011"'),
+    "1.1": Root("0.15.5", ignored='"PT006", "PT011", "SIM105", "UP038"'),
+    "1.2": Root("0.15.5", added=LATER_RULES, ignored='"SIM105"'),
+    "1.3": Root("0.15.5", added=LATER_RULES, ignored='"SIM105"'),
+    "1.4": Root("0.17.6", select=f"select = [{MAIN_RULES}]", added=LATER_RULES, ignored=MAIN_IGNORED),
+}
 
 
 def unpack_checkout(sdist: Path, folder: Path) -> Path:
-    """Make a repository with one commit of an sdist, and return its folder."""
+    """Make a repository with one commit of an sdist and a root for its line, and return its folder."""
     with tarfile.open(sdist) as archive:
         extract(archive, folder)
     (unpacked,) = folder.iterdir()
+    version = Version(unpacked.name.rpartition("-")[2])
     unpacked.rename(folder / "task-sdk")
     (folder / NEWSFRAGMENTS).mkdir(parents=True)
     (folder / NEWSFRAGMENTS / "config.toml").touch()
-    (folder / "pyproject.toml").write_text(RUFF_SETTINGS + MYPY_SETTINGS)
+    root = ROOTS[f"{version.major}.{version.minor}"]
+    (folder / "pyproject.toml").write_text(write_ruff_settings(root) + MYPY_SETTINGS)
+    (folder / ".pre-commit-config.yaml").write_text(write_hooks(root.ruff))
     commit_all(folder)
     return folder
+
+
+def write_ruff_settings(root: Root) -> str:
+    """Return what a root's pyproject.toml says to ruff."""
+    return RUFF_SETTINGS.format(
+        select=root.select, rules=RULES, added=root.added, ignored=IGNORED + root.ignored
+    )
+
+
+def write_hooks(ruff: str) -> str:
+    """Return what a root's .pre-commit-config.yaml says of ruff, whose version it pins as upstream's does."""
+    return HOOKS.format(ruff=ruff)
 
 
 def commit_all(folder: Path) -> None:

@@ -9,34 +9,21 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patches.commands import find_tool
-from patches.errors import PatchError
+from patches.environments import INSTALLED_ONLY, check_uv, find_interpreter
 from patches.releases import PROJECT, ROOT
 from patches.upstream import fetch_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from patches.releases import Release
 
 CACHE = ROOT / ".cache" / "environments"
-# Every supported release runs on it, so results compare across releases.
-PREFERRED_PYTHON = "3.11"
-INSTALLED_ONLY = ("--no-python-downloads", "--python-preference", "system")
 QUERY_TIMEOUT = 60
-INSTALL_TIMEOUT = 900
 STAMP = "finished"
-
-
-class EnvironmentFailedError(PatchError):
-    """The environment could not be made; the message ends with uv's own."""
-
-
-class NoInterpreterError(EnvironmentFailedError):
-    """No installed interpreter serves the release: what needed it was not run, which is not a pass."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +108,6 @@ def clean_env(folder: Path, *, python: Path | None = None) -> dict[str, str]:
         "LANG": "C.UTF-8",
         **{name: str(place) for name, place in places.items()},
     }
-
-
-def find_interpreter(release: Release, python: str | None = None) -> Path:
-    """Return the interpreter asked for, else the preferred one, else any that the release supports."""
-    requests = [python] if python else [PREFERRED_PYTHON, release.python]
-    for request in requests:
-        found = run_uv("python", "find", "--system", *INSTALLED_ONLY, request, timeout=QUERY_TIMEOUT)
-        if found.returncode == 0:
-            return Path(found.stdout.strip())
-    raise NoInterpreterError(
-        f"No Python {requests[-1]} is installed for SDK {release.version}: `uv python install` can install one."
-    )
 
 
 def query_version(interpreter: Path) -> str:
@@ -224,30 +199,3 @@ def is_same_folder(descriptor: int, folder: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), folder.stat())
     except FileNotFoundError:
         return False
-
-
-def check_uv(*arguments: str) -> None:
-    """Run uv; raise EnvironmentFailedError with its last lines when it fails."""
-    result = run_uv(*arguments, timeout=INSTALL_TIMEOUT)
-    if result.returncode:
-        raise EnvironmentFailedError(
-            f"An environment could not be made, for uv says: {explain_failure(result.stderr)}"
-        )
-
-
-def explain_failure(stderr: str) -> str:
-    """Return uv's error without the progress before it."""
-    before, error, message = stderr.partition("error:")
-    return (message if error else before).strip()
-
-
-def run_uv(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run uv and capture its output; raise EnvironmentFailedError after `timeout` seconds."""
-    try:
-        return subprocess.run(
-            [find_tool("uv"), *arguments], capture_output=True, text=True, check=False, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        raise EnvironmentFailedError(
-            f"`uv {' '.join(arguments)}` took longer than {timeout} s: try again."
-        ) from None

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from patches.environments import NoInterpreterError
 from patches.releases import find_release
-from tests.harness.environments import NoInterpreterError, create_environment
+from tests.harness.environments import create_environment
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from patches.environments import NoInterpreterError
 from patches.releases import find_release
-from tests.harness.environments import NoInterpreterError, clean_env, create_environment
+from tests.harness.environments import clean_env, create_environment
 from tests.harness.processes import COOKIE_VARIABLE, find_marked, make_cookie, wait_for_exit
 from tests.harness.shapes import NOT_ENDED_EVENT, Shape
 from tests.harness.supervised import (

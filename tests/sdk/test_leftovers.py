@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, get_args
 
 import pytest
 
+from patches.environments import NoInterpreterError
 from patches.releases import find_release
-from tests.harness.environments import NoInterpreterError, create_environment
+from tests.harness.environments import create_environment
 from tests.harness.forking import start_fork_server
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED

@@ -10,8 +10,8 @@ import pytest
 from packaging.version import Version
 from rich.progress import Progress
 
+from patches.environments import NoInterpreterError
 from patches.releases import find_release, last_of_lines
-from tests.harness.environments import NoInterpreterError
 from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS, RUNS, SCENARIOS, Run, install_release, run_our_tests
 from tests.upstream.judging import judge_release

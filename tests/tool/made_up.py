@@ -15,20 +15,25 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
+import pytest
+
+from patches.errors import PatchError
+from patches.pull_requests import NEWSFRAGMENTS, Wishes, make_pull_request
 from patches.releases import Release
 from patches.rules import load_changes
 from patches.upstream import sdist_name, wheel_name
+from tests.harness.checkouts import commit_all, record_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    import pytest
-
     from patches.rules import Change
 
 FILE = "airflow/sdk/greeting.py"
 ADDED = "airflow/sdk/farewell.py"
+TEST = "task_sdk/test_farewell.py"
+SDK_FILE = f"task-sdk/src/{FILE}"
 SOURCE = '''\
 # A header
 # of two lines
@@ -153,6 +158,27 @@ def write_tree(folder: Path) -> Path:
     file.parent.mkdir(parents=True)
     file.write_text(SOURCE, "utf-8")
     return folder
+
+
+def make_checkout(folder: Path, *, version: str = "1.3.2", files: dict[str, str] | None = None) -> Path:
+    """Make a checkout with the SDK of a version, a place for newsfragments, and files."""
+    write_tree(folder / "task-sdk" / "src")
+    (folder / "task-sdk/src/airflow/sdk/__init__.py").write_text(f'__version__ = "{version}"\n')
+    (folder / NEWSFRAGMENTS).mkdir(parents=True)
+    for file, text in {f"{NEWSFRAGMENTS}/config.toml": "", **(files or {})}.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+    commit_all(folder)
+    return folder
+
+
+def refuse(folder: Path, changes: list[Change], wishes: Wishes) -> str:
+    """Ask for a commit that is refused, and return why; the checkout is as it was."""
+    before = record_state(folder)
+    with pytest.raises(PatchError) as refusal:
+        make_pull_request(folder, changes, wishes)
+    assert record_state(folder) == before
+    return str(refusal.value)
 
 
 def pack_wheel(folder: Path, version: str) -> Path:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from packaging.version import Version
 
-from patches import __main__ as command_line
-from patches import prereleases, upstream
+from patches import __main__ as command_line, prereleases, upstream
 from patches.errors import PatchError
 from patches.releases import all_releases, find_nearest, last_of_lines
 from patches.rules import load_changes

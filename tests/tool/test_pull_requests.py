@@ -20,15 +20,18 @@ from patches.errors import PatchError
 from patches.pull_requests import NEWS, NEWSFRAGMENTS, Wishes, make_pull_request
 from patches.releases import last_of_lines
 from patches.rules import ADVICE, load_changes
-from tests.harness.checkouts import commit_all, git, isolate_git, record_state
+from tests.harness.checkouts import commit_all, git, record_state
 from tests.tool.made_up import (
     ADDED,
     FILE,
+    SDK_FILE,
     SOURCE,
+    TEST,
+    make_checkout,
+    refuse,
     write_change,
     write_insertion,
     write_rule,
-    write_tree,
 )
 from tests.tool.running import TIMEOUT, interrupt, start
 
@@ -38,8 +41,6 @@ if TYPE_CHECKING:
     from patches.pull_requests import PullRequest
     from patches.rules import Change
 
-TEST = "task_sdk/test_farewell.py"
-SDK_FILE = f"task-sdk/src/{FILE}"
 FRAGMENT = f"{NEWSFRAGMENTS}/65505.bugfix.rst"
 CONFIGURATION = "airflow-core/src/airflow/config_templates/config.yml"
 CONFIGURATION_RULE = (
@@ -86,40 +87,12 @@ HOSTILE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def isolated_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the configuration of whoever runs the tests out of them."""
-    environment = isolate_git()
-    for name in [name for name in os.environ if name.startswith("GIT_")]:
-        monkeypatch.delenv(name)
-    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM"):
-        monkeypatch.setenv(name, environment[name])
+pytestmark = pytest.mark.usefixtures("isolated_git")
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     return make_checkout(tmp_path / "checkout")
-
-
-def make_checkout(folder: Path, *, version: str = "1.3.2", files: dict[str, str] | None = None) -> Path:
-    write_tree(folder / "task-sdk" / "src")
-    (folder / "task-sdk/src/airflow/sdk/__init__.py").write_text(f'__version__ = "{version}"\n')
-    (folder / NEWSFRAGMENTS).mkdir(parents=True)
-    for file, text in {f"{NEWSFRAGMENTS}/config.toml": "", **(files or {})}.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(text)
-    commit_all(folder)
-    return folder
-
-
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Have a folder of our whole files and tests: `files` and `tests` in it."""
-    for name, constant, file in (("files", "SOURCES", ADDED), ("tests", "TESTS", TEST)):
-        (tmp_path / name / file).parent.mkdir(parents=True)
-        (tmp_path / name / file).write_text("BYE = 1\n")
-        monkeypatch.setattr(f"patches.pull_requests.{constant}", tmp_path / name)
-    return tmp_path
 
 
 @pytest.fixture
@@ -133,15 +106,6 @@ def changes(tmp_path: Path, sources: Path) -> list[Change]:
     rule = write_rule("{pattern: 'say(\"moin\", $N)'}", "wave($N)", id="wave")
     write_change(folder, rule, number=30, name="gestures", needs="[politeness]", tests=f"[{TEST}]")
     return load_changes(folder)
-
-
-def refuse(folder: Path, changes: list[Change], wishes: Wishes) -> str:
-    """Ask for a commit that is refused, and return why; the checkout is as it was."""
-    before = record_state(folder)
-    with pytest.raises(PatchError) as refusal:
-        make_pull_request(folder, changes, wishes)
-    assert record_state(folder) == before
-    return str(refusal.value)
 
 
 def test_commits_all(checkout: Path, changes: list[Change]) -> None:
@@ -198,7 +162,8 @@ def test_commit_of_one_change(checkout: Path, changes: list[Change]) -> None:
     )
     assert request.message.startswith("Greet politely\n\n")
     assert request.notices == [
-        "Left out: the check of the style, for the checkout has no ruff configuration."
+        "Left out: the check of the style, for the checkout has no ruff configuration.",
+        "Left out: the check of the types, with --no-types.",
     ]
 
 

@@ -44,6 +44,7 @@ EACH_LINE = pytest.mark.parametrize("release", last_of_lines(), ids=lambda relea
 # Upstream's own settings as far as they concern a single file.
 UPSTREAM_STYLE = [
     *("--isolated", "--line-length=110", "--select=D202,E4,E7,E9,F,I,W", "--output-format=json"),
+    *("--config", "lint.isort.combine-as-imports=true"),
     *("--config", 'lint.isort.known-first-party=["airflow"]'),
     *("--config", 'lint.isort.required-imports=["from __future__ import annotations"]'),
 ]

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from patches.checkouts import open_checkout
 from patches.commands import interrupt_on_sigterm
+from patches.environments import NoInterpreterError
 from patches.errors import PatchError
 from patches.pull_requests import choose_release
 from patches.releases import find_release, last_of_lines
-from tests.harness.environments import NoInterpreterError
 from tests.harness.wheels import DIST, build_patched_wheel
 from tests.upstream.checkouts import SDK, build_sdk, export_parent
 from tests.upstream.judging import Original, judge_release

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patches.commands import run_command
+from patches.environments import run_uv
 from patches.errors import PatchError
 from tests.harness.archives import extract
-from tests.harness.environments import run_uv
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

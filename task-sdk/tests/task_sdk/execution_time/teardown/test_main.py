@@ -57,8 +57,13 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
-from airflow.sdk.execution_time.teardown import __main__ as check
-from airflow.sdk.execution_time.teardown import leftovers, lifeline, process_tree, stop_request
+from airflow.sdk.execution_time.teardown import (
+    __main__ as check,
+    leftovers,
+    lifeline,
+    process_tree,
+    stop_request,
+)
 from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 
 if TYPE_CHECKING:

@@ -37,8 +37,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from configparser import Error as ConfigError
-from configparser import RawConfigParser
+from configparser import Error as ConfigError, RawConfigParser
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
