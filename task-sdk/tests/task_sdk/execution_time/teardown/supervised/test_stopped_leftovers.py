@@ -73,15 +73,20 @@ class TestStopping:
         def be_deaf_and_tell() -> None:
             signal.signal(signal.SIGTERM, lambda *_: relay.tell("asked"))
             relay.tell(os.getpid())
+            deaf.tell("deaf")
             while True:
                 pause_for_ever()
 
         def target() -> None:
             detach(be_deaf_and_tell)
+            assert deaf.hear() == "deaf"
             relay.tell("ready")
             os._exit(1)
 
-        with forked(lambda: supervise(target, relay, monkeypatch)) as supervising:
+        def run() -> None:
+            supervise(target, relay, monkeypatch)
+
+        with contextlib.closing(Relay()) as deaf, forked(run) as supervising:
             told = [relay.hear() for _ in range(4)]
             assert "asked" in told
             daemon = tree.add(next(pid for pid in told if isinstance(pid, int)))
