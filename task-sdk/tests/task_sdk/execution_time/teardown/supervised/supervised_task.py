@@ -35,6 +35,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 import traceback
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -58,6 +59,13 @@ Supervised = TypeVar("Supervised", bound=WatchedSubprocess)
 PATIENCE = int(os.environ.get("TEARDOWN_TESTS_PATIENCE", "30"))
 """Seconds after which an event that should come has not come; fewer are of use on an unfixed supervisor alone."""
 
+SLICE = 0.1
+"""
+Seconds for which a process waits at a time.
+
+Python handles a signal that comes just before such a call only after it.
+"""
+
 GRACE_WITH_FAULTS = 0.1
 """Seconds between SIGTERM and SIGKILL where a fault delays the supervisor."""
 
@@ -80,9 +88,12 @@ class Relay:
         os.write(self.writer, json.dumps(value, default=str).encode() + b"\n")
 
     def hear(self) -> Any:
+        until = time.monotonic() + PATIENCE
         while b"\n" not in self._unread:
-            assert select.select([self.reader], [], [], PATIENCE)[0], "nothing was told"
-            self._unread += os.read(self.reader, 4096)
+            if select.select([self.reader], [], [], SLICE)[0]:
+                self._unread += os.read(self.reader, 4096)
+            else:
+                assert time.monotonic() < until, "nothing was told"
         line, self._unread = self._unread.split(b"\n", 1)
         return json.loads(line)
 
@@ -253,7 +264,7 @@ def ending(process: Supervised) -> Iterator[Supervised]:
 
 def pause_for_ever() -> NoReturn:
     while True:
-        signal.pause()
+        select.select([], [], [], SLICE)
 
 
 HOLDERS = ["stdin", "stdout", "stderr", "logs"]
