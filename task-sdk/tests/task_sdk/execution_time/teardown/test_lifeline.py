@@ -28,6 +28,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import structlog
 from task_sdk.execution_time.teardown.supervised.faults import lack, misbehave, run_in_fork
@@ -124,8 +125,15 @@ class TestSignal:
             relay.tell([mode == os.fstat(1).st_mode, *list_children()])
             tell_when_told(relay)
 
+        def start() -> None:
+            runner = psutil.Process(start_task(target).pid)
+            ready.hear()
+            # In a process that a thread has forked, Python 3.13.0 handles a signal only if it interrupts a call.
+            while runner.status() != psutil.STATUS_SLEEPING:
+                os.sched_yield()
+
         def supervise() -> None:
-            thread = threading.Thread(target=lambda: (start_task(target), ready.hear()))
+            thread = threading.Thread(target=start)
             thread.start()
             thread.join()
             pause_for_ever()

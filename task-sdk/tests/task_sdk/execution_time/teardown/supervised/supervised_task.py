@@ -100,6 +100,8 @@ class Relay:
     def close(self) -> None:
         os.close(self.reader)
         os.close(self.writer)
+        # A thread that still listens would read from the next file of that number.
+        self.reader = self.writer = -1
 
 
 def hear_in_popen(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
