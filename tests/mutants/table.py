@@ -653,7 +653,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-gives-another-grace",
         "leftovers.py",
-        "    return float(process._exit_watch.grace_ends(default=grace))",
+        "    return process._exit_watch.grace_ends(default=grace)",
         "    return time.monotonic() + grace",
         "leftovers have a whole grace after the one that the runner has used up",
         ("test_leftovers.py",),
