@@ -54,13 +54,17 @@ def install_release(release: Release, cache: Path = RELEASES) -> Path:
     folder = cache / "-".join([release.version, *TEST_PACKAGES])
     if not folder.is_dir():
         interpreter = find_interpreter(release)
-        pins = [f"apache-airflow-core=={release.airflow}", f"{PROJECT}=={release.version}"]
         with _fill_folder(folder) as made:
             check_uv("venv", *INSTALLED_ONLY, "--python", str(interpreter), str(made))
             python = str(made / "bin" / "python")
             options = ["--python", python, "--exclude-newer", release.as_of]
-            check_uv("pip", "install", *options, *pins, *TEST_PACKAGES)
+            check_uv("pip", "install", *options, *pin_release(release), *TEST_PACKAGES)
     return folder / "bin" / "python"
+
+
+def pin_release(release: Release) -> list[str]:
+    """Return the requirements of a release's SDK, and of the core that belongs to it."""
+    return [f"apache-airflow-core=={release.airflow}", f"{PROJECT}=={release.version}"]
 
 
 def find_interpreter(release: Release, python: str | None = None) -> Path:

@@ -13,6 +13,7 @@ from patches.checkouts import export_files
 from patches.commands import find_tool, run_command
 from patches.environments import install_release
 from patches.errors import PatchError
+from patches.rules import write_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,9 +45,7 @@ def check_types(checkout: Checkout, files: Mapping[str, bytes], release: Release
         folder = Path(name, "checkout")
         export_files(checkout, folder)
         before = _find_errors(folder, [file for file in modules if (folder / file).exists()], python)
-        for file in modules:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(files[file])
+        write_files(folder, {file: files[file] for file in modules})
         errors = list((_find_errors(folder, modules, python) - before).elements())
     if errors:
         more = [f"And {len(errors) - ERRORS_SHOWN} more."] if len(errors) > ERRORS_SHOWN else []

@@ -127,9 +127,10 @@ class Run:
         """Return the same, whatever the task."""
         return [process for processes in self.find_left(attempt).values() for process in processes]
 
-    def supervisors(self) -> list[int]:
-        """Return the PIDs of the supervisors, each once."""
-        return sorted({member.supervisor for member in self.members.values()})
+    def signal_supervisors(self, sig: int) -> None:
+        """Send a signal to the supervisors, once to each."""
+        for supervisor in {member.supervisor for member in self.members.values()}:
+            os.kill(supervisor, sig)
 
     def wait_for_slots(self, timeout: float) -> float | None:
         """Return after how many seconds all slots of the tasks were free, or their supervisors gone; None if never."""

@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from patches.environments import INSTALLED_ONLY, check_uv, find_interpreter
+from patches.environments import INSTALLED_ONLY, check_uv, find_interpreter, pin_release
 from patches.releases import PROJECT, ROOT
 from patches.upstream import fetch_wheel
 
@@ -159,7 +159,7 @@ def build(recipe: Recipe) -> None:
 def install(recipe: Recipe) -> None:
     """Create the virtual environment, in place of an unfinished one, and fill it."""
     release, folder = recipe.release, recipe.folder
-    pins = [f"apache-airflow-core=={release.airflow}", f"{PROJECT}=={release.version}"]
+    pins = pin_release(release)
     if recipe.complete:
         pins.append(f"apache-airflow=={release.airflow}")
     pip_install = ["pip", "install", "--python", str(name_python(folder)), "--exclude-newer", release.as_of]

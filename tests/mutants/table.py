@@ -477,8 +477,8 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-forgets-the-tree-at-a-kill",
         "leftovers.py",
-        "        configure_tree(process, conf)\n        process._tree.remember()\n",
-        "        configure_tree(process, conf)\n",
+        "        configure_task(process, conf)\n        process._tree.remember()\n",
+        "        configure_task(process, conf)\n",
         "what has lost its mark is left when the task is killed",
         ("test_leftovers.py",),
     ),
@@ -693,7 +693,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-spares-nobody-after-an-exception",
         "leftovers.py",
-        "    configure_tree(process, conf)\n    try:\n",
+        "    configure_task(process, conf)\n    try:\n",
         "    try:\n",
         "an exception ends programs that tasks share",
         ("test_leftovers.py",),
@@ -1392,7 +1392,7 @@ IN_ORPHANS = [
     Mutant(
         "sweep-spares-nobody",
         "sweep.py",
-        "    tree.spared = find_spared_names(conf)\n",
+        "    configure_tree(tree, conf)\n",
         "",
         "a daemon that tasks share is ended by the next worker",
         ("test_sweep.py",),

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patches.environments import TEST_PACKAGES
 from patches.releases import last_of_lines
 from patches.rules import TESTS, load_changes, select_names
 from tests.harness.environments import clean_env, create_environment
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from tests.harness.environments import Environment
     from tests.upstream.results import Result
 
-PACKAGES = ("pytest", "pytest-mock")
 TIMEOUT = 1800
 # Show on a stock wheel what goes wrong there; the other modules test what only the patched one has.
 SCENARIOS = (
@@ -49,7 +49,7 @@ RUNS: list[Run] = [*((release.version, None) for release in last_of_lines()), *F
 
 def install_release(release: Release, *, wheel: Path | None = None, python: str | None = None) -> Environment:
     """Return an environment for our tests, with the stock SDK or with a patched wheel."""
-    return create_environment(release, packages=PACKAGES, wheel=wheel, python=python)
+    return create_environment(release, packages=TEST_PACKAGES, wheel=wheel, python=python)
 
 
 def run_our_tests(

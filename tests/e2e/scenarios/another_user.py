@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 import signal
 import time
@@ -74,8 +73,7 @@ def set_failed_forbidden(installation: Installation, executor: Executor) -> Outc
 def kill_supervisors(installation: Installation, executor: Executor) -> Outcome:
     """Kill the supervisors of tasks of another user, which is the README's limit: these tasks run on."""
     with enter_place(installation) as copy, start_run_as_other(copy, executor, "ALL") as run:
-        for supervisor in run.supervisors():
-            os.kill(supervisor, signal.SIGKILL)
+        run.signal_supervisors(signal.SIGKILL)
         time.sleep(ORPHAN_GRACE)
         left = find_others(run.airflow)
         problems = [] if left else ["nothing is left, so the README need not name this limit"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -33,23 +33,17 @@ GIVE_UP_TIMEOUT = 90.0
 
 def kill_supervisors(installation: Installation, executor: Executor) -> Outcome:
     """Send SIGKILL to every supervisor."""
-
-    def kill(_airflow: Airflow, run: Run) -> None:
-        for supervisor in run.supervisors():
-            os.kill(supervisor, signal.SIGKILL)
-
-    return lose_supervisors(installation, executor, kill)
-
-
-def kill_worker(installation: Installation, executor: Executor) -> Outcome:
-    """Send SIGKILL to the Celery worker, whose pool dies with it."""
-    return lose_supervisors(installation, executor, lambda airflow, _run: airflow.worker.process.kill())
-
-
-def kill_worker_with_threads(installation: Installation, executor: Executor) -> Outcome:
-    """Send SIGKILL to a Celery worker that is the supervisor of all its tasks."""
     return lose_supervisors(
-        installation, executor, lambda airflow, _run: airflow.worker.process.kill(), variables=THREADS
+        installation, executor, lambda _airflow, run: run.signal_supervisors(signal.SIGKILL)
+    )
+
+
+def kill_worker(
+    installation: Installation, executor: Executor, variables: Mapping[str, str] = MappingProxyType({})
+) -> Outcome:
+    """Send SIGKILL to the Celery worker, whose pool dies with it, or which supervises all its tasks itself."""
+    return lose_supervisors(
+        installation, executor, lambda airflow, _run: airflow.worker.process.kill(), variables=variables
     )
 
 
@@ -115,6 +109,6 @@ SCENARIOS = (
         "worker-with-threads-killed",
         "the same, with a pool of threads",
         ("celery",),
-        kill_worker_with_threads,
+        partial(kill_worker, variables=THREADS),
     ),
 )

@@ -25,8 +25,7 @@ def signal_supervisors(installation: Installation, executor: Executor) -> Outcom
     """Send SIGTERM to every supervisor."""
     variables = policies.choose("stop", installation.release)
     with run_airflow(installation, executor, variables=variables) as airflow, start_run(airflow) as run:
-        for supervisor in run.supervisors():
-            os.kill(supervisor, signal.SIGTERM)
+        run.signal_supervisors(signal.SIGTERM)
         seconds = run.wait_for_slots(SLOTS_TIMEOUT)
         outcome = observe_end(run, states=("failed",), seconds=seconds)
         return replace(outcome, problems=[*judge_slots(seconds), *judge_ends(run), *outcome.problems])

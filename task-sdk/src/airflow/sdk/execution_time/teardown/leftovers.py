@@ -142,7 +142,7 @@ def prepare_kill(process: ProcessWithTree, grace: float, conf: ConfigParser) -> 
     """
     if has_tree(process):
         grace = find_grace(conf, default=grace) if process._stop.server_ended else limit_grace(grace)
-        configure_tree(process, conf)
+        configure_task(process, conf)
         process._tree.remember()
     process._exit_watch.expect_exit(grace)
     if has_tree(process) and not is_unreaped_child(process.pid):
@@ -150,11 +150,16 @@ def prepare_kill(process: ProcessWithTree, grace: float, conf: ConfigParser) -> 
     return grace
 
 
-def configure_tree(process: TaskWithTree, conf: ConfigParser) -> None:
-    """Tell the tree of a task what the deployment has chosen."""
-    process._tree.spared = find_spared_names(conf)
-    process._tree.ends = find_leftover_policy(conf).ends_what_is_killed
+def configure_task(process: TaskWithTree, conf: ConfigParser) -> None:
+    """Tell the tree of a task, and what signals the task, what the deployment has chosen."""
+    configure_tree(process._tree, conf)
     process._stop.spares_group_members = bool(process._tree.spared)
+
+
+def configure_tree(tree: ProcessTree, conf: ConfigParser) -> None:
+    """Tell a tree what the deployment has chosen."""
+    tree.spared = find_spared_names(conf)
+    tree.ends = find_leftover_policy(conf).ends_what_is_killed
 
 
 def signal_tree(process: ProcessWithTree, sig: int) -> bool:
@@ -249,7 +254,7 @@ def heed_policy(process: TaskWithTree, exit_code: int, conf: ConfigParser) -> No
     killed = process._exit_watch.exit_expected or exit_code < 0
     if policy is LeftoverPolicy.NEVER or (policy is LeftoverPolicy.KILLED and not killed):
         return
-    configure_tree(process, conf)
+    configure_task(process, conf)
     if policy is LeftoverPolicy.REPORT:
         report_left(process, process._tree.find())
         return
@@ -377,7 +382,7 @@ def end_on_exception(process: TaskWithTree, conf: ConfigParser) -> Iterator[None
     Celery.
     """
     # A signal to the supervisor may be the first that the task gets.
-    configure_tree(process, conf)
+    configure_task(process, conf)
     try:
         yield
     except BaseException as error:

@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING
 import psutil
 import structlog
 
+from airflow.sdk.execution_time.teardown.leftovers import configure_tree
 from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
-from airflow.sdk.execution_time.teardown.policy import find_leftover_policy, find_spared_names
+from airflow.sdk.execution_time.teardown.policy import find_spared_names
 from airflow.sdk.execution_time.teardown.process_tree import ProcessTree, read_limits, shorten_name
 
 try:
@@ -130,8 +131,8 @@ def make_tree(orphan: Orphan, conf: ConfigParser) -> ProcessTree:
     """Return the tree that an orphan leads, or is part of."""
     tree = ProcessTree()
     tree.adopt_orphan(orphan.process.pid, orphan.process.start)
-    tree.spared = find_spared_names(conf)
-    tree.ends = orphan.condemned or find_leftover_policy(conf).ends_what_is_killed
+    configure_tree(tree, conf)
+    tree.ends = orphan.condemned or tree.ends
     return tree
 
 
