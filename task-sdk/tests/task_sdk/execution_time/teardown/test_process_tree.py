@@ -708,6 +708,15 @@ class TestOrigin:
         assert read_origin(leader) == given
         assert is_origin_alive(given)
 
+    def test_supervisor_reads_itself_once(self, mocker: MockerFixture) -> None:
+        """Of many starts only the first one reads the supervisor, which is slow just after a fork."""
+        process_tree._read_self.cache_clear()
+        read_file = mocker.spy(process_tree, "_read_file")
+        for _ in range(2):
+            fork_when_adopted(os.getpid)
+        own = mocker.call(f"{process_tree.PROC}/{os.getpid()}/stat")
+        assert read_file.call_args_list.count(own) == 1
+
     def test_recycled_supervisor(self) -> None:
         """Whoever has got its number since is not the supervisor."""
         supervisor = read(os.getpid())

@@ -50,6 +50,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import re
@@ -672,7 +673,7 @@ def give_origin(pid: int, mark: int, *, supervisor: int) -> int | None:
     """Set a leader's origin, or clear an inherited one; return it, None if it is unknown or refused."""
     parent = None
     with contextlib.suppress(OSError):
-        parent = read_process(supervisor)
+        parent = _read_self(supervisor) if supervisor == os.getpid() else read_process(supervisor)
     is_known = parent is not None and parent.start >= 0
     origin = compute_origin(parent, mark) if parent is not None and is_known else None
     try:
@@ -871,6 +872,12 @@ def read_process(pid: int) -> Process | None:
     """Return the process, None if it is dead, a zombie, or hidden from us; raises as :func:`look_at` does."""
     process = look_at(pid)
     return None if process is None or process.dead else process
+
+
+@functools.lru_cache(maxsize=1)
+def _read_self(pid: int) -> Process | None:
+    """Return this process, read once: just after a fork the kernel takes a millisecond to read it."""
+    return read_process(pid)
 
 
 def read_own_start() -> float:
