@@ -9,6 +9,7 @@ import pytest
 
 from patches.releases import find_release
 from tests.harness.environments import create_environment
+from tests.harness.lines import mark_other_versions
 from tests.harness.shapes import BY_NAME
 from tests.harness.supervised import run_supervised
 from tests.harness.wheels import build_patched_wheel
@@ -25,7 +26,7 @@ AT_ONCE = 15
 TIMEOUT = 60
 
 
-@pytest.fixture(scope="module", params=["1.0.6", "1.1.8"])
+@pytest.fixture(scope="module", params=mark_other_versions(["1.0.6", "1.1.8"]))
 def release(request: pytest.FixtureRequest) -> Release:
     return find_release(request.param)
 

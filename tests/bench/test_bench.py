@@ -59,6 +59,7 @@ def collect_zombies() -> None:
             os.waitpid(child.pid, os.WNOHANG)
 
 
+@pytest.mark.everything
 def test_quick_run_measures_all_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,10 @@ Run = tuple[str, "str | None"]
 RUNS: list[Run] = [*((release.version, None) for release in last_of_lines()), *FURTHER_PYTHONS]
 
 
+def name_run(run: Run) -> str:
+    return "-".join(filter(None, run))
+
+
 def install_release(release: Release, *, wheel: Path | None = None, python: str | None = None) -> Environment:
     """Return an environment for our tests, with the stock SDK or with a patched wheel."""
     return create_environment(release, packages=TEST_PACKAGES, wheel=wheel, python=python)

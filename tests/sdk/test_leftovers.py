@@ -12,11 +12,12 @@ from patches.environments import NoInterpreterError
 from patches.releases import find_release
 from tests.harness.environments import create_environment
 from tests.harness.forking import start_fork_server
+from tests.harness.lines import MAIN_LINES, mark_rest
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
 from tests.harness.supervised import KILL_GRACE, Ending
 from tests.harness.wheels import build_patched_wheel
-from tests.sdk.running import RUNS, Run
+from tests.sdk.running import FURTHER_PYTHONS, RUNS, Run, name_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,22 +38,22 @@ PATIENT = BY_NAME["deaf"].name
 SLOW_RUNNER = BY_NAME["slow-runner"].name
 SOCKET_CLEANUP_TIMEOUT = 1
 
-# The line that most run and the one that is next, where every shape is run to every end. On each of the others a shape is
-# run to one end, and together they run all to all.
-NEED_FULL_TABLE: set[Run] = {("1.1.8", None), ("1.4.0b2", None)}
+# With --everything every shape is run to every end on these, and on each of the others to one end. By default each line
+# has its share. Together the others, and by default the lines, run all to all.
+NEED_FULL_TABLE: set[Run] = {(version, None) for version in MAIN_LINES}
 # Have tests of their own.
 RUN_TO_EVERY_END = {PATIENT, SLOW_RUNNER}
 
 Results = dict[tuple[str, Ending], "Neighbourhood"]
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda param: "-".join(filter(None, param)))
+@pytest.fixture(scope="module", params=mark_rest(RUNS, lambda run: run not in FURTHER_PYTHONS), ids=name_run)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run shapes to their ends."""
     version, python = request.param
     release = find_release(version)
     environment = install(release, python, tmp_path_factory.mktemp("dist"))
-    runs = select_runs(request.param)
+    runs = select_runs(request.param, everything=request.config.getoption("everything"))
     with ExitStack() as stack:
         servers = {
             grace: stack.enter_context(start_fork_server(environment, env=make_settings(grace)))
@@ -71,7 +72,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return {(shape.name, ending): result for (shape, ending), result in results.items()}
 
 
-def select_runs(run: Run) -> list[tuple[Shape, Ending]]:
+def select_runs(run: Run, *, everything: bool) -> list[tuple[Shape, Ending]]:
     """Return the shapes that are run on a line and an interpreter, and the ends to which they are."""
     endings = get_args(Ending)
     # The two interpreters of a line do not do the same.
@@ -81,14 +82,18 @@ def select_runs(run: Run) -> list[tuple[Shape, Ending]]:
         (shape, ending)
         for number, ending in enumerate(endings)
         for place, (name, shape) in enumerate(BY_NAME.items())
-        if run in NEED_FULL_TABLE or name in RUN_TO_EVERY_END or (turn + place) % len(endings) == number
+        if (everything and run in NEED_FULL_TABLE)
+        or name in (RUN_TO_EVERY_END if everything else {SLOW_RUNNER})
+        or (turn + place) % len(endings) == number
     ]
 
 
-def test_every_line_takes_its_turn() -> None:
+@pytest.mark.parametrize("everything", [False, True])
+def test_every_line_takes_its_turn(*, everything: bool) -> None:
     """The lines that do not run everything run everything together."""
-    others = [run for run in RUNS if run not in NEED_FULL_TABLE]
-    together = {(shape.name, ending) for each in others for shape, ending in select_runs(each)}
+    others = [run for run in RUNS if run not in (NEED_FULL_TABLE if everything else FURTHER_PYTHONS)]
+    runs = (select_runs(run, everything=everything) for run in others)
+    together = {(shape.name, ending) for each in runs for shape, ending in each}
     assert together == {(name, ending) for name in BY_NAME for ending in get_args(Ending)}
 
 

@@ -15,6 +15,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from patches.releases import last_of_lines
+from tests.harness.lines import MAIN_LINES, mark_other_versions
 from tests.harness.real.memory import NoMemoryCgroupError, make_cgroup
 from tests.harness.real.running import Case, start_driver
 from tests.sdk.real import find_faults_by, install, run_all
@@ -111,7 +112,6 @@ COVERING = ("told", "slow_on_kill", "prints", "blocked", "crowd")
 # An interpreter takes some seconds.
 IN_NEW_INTERPRETER = ("told", "prints", "crowd")
 SINCE = {"sleeps_async": ASYNC_TASKS}
-NEED_FULL_TABLE = {"1.1.8", "1.4.0b2"}
 LINES = [NO_HANDLER, *(release.version for release in last_of_lines())]
 
 WAYS = {
@@ -154,8 +154,8 @@ SHORT_OF_MEMORY = Case("fills", "OOM", memory=MEGABYTES, left_for=TIME_TO_END)
 
 def select_cases(version: str) -> dict[str, Case]:
     """Return the cases of tasks whose supervisor dies, for a release, by name."""
-    cases = {task: Case(task) for task in TASKS if version in NEED_FULL_TABLE or task in COVERING}
-    if version in NEED_FULL_TABLE:
+    cases = {task: Case(task) for task in TASKS if version in MAIN_LINES or task in COVERING}
+    if version in MAIN_LINES:
         cases |= WAYS
     if EXEC_LINES.contains(version):
         cases |= {
@@ -258,7 +258,7 @@ class Line:
     others: dict[str, Result] = field(repr=False)
 
 
-@pytest.fixture(scope="module", params=LINES)
+@pytest.fixture(scope="module", params=mark_other_versions(LINES))
 def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     """Run all cases of a release with the patched wheel."""
     with start_driver(install(request.param, tmp_path_factory.mktemp("dist"))) as driver:
@@ -383,7 +383,6 @@ def test_runner_that_does_not_notice(line: Line, name: str) -> None:
 
 # The stock lines
 
-STOCK_LINES = sorted(NEED_FULL_TABLE)
 ON_STOCK = {
     task: Case(task, "SIGKILL", left_for=ORPHAN_GRACE + 1)
     for task in ("told", "slow_on_kill", "deaf", "crowd")
@@ -399,10 +398,11 @@ def stock_faults() -> dict[str, dict[str, list[str]]]:
             return find_faults(ON_STOCK, run_all(driver, ON_STOCK), "rest")
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(STOCK_LINES, pool.map(run, STOCK_LINES), strict=True))
+        return dict(zip(MAIN_LINES, pool.map(run, MAIN_LINES), strict=True))
 
 
-@pytest.mark.parametrize("version", STOCK_LINES)
+@pytest.mark.everything
+@pytest.mark.parametrize("version", MAIN_LINES)
 def test_all_that_is_left_on_stock(version: str, stock_faults: dict[str, Any]) -> None:
     """Every task outlives its supervisor on the stock wheel."""
     assert set(stock_faults[version]) == set(ON_STOCK)

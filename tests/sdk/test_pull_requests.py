@@ -20,6 +20,7 @@ from patches.rules import load_changes
 from patches.upstream import fetch_sdist, fetch_wheel
 from patches.wheels import build_wheel
 from tests.harness.checkouts import commit_all, git, unpack_checkout
+from tests.harness.lines import MAIN_LINES, find_wanted, mark_rest
 from tests.sdk.running import SCENARIOS, install_release
 from tests.upstream.checkouts import build_sdk, export_parent
 from tests.upstream.judging import REPEATS
@@ -57,7 +58,11 @@ RUNS_AT_A_TIME = 2
 MARK = b"# Modified by"
 
 
-@pytest.fixture(scope="module", params=last_of_lines(), ids=lambda release: release.version)
+@pytest.fixture(
+    scope="module",
+    params=mark_rest(last_of_lines(), lambda release: release.version in MAIN_LINES),
+    ids=lambda release: release.version,
+)
 def release(request: pytest.FixtureRequest) -> Release:
     release: Release = request.param
     return release
@@ -84,12 +89,15 @@ def name_tree(checkout: Path, folder: str = "") -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[dict[str, Result]]]]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[dict[str, Result]]]]:
     """Make all commits that are to be tested, then run the tests on them; by the names of the commits."""
-    wanted = {release.version: (release, Wishes()) for release in last_of_lines()}
-    wanted |= {change.name: (NEWEST, Wishes(only=(change.name,))) for change in ALONE}
+    plan = {release.version: (release, Wishes()) for release in last_of_lines()}
+    plan |= {change.name: (NEWEST, Wishes(only=(change.name,))) for change in ALONE}
     commits: dict[str, tuple[Path, PullRequest]] = {}
-    for name, (release, wishes) in wanted.items():
+    for name in find_wanted(request, "name"):
+        release, wishes = plan[name]
         checkout = unpack_checkout(fetch_sdist(release), tmp_path_factory.mktemp("tested"))
         commits[name] = (checkout, make_pull_request(checkout, CHANGES, wishes))
     with ThreadPoolExecutor(RUNS_AT_A_TIME) as pool:
@@ -128,7 +136,11 @@ def find_broken(results: dict[str, Result]) -> dict[str, Result]:
 
 
 @pytest.mark.parametrize(
-    "name", [*(release.version for release in last_of_lines()), *(change.name for change in ALONE)]
+    "name",
+    mark_rest(
+        [*(release.version for release in last_of_lines()), *(change.name for change in ALONE)],
+        NEWEST.version.__eq__,
+    ),
 )
 def test_passes_all_tests(runs: dict[str, Future[dict[str, Result]]], name: str) -> None:
     """With all changes, or one and what it needs, upstream's tests pass, and those of the commit."""

@@ -12,8 +12,17 @@ from rich.progress import Progress
 
 from patches.environments import NoInterpreterError
 from patches.releases import find_release, last_of_lines
+from tests.harness.lines import find_wanted, mark_rest
 from tests.harness.wheels import build_patched_wheel
-from tests.sdk.running import FURTHER_PYTHONS, RUNS, SCENARIOS, Run, install_release, run_our_tests
+from tests.sdk.running import (
+    FURTHER_PYTHONS,
+    RUNS,
+    SCENARIOS,
+    Run,
+    install_release,
+    name_run,
+    run_our_tests,
+)
 from tests.upstream.judging import judge_release
 from tests.upstream.suites import RUNTIME_TESTS, SUPERVISOR_TESTS
 
@@ -85,23 +94,28 @@ NEED_NAMESPACES = {
 }
 
 Results = dict[str, "Result"]
+# Run all our tests: each line and each interpreter once. The other runs have the scenarios, which show what the edits of a
+# line do on an interpreter. On the newest line the commit for upstream runs them all (test_pull_requests.py).
+WHOLE: set[Run] = set(FURTHER_PYTHONS[:-1])
+NEWEST: Run = (last_of_lines()[-1].version, None)
+# Without --everything; an interpreter that is as likely there as any.
+MAIN_RUN: Run = ("1.1.8", None)
 # Upstream's, of what the rules edit.
 SUITES = [
-    *((release.version, SUPERVISOR_TESTS) for release in last_of_lines()),
     *(
-        (release.version, RUNTIME_TESTS)
+        pytest.param(
+            release.version,
+            SUPERVISOR_TESTS,
+            marks=() if release.version == MAIN_RUN[0] else pytest.mark.everything,
+        )
+        for release in last_of_lines()
+    ),
+    *(
+        pytest.param(release.version, RUNTIME_TESTS, marks=pytest.mark.everything)
         for release in last_of_lines()
         if Version(release.version) >= Version("1.4.0b1")
     ),
 ]
-# Run all our tests: each line and each interpreter once. The other runs have the scenarios, which show what the edits of a
-# line do on an interpreter.
-WHOLE: set[Run] = {*FURTHER_PYTHONS[:-1], (last_of_lines()[-1].version, None)}
-
-
-def name_run(run: Run) -> str:
-    version, python = run
-    return f"{version}-{python}" if python else version
 
 
 @pytest.fixture(scope="module", params=last_of_lines(), ids=lambda release: release.version)
@@ -116,9 +130,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock_results() -> dict[str, Results]:
+def stock_results(request: pytest.FixtureRequest) -> dict[str, Results]:
     """Run the scenarios on all stock wheels at once, for most of the time they wait in vain."""
-    environments = [install(release) for release in last_of_lines()]
+    environments = [install(release) for release in find_wanted(request, "release")]
 
     def run_scenarios(environment: Environment) -> Results:
         results = run_our_tests(environment, *SCENARIOS, variables=STOCK_VARIABLES)
@@ -135,9 +149,11 @@ def stock_results() -> dict[str, Results]:
 
 
 @pytest.fixture(scope="module")
-def patched_results(dist: Path) -> dict[Run, Results | NoInterpreterError]:
+def patched_results(request: pytest.FixtureRequest, dist: Path) -> dict[Run, Results | NoInterpreterError]:
     """Run our tests, as many runs at a time as there are processors: half of the time they wait."""
-    wheels = {release.version: build_patched_wheel(release, dist) for release in last_of_lines()}
+    runs: list[Run] = find_wanted(request, "run")
+    versions = {version for version, _ in runs}
+    wheels = {version: build_patched_wheel(find_release(version), dist) for version in versions}
 
     def install_run(run: Run) -> Environment | NoInterpreterError:
         version, python = run
@@ -153,15 +169,15 @@ def patched_results(dist: Path) -> dict[Run, Results | NoInterpreterError]:
         return run_our_tests(environment, *(() if run in whole else SCENARIOS))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        environments = dict(zip(RUNS, pool.map(install_run, RUNS), strict=True))
-        whole = choose_whole({run for run in RUNS if not isinstance(environments[run], NoInterpreterError)})
-        return dict(zip(RUNS, pool.map(run_tests, RUNS), strict=True))
+        environments = dict(zip(runs, pool.map(install_run, runs), strict=True))
+        whole = choose_whole({run for run in runs if not isinstance(environments[run], NoInterpreterError)})
+        return dict(zip(runs, pool.map(run_tests, runs), strict=True))
 
 
 def choose_whole(available: set[Run]) -> set[Run]:
     """Return the runs of all our tests: a line whose interpreter is missing has another one do it."""
     whole = WHOLE & available
-    lines = {version for version, _ in whole}
+    lines = {version for version, _ in {*whole, NEWEST}}
     return whole | {(version, python) for version, python in available if version not in lines}
 
 
@@ -169,7 +185,7 @@ def choose_whole(available: set[Run]) -> set[Run]:
 def test_every_line_and_interpreter_runs_everything(missing: str | None) -> None:
     """All our tests run on every line, and on every interpreter that is there."""
     available = {run for run in RUNS if missing is None or run[1] != missing}
-    whole = choose_whole(available)
+    whole = {*choose_whole(available), NEWEST}
     assert {version for version, _ in whole} == {release.version for release in last_of_lines()}
     assert {python for _, python in whole} == {python for _, python in available}
 
@@ -190,7 +206,7 @@ def name_failures(results: Results) -> Results:
     }
 
 
-@pytest.mark.parametrize("run", RUNS, ids=name_run)
+@pytest.mark.parametrize("run", mark_rest(RUNS, MAIN_RUN.__eq__), ids=name_run)
 def test_our_tests_pass_on_patched(
     patched_results: dict[Run, Results | NoInterpreterError], run: Run
 ) -> None:
@@ -202,6 +218,7 @@ def test_our_tests_pass_on_patched(
     assert name_failures(results) == {}
 
 
+@pytest.mark.everything
 def test_scenarios_fail_on_stock(release: Release, stock_results: dict[str, Results]) -> None:
     """Exactly the scenarios fail on the stock wheel that the patches are for."""
     results = stock_results[release.version]
@@ -211,7 +228,7 @@ def test_scenarios_fail_on_stock(release: Release, stock_results: dict[str, Resu
 
 
 @pytest.fixture(scope="module")
-def verdicts(dist: Path) -> Iterator[dict[str, Future[dict[str, Verdict]]]]:
+def verdicts(request: pytest.FixtureRequest, dist: Path) -> Iterator[dict[str, Future[dict[str, Verdict]]]]:
     """Run upstream's suites, as many releases at a time as there are processors; by version, then by suite."""
 
     def judge(version: str) -> dict[str, Verdict]:
@@ -220,12 +237,11 @@ def verdicts(dist: Path) -> Iterator[dict[str, Future[dict[str, Verdict]]]]:
         # The runs of a release share the names of their reports, so that they come one after the other.
         return {
             suite: judge_release(release, wheel, suite, Progress(disable=True))
-            for each, suite in SUITES
-            if each == version
+            for suite in find_wanted(request, "suite", version=version)
         }
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {release.version: pool.submit(judge, release.version) for release in last_of_lines()}
+        yield {version: pool.submit(judge, version) for version in find_wanted(request, "version")}
 
 
 @pytest.mark.parametrize(("version", "suite"), SUITES)

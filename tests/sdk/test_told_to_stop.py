@@ -15,6 +15,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from patches.releases import last_of_lines
+from tests.harness.lines import MAIN_LINES, mark_other_versions
 from tests.harness.real.running import GRACE, Case, start_driver
 from tests.sdk.real import find_faults_by, install, run_all
 
@@ -91,7 +92,6 @@ TASKS = {
 }
 COVERING = ("told", "flag", "bash", "has_finally", "asks", "asks_always", "blocked", "post_execute")
 SINCE = {"sleeps_async": ASYNC_TASKS, "410": GONE_ENDS}
-NEED_FULL_TABLE = {"1.1.8", "1.4.0b2"}
 LINES = [NO_HANDLER, *(release.version for release in last_of_lines())]
 
 WAYS = {
@@ -118,7 +118,7 @@ def select_cases(version: str) -> dict[str, Case]:
         f"{task}, {end}": Case(task, end, grace=GRACE if expected.ends == "soon" else SHORT_GRACE)
         for task, expected in TASKS.items()
         for end in ("409", "SIGTERM")
-        if version in NEED_FULL_TABLE or task in COVERING
+        if version in MAIN_LINES or task in COVERING
     }
     cases |= {f"told, {way}": case for way, case in WAYS.items()}
     return {
@@ -255,7 +255,7 @@ class Line:
     results: dict[str, Result] = field(repr=False)
 
 
-@pytest.fixture(scope="module", params=LINES)
+@pytest.fixture(scope="module", params=mark_other_versions(LINES))
 def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     """Run all cases of a release with the patched wheel."""
     with start_driver(install(request.param, tmp_path_factory.mktemp("dist"))) as driver:
@@ -464,6 +464,7 @@ def stock_faults() -> dict[str, dict[str, list[str]]]:
         return {env.release.version: faults for env, faults in zip(environments, found, strict=True)}
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("version", [release.version for release in last_of_lines()])
 def test_all_that_is_wrong_on_stock(version: str, stock_faults: dict[str, Any]) -> None:
     """The cases that the patches are for go wrong on the stock wheel."""

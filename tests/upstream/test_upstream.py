@@ -246,6 +246,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "REPEATS", 1)
 
 
+@pytest.mark.everything
 @pytest.mark.usefixtures("reports", "impatience")
 def test_broken_wheel_is_found(deaf_wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A wheel that breaks what upstream tests fails the command, which names the tests, hanging ones included."""
