@@ -56,7 +56,7 @@ def run_among_neighbours(server: ForkServer, shape: Shape, ending: Ending) -> Ne
 
         bystanders = stack.enter_context(make_cookie())
         other = start(Plan(shape, "409"))
-        supervisor = start(Plan(shape, ending, bystanders))
+        supervisor = start(Plan(shape, ending, bystanders, patient=True))
         others_runner = wait_for_tree(other, shape.processes)
         runner = wait_for_tree(supervisor, shape.processes)
         standing_by = [process.pid for process in find_marked(bystanders)]

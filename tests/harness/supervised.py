@@ -19,7 +19,6 @@ from packaging.specifiers import SpecifierSet
 from patches.releases import ROOT
 from tests.harness.environments import clean_env
 from tests.harness.processes import COOKIE_VARIABLE, Process, find_marked, make_cookie, wait_for_exit
-from tests.harness.shapes import NOT_ENDED_EVENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -82,11 +81,6 @@ class Outcome:
         return not self.hung and self.killed_by is None and self.exception is None
 
     @property
-    def told_of_rest(self) -> bool:
-        """Whether the log says that some did not end in time: where a killed process may wait for a processor, nobody's fault."""
-        return any(event["event"] == NOT_ENDED_EVENT for event in self.log)
-
-    @property
     def clean(self) -> bool:
         """Whether, besides, nothing is left."""
         return self.returned and not self.left
@@ -112,6 +106,8 @@ class Plan:
     ending: Ending
     bystanders: str | None = None
     """The cookie of two processes that the supervisor starts before the task, none without."""
+    patient: bool = False
+    """The patched supervisor lets killed processes take long to end (see scenario.py)."""
 
     def dump(self, cookie: str, ready: Path, order: int) -> str:
         """Return what scenario.py takes."""
@@ -123,6 +119,7 @@ class Plan:
                 "holds_sockets": self.shape.holds_sockets,
                 "new_session": self.shape.new_session,
                 "order": order,
+                "patient": self.patient,
                 "piped": self.shape.piped,
                 "ready": str(ready),
                 "runner": self.shape.runner,

@@ -26,8 +26,7 @@ from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 from airflow.sdk.execution_time.teardown import lifeline, orphans, sweep, watchdog
 from tests.harness.processes import Process, kill_if, read_state, read_strings, set_subreaper, wait_for_exit
-from tests.harness.scenario import EXITS, TaskInstances, describe_task, make_recorder
-from tests.harness.shapes import NOT_ENDED_EVENT
+from tests.harness.scenario import EXITS, TaskInstances, be_patient, describe_task, make_recorder
 from tests.random_trees.bugs import BUGS
 from tests.random_trees.member import Tree, announce, count_members, do_steps, stay, stop
 from tests.random_trees.strangers import Strangers, enter_namespace, find_refusal
@@ -41,7 +40,7 @@ SOCKET_CLEANUP_TIMEOUT = 0.1
 """Seconds that a task which succeeded waits for those that it leaves and that hold its sockets."""
 SETTLE_TIMEOUT = 20.0
 """Seconds that a tree has to grow, on a machine that is busy."""
-RETURN_TIMEOUT = 15.0
+RETURN_TIMEOUT = 25.0
 """Seconds after which a supervisor hangs."""
 CLEANUP_TIMEOUT = 10.0
 POLL_INTERVAL = 0.002
@@ -176,7 +175,7 @@ def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
         traceback.print_exc()
         exception = f"{type(error).__name__}: {error}"
     end = {"exception": exception, "conflict_at": api.conflict_at, "returned_at": time.monotonic()}
-    scene.tell(tree=name, told_of_rest=any(event["event"] == NOT_ENDED_EVENT for event in log), **end)
+    scene.tell(tree=name, **end)
     stay()
 
 
@@ -254,7 +253,7 @@ def observe(scene: Scene, began: float, runner: int) -> dict[str, Any]:
     """Wait until the task is over, and describe the scene at that moment. `runner`: a pidfd."""
     deadline = time.monotonic() + RETURN_TIMEOUT
     orphaned = scene.example["ending"] == "orphaned"
-    end: dict[str, Any] = {"exception": None, "told_of_rest": False}
+    end: dict[str, Any] = {"exception": None}
     try:
         if orphaned:
             await_end_of_orphans(scene, runner, deadline)
@@ -277,7 +276,6 @@ def observe(scene: Scene, began: float, runner: int) -> dict[str, Any]:
         "harmed": list_harmed(scene),
         "seconds": end.get("returned_at", time.monotonic()) - (end.get("conflict_at") or began),
         "exception": end["exception"],
-        "told_of_rest": end["told_of_rest"],
     }
 
 
@@ -392,6 +390,7 @@ def main() -> None:
     supervisor.MIN_HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     ActivitySubprocess._upload_logs = lambda _self: None
+    be_patient()
     for answer in drive(refusal, *sys.argv[1:]):
         os.write(answers, json.dumps(answer).encode() + b"\n")
 

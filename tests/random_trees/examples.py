@@ -87,8 +87,6 @@ class Outcome:
     seconds: float
     """From the 409, the order to exit or SIGKILL to the return."""
     exception: str | None = None
-    told_of_rest: bool = False
-    """Whether the task's log says that some did not end in time: a killed process may have had to wait for a processor."""
 
 
 def load_example(text: str) -> Example:

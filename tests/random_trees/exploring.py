@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from tests.random_trees.examples import Example
 
 
-ATTEMPTS = 3
-
-
 class WrongEndError(AssertionError):
     """A tree ended otherwise than the model says; the message has the example."""
 
@@ -74,14 +71,6 @@ def explore(
 
 
 def check(driver: Driver, example: Example) -> None:
-    """Raise WrongEndError if the tree of an example does not end as the model says.
-
-    One whose supervisor tells of some that did not end in time is tried again before that counts; what is left untold, or
-    harmed, counts at once.
-    """
-    for _ in range(ATTEMPTS):
-        outcome = driver.run(example)
-        if not outcome.told_of_rest or outcome.harmed:
-            break
-    if faults := find_faults(example, outcome):
+    """Raise WrongEndError if the tree of an example does not end as the model says."""
+    if faults := find_faults(example, driver.run(example)):
         raise WrongEndError(f"{'; '.join(faults)}: --example '{example.dump()}'")

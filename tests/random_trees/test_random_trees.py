@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
@@ -73,9 +72,7 @@ def test_planted_bug_is_found(bug: str, fault: str, seed: int) -> None:
             explore(driver, EXAMPLES, seed, simplify=False)
 
 
-LEFT = Outcome(hung=False, alive=[0], harmed=[], seconds=0.5)
-TOLD = replace(LEFT, told_of_rest=True)
-ENDED = replace(LEFT, alive=[])
+ENDED = Outcome(hung=False, alive=[], harmed=[], seconds=0.5)
 
 
 def test_harmed_stranger_is_found() -> None:
@@ -92,26 +89,6 @@ def test_harmed_stranger_is_found() -> None:
 def check_often(driver: Driver, example: Example) -> None:
     for _ in range(TRIES):
         check(driver, example)
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "fault", "runs"),
-    [
-        ([TOLD, TOLD, ENDED], None, 3),
-        ([TOLD, TOLD, TOLD], "is left", 3),
-        ([LEFT, ENDED], "is left", 1),
-        ([TOLD, LEFT], "is left", 2),
-        ([replace(TOLD, harmed=["a bystander"]), ENDED], "was harmed", 1),
-    ],
-)
-def test_only_what_is_told_is_tried_again(outcomes: list[Outcome], fault: str | None, runs: int) -> None:
-    """What is left counts at once, unless the supervisor tells of it; then it counts when it does every time."""
-    driver = Mock(spec=Driver)
-    driver.run.side_effect = outcomes
-    example = Example({"id": 0, "steps": [], "then": "stay"}, "409")
-    with pytest.raises(WrongEndError, match=fault) if fault else nullcontext():
-        check(driver, example)
-    assert driver.run.call_count == runs
 
 
 def test_dead_driver_is_told() -> None:
