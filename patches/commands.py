@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from patches.errors import PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
     from types import FrameType
     from typing import TypeVar
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _running: set[subprocess.Popen[bytes]] = set()
 _running_lock = threading.Lock()
 _stopping = threading.Event()
+# Of the main thread, which alone is interrupted. Within Popen() an interrupt would leave the process that it has started.
+_starting = threading.Event()
+_interrupted = threading.Event()
 
 
 def run_command(
@@ -37,24 +40,28 @@ def run_command(
     folder: Path | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end, in a folder, and return its status and what it printed; add to its environment."""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | dict(environment or {}),
-        cwd=folder,
-    ) as process:
-        try:
+    process = None
+    try:
+        with _hold_interrupt():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=os.environ | dict(environment or {}),
+                cwd=folder,
+            )
+        with process:
             _register(process)
             stdout, stderr = process.communicate(stdin)
-        except BaseException:
+    except BaseException:
+        if process:
             process.kill()
             process.wait()
-            raise
-        finally:
-            with _running_lock:
-                _running.discard(process)
+        raise
+    finally:
+        with _running_lock:
+            _running.discard(process)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
@@ -96,7 +103,26 @@ def interrupt_on_sigterm() -> None:
 def _raise_interrupt(_signum: int, _frame: FrameType | None) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    if _starting.is_set():
+        _interrupted.set()
+    else:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _hold_interrupt() -> Iterator[None]:
+    """Raise an interrupt that comes meanwhile at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _starting.set()
+    try:
+        yield
+    finally:
+        _starting.clear()
+        if _interrupted.is_set():
+            _interrupted.clear()
+            raise KeyboardInterrupt
 
 
 def _register(process: subprocess.Popen[bytes]) -> None:
