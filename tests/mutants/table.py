@@ -1349,6 +1349,22 @@ IN_ORPHANS = [
         ("test_sweep.py",),
     ),
     Mutant(
+        "sweep-trusts-the-limit-of-the-runner",
+        "sweep.py",
+        "given = {compute_mark(orphan.process), ",
+        "given = {",
+        "a supervisor ends the tree that it is in, but not itself, if the runner has set its own limit since",
+        ("test_sweep.py",),
+    ),
+    Mutant(
+        "sweep-trusts-its-own-limit",
+        "sweep.py",
+        "compute_mark(orphan.process), orphan.origin & ~CONDEMNED, ",
+        "compute_mark(orphan.process), ",
+        "a supervisor ends the tree that it is in, but not itself, if it has set its own limit",
+        ("test_sweep.py",),
+    ),
+    Mutant(
         "orphan-takes-who-has-left",
         "orphans.py",
         "    if not origin or not marks or pid == os.getpid():",

@@ -22,6 +22,7 @@ import errno
 import functools
 import io
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PR_SET_NAME = 15
+LIMIT = 200_000
+"""Microseconds, as rtkit sets it."""
 MUTEX_BYTES = 64
 
 OVERTAKING = 0.2
@@ -319,20 +322,36 @@ class TestSweep:
         assert sweep_apart()["survivors"] == []
         assert list_left() == []
 
-    @pytest.mark.parametrize("detaches", [False, True])
-    def test_tree_around(self, relay: Relay, list_left: Callable[[], list[int]], *, detaches: bool) -> None:
+    @pytest.mark.parametrize("sets_limit", [None, "runner", "supervisor"])
+    @pytest.mark.parametrize(
+        "leaves",
+        [fork, lambda main: fork(in_turn(os.setsid, main)), detach],
+        ids=["child", "session", "daemon"],
+    )
+    def test_tree_around(
+        self,
+        relay: Relay,
+        list_left: Callable[[], list[int]],
+        leaves: Callable[[Callable[[], None]], object],
+        sets_limit: str | None,
+    ) -> None:
         """A supervisor that is part of an orphaned tree, for it supervises a task within a task, leaves that alone."""
 
         def look() -> None:
-            if detaches:
-                os.setsid()
+            limit("supervisor")
             order.hear()
             sweep.sweep_once(conf)
             relay.tell("looked")
             pause_for_ever()
 
+        def limit(who: str) -> None:
+            if who == sets_limit:
+                _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
+                resource.setrlimit(resource.RLIMIT_RTTIME, (LIMIT, hard))
+
         def target() -> None:
-            fork(look)
+            leaves(look)
+            limit("runner")
             relay.tell(os.getpid())
             pause_for_ever()
 

@@ -40,7 +40,13 @@ import structlog
 from airflow.sdk.execution_time.teardown.leftovers import configure_tree
 from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
 from airflow.sdk.execution_time.teardown.policy import find_spared_names
-from airflow.sdk.execution_time.teardown.process_tree import ProcessTree, read_limits, shorten_name
+from airflow.sdk.execution_time.teardown.process_tree import (
+    CONDEMNED,
+    ProcessTree,
+    compute_mark,
+    read_limits,
+    shorten_name,
+)
 
 try:
     from airflow.sdk.configuration import conf as airflow_conf
@@ -114,9 +120,12 @@ def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
 def is_around(orphan: Orphan) -> bool:
     """Whether this process is in the orphan's tree itself, like the supervisor of a task within a task."""
     pid = orphan.process.pid
+    # A runner that has set the limit of its mark for itself shows that no more, and neither does this process if
+    # it has done so: its origin takes the place.
+    given = {compute_mark(orphan.process), orphan.origin & ~CONDEMNED, *read_limits(pid)[:1]}
     return (
         os.getsid(0) == pid
-        or not set(read_limits(os.getpid())).isdisjoint(read_limits(pid)[:1])
+        or not given.isdisjoint(read_limits(os.getpid()))
         or pid in [parent.pid for parent in psutil.Process().parents()]
     )
 
