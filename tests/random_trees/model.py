@@ -123,11 +123,14 @@ def tell_fates(example: Example) -> dict[int, Fate]:
         for number, member in members.items()
     }
     if not example.succeeds:
-        for task in inner:
-            # Its supervisor may end what nobody else can tell for the task's, or be killed before it has.
-            if task.supervisor in known:
-                for number in find_known(runs, task.marks, task.runner):
-                    fates[number] = "either" if fates[number] == "lives" else fates[number]
+        reached = set(known)
+        # A supervisor precedes those that its task starts.
+        for task in sorted(inner, key=lambda task: task.supervisor):
+            # It may end what nobody else can tell for the task's, or be killed before it has.
+            if task.supervisor in reached:
+                reached |= find_known(runs, task.marks, task.runner)
+        for number in reached:
+            fates[number] = "either" if fates[number] == "lives" else fates[number]
     return {**fates, 0: "ends"}
 
 

@@ -16,6 +16,7 @@ from tests.random_trees.__main__ import UNUSABLE, main
 from tests.random_trees.driving import Driver, DriverFailedError, start_driver
 from tests.random_trees.examples import Example, Outcome, Script, Step
 from tests.random_trees.exploring import WrongEndError, check, explore
+from tests.random_trees.model import tell_fates
 
 if TYPE_CHECKING:
     from pytest_mock import MockerFixture
@@ -60,6 +61,18 @@ def test_orphan_that_was_left(script: Script) -> None:
     """What the trees have found once: a runner without a supervisor, and without the mark that it was given."""
     with start_driver() as driver:
         check(driver, Example(script, "orphaned"))
+
+
+def test_task_within_a_task_within_a_task() -> None:
+    """What only a supervisor knows that only another supervisor knows may be ended, or stay."""
+    gone_out: list[Step] = ["limit", "orphan", "setsid"]
+    innermost: Script = {"id": 5, "steps": gone_out, "then": "stay"}
+    runner: Script = {"id": 4, "steps": [{"fork": innermost}], "then": "stay"}
+    within: Script = {"id": 3, "steps": gone_out, "then": "supervise", "inner": runner}
+    outer: Script = {"id": 2, "steps": [{"fork": within}], "then": "stay"}
+    supervisor: Script = {"id": 1, "steps": [], "then": "supervise", "inner": outer}
+    fates = tell_fates(Example({"id": 0, "steps": [{"fork": supervisor}], "then": "stay"}, "409"))
+    assert [fates[number] for number in range(6)] == ["ends", "ends", "ends", "either", "either", "either"]
 
 
 @pytest.mark.parametrize(("bug", "fault", "seed"), FAULTS_OF_BUGS)
