@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.random_trees.strangers import find_refusal
+
 if TYPE_CHECKING:
     import pytest
 
@@ -15,13 +17,14 @@ EVERYTHING = "everything"
 ONE_AFTER_THE_OTHER = {
     "tests/bench/test_bench.py",
     "tests/e2e/test_e2e.py",
-    "tests/random_trees/test_random_trees.py",
     "tests/sdk/test_another_user.py",
     "tests/sdk/test_leftovers.py",
     "tests/sdk/test_orphans.py",
     "tests/sdk/test_told_to_stop.py",
     "tests/test_issue_65505.py",
 }
+# Its trees are in a PID namespace of their own, where they may have one; otherwise it belongs to those above.
+RANDOM_TREES = "tests/random_trees/test_random_trees.py"
 # They have a fixture that nobody else in their modules wants, and that takes minutes.
 ON_THEIR_OWN = {
     "test_our_tests_pass_on_patched",
@@ -66,9 +69,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # untyped
     """Give each worker a module at a time, so that fixtures are made once, but for those named above."""
 
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        self._one_after_the_other = ONE_AFTER_THE_OTHER | ({RANDOM_TREES} if find_refusal() else set())
+
     def _split_scope(self, nodeid: str) -> str:
         module, _, test = nodeid.partition("::")
-        if module in ONE_AFTER_THE_OTHER:
+        if module in self._one_after_the_other:
             return "one after the other"
         name = test.partition("[")[0]
         return f"{module}::{name}" if name in ON_THEIR_OWN else module
