@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.random_trees.strangers import find_refusal
+from tests.harness.namespaces import find_refusal
 
 if TYPE_CHECKING:
     import pytest
@@ -23,8 +23,13 @@ ONE_AFTER_THE_OTHER = {
     "tests/sdk/test_told_to_stop.py",
     "tests/test_issue_65505.py",
 }
-# Its trees are in a PID namespace of their own, where they may have one; otherwise it belongs to those above.
-RANDOM_TREES = "tests/random_trees/test_random_trees.py"
+# What they start is in PID namespaces, where there may be any; otherwise they belong to those above.
+IN_NAMESPACES = {
+    "tests/random_trees/test_random_trees.py",
+    "tests/sdk/test_pull_requests.py",
+    "tests/sdk/test_releases_in_use.py",
+    "tests/upstream/test_upstream.py",
+}
 # They have a fixture that nobody else in their modules wants, and that takes minutes.
 ON_THEIR_OWN = {
     "test_our_tests_pass_on_patched",
@@ -71,7 +76,7 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # untyped
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
-        self._one_after_the_other = ONE_AFTER_THE_OTHER | ({RANDOM_TREES} if find_refusal() else set())
+        self._one_after_the_other = ONE_AFTER_THE_OTHER | (IN_NAMESPACES if find_refusal() else set())
 
     def _split_scope(self, nodeid: str) -> str:
         module, _, test = nodeid.partition("::")

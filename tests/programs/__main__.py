@@ -15,7 +15,7 @@ from patches.releases import find_release
 from patches.wheels import prepare_output
 from tests.harness.consoles import open_consoles
 from tests.harness.environments import create_environment
-from tests.harness.real.running import find_namespace_refusal
+from tests.harness.namespaces import find_refusal
 from tests.harness.wheels import DIST, build_patched_wheel
 from tests.programs.program import WAYS
 from tests.programs.report import find_failures, list_exceptions, make_table, sum_up, write_json
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     try:
         releases = [find_release(version) for version in options.versions]
-        refusal = find_namespace_refusal()
+        refusal = find_refusal(network=True)
         programs = choose(options.program, console, large=options.large, private=not refusal)
         if options.list:
             for program in programs:

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from patches.errors import PatchError
 from patches.releases import find_release
+from tests.harness.namespaces import UNSHARE_NETWORK, find_refusal
 from tests.harness.processes import find_marked, make_cookie
-from tests.harness.real.running import UNSHARE, Result, end_namespace, find_namespace_refusal
+from tests.harness.real.running import Result, end_namespace
 from tests.programs import __main__ as command_line
 from tests.programs.__main__ import UNUSABLE, main
 from tests.programs.program import SHELL, WAYS, Program
@@ -179,11 +180,11 @@ def test_report(tmp_path: Path) -> None:
 
 def test_namespace_ends() -> None:
     """With the first process of a namespace all others there have ended when it returns."""
-    if refusal := find_namespace_refusal():
+    if refusal := find_refusal(network=True):
         pytest.skip(f"not run: there is no PID namespace here: {refusal}")
     with make_cookie() as cookie:
         script = f"setsid --fork sh -c 'echo; sleep 600; : {cookie}' & wait; sleep 600; : {cookie}"
-        with subprocess.Popen([*UNSHARE, "sh", "-c", script], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen([*UNSHARE_NETWORK, "sh", "-c", script], stdout=subprocess.PIPE) as process:
             assert process.stdout
             process.stdout.readline()
             end_namespace(process)

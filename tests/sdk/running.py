@@ -11,6 +11,7 @@ from patches.environments import TEST_PACKAGES
 from patches.releases import last_of_lines
 from patches.rules import TESTS, load_changes, select_names
 from tests.harness.environments import clean_env, create_environment
+from tests.harness.namespaces import isolate
 from tests.harness.processes import kill_inside
 from tests.upstream.results import read_report
 from tests.upstream.suites import FINISHED, quote_end
@@ -91,7 +92,7 @@ def run_pytest(
     try:
         with log.open("wb") as output:
             process = subprocess.run(
-                [environment.python, "-m", "pytest", *options],
+                [*isolate(), environment.python, "-m", "pytest", *options],
                 cwd=folder,
                 env={**clean_env(folder, python=environment.python), **variables},
                 stdin=subprocess.DEVNULL,

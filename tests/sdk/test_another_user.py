@@ -114,8 +114,8 @@ def run_as(
 
 def kill_supervisor_as(
     user: str, environment: Environment, place: Path, shape: Shape, *, until: str | None = None
-) -> list[Process]:
-    """Kill a user's supervisor, wait until nothing is left but what belongs to `until`, and return what is left."""
+) -> list[str | None]:
+    """Kill a user's supervisor, wait until nothing is left but what belongs to `until`, and return whose is left."""
     with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
         folder = Path(name)
         launch = make_launch(user, environment, place, cookie, folder)
@@ -128,7 +128,7 @@ def kill_supervisor_as(
             while ending := [process for process in find_marked(cookie) if find_owner(process) != until]:
                 if not wait_for_exit(ending, deadline - time.monotonic()):
                     break
-            return find_marked(cookie)
+            return [find_owner(process) for process in find_marked(cookie)]
 
 
 def find_owner(process: Process) -> str | None:
@@ -206,8 +206,7 @@ def test_supervisor_dies_and_sudoers_forbid(environment: Environment, place: Pat
     """The README's limit: what runs as another user, and may not be signalled, outlives the supervisor."""
     with permit(str(environment.python)):
         shape = make_shape(environment, place, "deaf")
-        left = kill_supervisor_as(WORKER, environment, place, shape, until=OTHER)
-    assert [find_owner(process) for process in left] == [OTHER]
+        assert kill_supervisor_as(WORKER, environment, place, shape, until=OTHER) == [OTHER]
 
 
 @pytest.mark.parametrize("ending", ["409", "runner-killed"])

@@ -21,6 +21,7 @@ from patches.releases import ROOT
 from patches.upstream import fetch_sdist
 from tests.harness.archives import extract
 from tests.harness.environments import clean_env, create_environment
+from tests.harness.namespaces import isolate
 from tests.harness.processes import kill_all, read_strings
 from tests.upstream.results import read_report
 
@@ -166,7 +167,7 @@ def run_pytest(
 ) -> int:
     """Run pytest in the folder, and return its exit status."""
     pretend_checkout(folder)
-    command = [str(environment.python), "-m", "pytest", *PYTEST_OPTIONS, *arguments]
+    command = [*isolate(), str(environment.python), "-m", "pytest", *PYTEST_OPTIONS, *arguments]
     with (
         log.open("wb") as output,
         subprocess.Popen(

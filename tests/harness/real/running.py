@@ -20,6 +20,7 @@ import psutil
 from patches.errors import PatchError
 from patches.releases import ROOT
 from tests.harness.environments import clean_env
+from tests.harness.namespaces import UNSHARE_NETWORK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,8 +35,6 @@ SCENE_TIMEOUT = 180.0
 IMPORT_TIMEOUT = 120.0
 GRACE = 20
 """Seconds of [core] killed_task_cleanup_time, of which a task with nothing to wait for needs less than half."""
-
-UNSHARE = ("unshare", "--pid", "--net", "--fork", "--mount-proc", "--kill-child")
 
 SETTINGS = {
     "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -183,7 +182,7 @@ def start_driver(environment: Environment, *, own_namespace: bool = False) -> It
         with theirs, log.open("wb") as output:
             process = subprocess.Popen(
                 [
-                    *(UNSHARE if own_namespace else ()),
+                    *(UNSHARE_NETWORK if own_namespace else ()),
                     *(environment.python, "-m", "tests.harness.real.driver", str(theirs.fileno()), folder),
                 ],
                 env={
@@ -208,15 +207,6 @@ def start_driver(environment: Environment, *, own_namespace: bool = False) -> It
             if own_namespace:
                 end_namespace(process)
             process.wait()
-
-
-def find_namespace_refusal() -> str | None:
-    """Return why there can be no PID and network namespaces, None if there can."""
-    try:
-        tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "unshare is not installed"
-    return (tried.stderr.strip() or f"unshare exited {tried.returncode}") if tried.returncode else None
 
 
 def end_namespace(unshare: subprocess.Popen[bytes]) -> None:

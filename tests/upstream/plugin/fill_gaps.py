@@ -24,7 +24,7 @@ from tests_common.test_utils import config, mock_plugins, version_compat
 from airflow.sdk.api.datamodels import _generated as models
 from airflow.sdk.bases.xcom import BaseXCom
 from airflow.sdk.definitions.dag import DAG
-from airflow.sdk.execution_time import comms, supervisor, task_runner
+from airflow.sdk.execution_time import comms, task_runner
 from airflow.sdk.execution_time.secrets_masker import SecretsMasker
 
 MOMENT = datetime(2024, 12, 1, 1, tzinfo=timezone.utc)
@@ -90,13 +90,6 @@ def describe_record(record):
 def matches(value, wanted):
     """Compare a value with one, or with a regular expression."""
     return bool(wanted.match(str(value))) if hasattr(wanted, "match") else value == wanted
-
-
-@pytest.fixture(autouse=True)
-def leave_orphans_alone(request, monkeypatch):
-    """Have no supervisor of upstream's tests end what tests that run beside them have orphaned."""
-    if "/teardown/" not in request.node.nodeid:  # ours, which know what they do
-        monkeypatch.setattr(supervisor, "sweep_once", lambda _conf: None, raising=False)
 
 
 @pytest.fixture
