@@ -1365,6 +1365,22 @@ IN_ORPHANS = [
         ("test_sweep.py",),
     ),
     Mutant(
+        "fork-holds-no-signals",
+        "stop_request.py",
+        "        before=hold_stop_signals,\n",
+        "",
+        "a runner that is told to stop before it has had a processor runs on for the whole grace",
+        ("test_stop_request.py",),
+    ),
+    Mutant(
+        "fork-leaves-signals-blocked",
+        "stop_request.py",
+        "        after_in_parent=release_stop_signals,\n",
+        "",
+        "a supervisor hears no signal from the moment when its task has been forked",
+        ("test_stop_request.py",),
+    ),
+    Mutant(
         "orphan-takes-who-has-left",
         "orphans.py",
         "    if not origin or not marks or pid == os.getpid():",

@@ -197,6 +197,38 @@ def catch_stop_signals() -> Iterator[None]:
         yield
 
 
+_masks = threading.local()
+"""The signal mask of a thread that forks, from before."""
+
+
+def hold_stop_signals() -> None:
+    """
+    Block the stop signals for a fork.
+
+    A child that is signalled before it runs would lose the signal: Python calls the C handler first, and then
+    clears what it has noted (``PyOS_AfterFork_Child()``). Blocked, the signal stays pending until
+    :func:`release_stop_signals`.
+    """
+    if _caught is not None:
+        _masks.former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def release_stop_signals() -> None:
+    """Restore the signal mask from before the fork, in the parent and in the child."""
+    former = getattr(_masks, "former", None)
+    if former is not None:
+        _masks.former = None
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=hold_stop_signals,
+        after_in_parent=release_stop_signals,
+        after_in_child=release_stop_signals,
+    )
+
+
 def find_caught() -> _CaughtSignals | None:
     """Return the caught signals of this thread; None if it catches none."""
     return _caught if threading.current_thread() is threading.main_thread() else None
