@@ -30,7 +30,6 @@ from unittest.mock import create_autospec
 
 import pytest
 import structlog
-from task_sdk.execution_time.teardown.supervised.faults import run_in_fork
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
     Relay,
@@ -306,19 +305,17 @@ class TestWatchStopSignals:
     def test_runner_that_has_not_run_yet(self) -> None:
         """A signal reaches a forked child that has not had a processor yet; signals come as before after the fork."""
 
-        def main() -> dict[str, Any]:
+        def main() -> None:
             # The child waits for the only processor.
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             with catch_stop_signals(), forked(pause_for_ever) as child:
                 os.kill(child, signal.SIGTERM)
-                return {
-                    "ended by": ended_by(child),
-                    "blocked": [*signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-                }
+                relay.tell([ended_by(child), *signal.pthread_sigmask(signal.SIG_BLOCK, [])])
 
-        for _ in range(FORKS):
-            outcome = run_in_fork(main)
-            assert (outcome["ended by"], outcome["blocked"]) == (signal.SIGTERM, [])
+        with contextlib.closing(Relay()) as relay:
+            for _ in range(FORKS):
+                with forked(main):
+                    assert relay.hear() == [signal.SIGTERM]
 
     def test_closed_selector(self) -> None:
         """The loop may have closed it by itself."""
