@@ -1381,6 +1381,14 @@ IN_ORPHANS = [
         ("test_stop_request.py",),
     ),
     Mutant(
+        "forked-supervisor-keeps-what-it-read",
+        "process_tree.py",
+        "    os.register_at_fork(after_in_child=_read_self.cache_clear)",
+        "    pass",
+        "a supervisor in a PID namespace passes for the process that has its number outside, and so for dead",
+        ("test_process_tree.py",),
+    ),
+    Mutant(
         "orphan-takes-who-has-left",
         "orphans.py",
         "    if not origin or not marks or pid == os.getpid():",

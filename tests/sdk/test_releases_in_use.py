@@ -89,6 +89,7 @@ NEED_NAMESPACES = {
     # Another user is had by root alone, too.
     "TestFindOrphans::test_other_users",
     "TestFind::test_session_recycled_between_two_looks",
+    "TestOrigin::test_supervisor_in_a_namespace_within",
     "TestLook::test_namesakes_are_told_apart",
     "TestMeansToFind::test_hidden",
 }

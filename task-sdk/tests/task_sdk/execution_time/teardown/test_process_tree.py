@@ -717,6 +717,17 @@ class TestOrigin:
         own = mocker.call(f"{process_tree.PROC}/{os.getpid()}/stat")
         assert read_file.call_args_list.count(own) == 1
 
+    def test_supervisor_in_a_namespace_within(self) -> None:
+        """A supervisor is not taken for the process whose number it has in a PID namespace of its own."""
+
+        def main() -> dict[str, Any]:
+            pid = fork_waiting(os.setsid)
+            ProcessTree().adopt(pid)
+            return {"own": os.getpid(), "alive": is_origin_alive(read_set_origin(pid))}
+
+        process_tree._read_self(1)
+        assert run_in_namespace(main) == {"own": 1, "alive": True}
+
     def test_recycled_supervisor(self) -> None:
         """Whoever has got its number since is not the supervisor."""
         supervisor = read(os.getpid())

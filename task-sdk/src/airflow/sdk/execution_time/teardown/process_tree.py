@@ -880,6 +880,11 @@ def _read_self(pid: int) -> Process | None:
     return read_process(pid)
 
 
+if hasattr(os, "register_at_fork"):
+    # A forked child may get the number that was read: in another PID namespace, or when the process is gone.
+    os.register_at_fork(after_in_child=_read_self.cache_clear)
+
+
 def read_own_start() -> float:
     """Return when this process started; all its children are younger. 0 if that is unknown."""
     own = read_process(os.getpid())
