@@ -32,7 +32,6 @@ def find_wanted(request: pytest.FixtureRequest, parameter: str, **others: object
     return list(dict.fromkeys(call[parameter] for call in calls if others.items() <= call.items()))
 
 
-def mark_other_versions(versions: Iterable[str], main: Iterable[str] = MAIN_LINES) -> list[Any]:
+def mark_other_versions(versions: Iterable[str]) -> list[Any]:
     """Do so for versions of the SDK."""
-    chosen = set(main)
-    return mark_rest(versions, chosen.__contains__)
+    return mark_rest(versions, MAIN_LINES.__contains__)

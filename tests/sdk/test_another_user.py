@@ -119,8 +119,7 @@ def kill_supervisor_as(
     with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
         folder = Path(name)
         launch = make_launch(user, environment, place, cookie, folder)
-        plan = Plan(shape, "409", patient=until is None)
-        with watch_supervisor(launch, plan, cookie=cookie, folder=folder) as supervisor:
+        with watch_supervisor(launch, Plan(shape, "409"), cookie=cookie, folder=folder) as supervisor:
             wait_for_tree(supervisor, shape.processes)
             supervisor.process.kill()
             deadline = time.monotonic() + PATIENCE

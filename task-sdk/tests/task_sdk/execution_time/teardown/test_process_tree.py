@@ -52,6 +52,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     hear_in_popen,
     in_turn,
     lift_limit,
+    limit_realtime,
     pause_for_ever,
     waiting,
 )
@@ -633,11 +634,6 @@ class TestNested:
         mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
         assert [read_limits(pid) for pid in inner] == marks
         assert all(len(of_one) == 2 for of_one in marks)
-
-
-def limit_realtime() -> None:
-    """Limit what is scheduled in real time, as PipeWire does in all of its clients, and lose the mark by that."""
-    resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, resource.RLIM_INFINITY))
 
 
 def make_origin(supervisor: Process) -> int:

@@ -22,7 +22,6 @@ import errno
 import functools
 import io
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -52,6 +51,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     keep_open,
     kill_child,
     leave_others_alone,
+    limit_realtime,
     look_at_own_processes,
     pause_for_ever,
     set_grace,
@@ -70,8 +70,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PR_SET_NAME = 15
-LIMIT = 200_000
-"""Microseconds, as rtkit sets it."""
 MUTEX_BYTES = 64
 
 OVERTAKING = 0.2
@@ -346,8 +344,7 @@ class TestSweep:
 
         def limit(who: str) -> None:
             if who == sets_limit:
-                _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
-                resource.setrlimit(resource.RLIMIT_RTTIME, (LIMIT, hard))
+                limit_realtime()
 
         def target() -> None:
             leaves(look)

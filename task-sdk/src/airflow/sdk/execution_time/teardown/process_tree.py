@@ -262,9 +262,7 @@ class ProcessTree:
         self._foreign_sessions = {0, os.getsid(0), *([] if session == pid else [session])}
         self._foreign_marks = {*limits[1:], *read_limits(os.getpid())}
         self._mark = limits[0] if limits else None
-        # It may have started processes first, and then lifted that limit, or set it for itself.
-        self._marks = {*limits[:1], *([compute_mark(self._leader)] if start >= 0 else [])}
-        self._marks |= {origin & ~CONDEMNED} if origin else set()
+        self._marks = list_given_marks(self._leader, limits, origin)
         self._read_marks = read_limits
 
     def remember(self) -> None:
@@ -777,6 +775,17 @@ def compute_mark(leader: Process) -> int:
     return MARK_FLAG | (int(leader.start) << PID_BITS.bit_length() | leader.pid) & MARK_FLAG - 1
 
 
+def list_given_marks(leader: Process, limits: Sequence[int], origin: int | None) -> set[int]:
+    """
+    Return the marks that tell what a leader has started, who may have lifted that limit since, or set it for itself.
+
+    :param limits: the marks that it carries now.
+    """
+    computed = {compute_mark(leader)} if leader.start >= 0 else set()
+    inherited = {origin & ~CONDEMNED} if origin else set()
+    return {*limits[:1], *computed, *inherited}
+
+
 def invent_mark(pid: int) -> int:
     """Return a random mark for a leader whose start is not known."""
     return MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1) & ~PID_BITS | pid
@@ -887,7 +896,7 @@ if hasattr(os, "register_at_fork"):
 
 def read_own_start() -> float:
     """Return when this process started; all its children are younger. 0 if that is unknown."""
-    own = read_process(os.getpid())
+    own = _read_self(os.getpid())
     return own.start if own else 0
 
 

@@ -41,9 +41,8 @@ from airflow.sdk.execution_time.teardown.leftovers import configure_tree
 from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
 from airflow.sdk.execution_time.teardown.policy import find_spared_names
 from airflow.sdk.execution_time.teardown.process_tree import (
-    CONDEMNED,
     ProcessTree,
-    compute_mark,
+    list_given_marks,
     read_limits,
     shorten_name,
 )
@@ -120,9 +119,7 @@ def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
 def is_around(orphan: Orphan) -> bool:
     """Whether this process is in the orphan's tree itself, like the supervisor of a task within a task."""
     pid = orphan.process.pid
-    # A runner that has set the limit of its mark for itself shows that no more, and neither does this process if
-    # it has done so: its origin takes the place.
-    given = {compute_mark(orphan.process), orphan.origin & ~CONDEMNED, *read_limits(pid)[:1]}
+    given = list_given_marks(orphan.process, read_limits(pid), orphan.origin)
     return (
         os.getsid(0) == pid
         or not given.isdisjoint(read_limits(os.getpid()))

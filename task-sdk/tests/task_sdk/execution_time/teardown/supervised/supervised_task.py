@@ -290,6 +290,11 @@ def lift_limit() -> None:
     resource.setrlimit(resource.RLIMIT_RTTIME, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+def limit_realtime() -> None:
+    """Limit what is scheduled in real time, as PipeWire does in all of its clients, and lose the mark by that."""
+    resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, resource.RLIM_INFINITY))
+
+
 def detach(prepare: Callable[[], Any]) -> None:
     """Start a daemon that runs ``prepare`` and then waits for signals: in its own session, its parent gone."""
     orphaned = Relay()

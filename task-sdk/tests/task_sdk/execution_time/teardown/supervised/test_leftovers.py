@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -51,6 +50,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     keep_open,
     leave_holder,
     lift_limit,
+    limit_realtime,
     pause_for_ever,
     set_grace,
     start_task,
@@ -114,7 +114,7 @@ def be_pool(relay: Relay) -> None:
 
 def be_realtime(relay: Relay) -> None:
     """Limit what is scheduled in real time, as PipeWire does in all of its clients."""
-    resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, resource.RLIM_INFINITY))
+    limit_realtime()
     relay.tell(os.getpid())
 
 
