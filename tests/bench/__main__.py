@@ -8,16 +8,15 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from patches.commands import interrupt_on_sigterm
-from patches.errors import PatchError
 from patches.releases import find_release
 from patches.wheels import prepare_output
 from tests.bench.figures import FIGURES
 from tests.bench.report import make_table, write_json
 from tests.bench.setup import Setup
+from tests.harness.consoles import explains_failures, open_console
 from tests.harness.supervised import SupervisorFailedError
 from tests.harness.wheels import DIST, build_patched_wheel, install_both
 
@@ -25,17 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from rich.console import Console
     from rich.progress import TaskID
 
     from patches.releases import Release
     from tests.bench.series import Series
 
 DEFAULT_VERSION = "3.1.8"
-UNUSABLE, INTERRUPTED = 2, 130
 # A file has no width of its own; at this one no row of the table is wrapped.
 COLUMNS_IN_FILE = 130
 
 
+@explains_failures(SupervisorFailedError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; return 0, or 2 after a sentence on stderr."""
     parser = argparse.ArgumentParser(prog="nox -s bench --", description=__doc__)
@@ -47,21 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--figure", action="append", choices=list(FIGURES), dest="figures", help="only this; may be repeated"
     )
     options = parser.parse_args(arguments)
-    console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = COLUMNS_IN_FILE
+    console = open_console(COLUMNS_IN_FILE)
     began = time.monotonic()
-    try:
-        release = find_release(options.version)
-        folder = DIST / f"bench-{release.airflow}"
-        prepare_output(folder)
-        measured = measure(release, options.figures or list(FIGURES), folder, console, quick=options.quick)
-    except (PatchError, SupervisorFailedError) as error:
-        errors.print(error)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        errors.print("Interrupted: every process that the bench had started was ended.")
-        return INTERRUPTED
+    release = find_release(options.version)
+    folder = DIST / f"bench-{release.airflow}"
+    prepare_output(folder)
+    measured = measure(release, options.figures or list(FIGURES), folder, console, quick=options.quick)
     console.print(make_table(f"Airflow {release.airflow}", measured))
     console.print(f"Every sample, and the pictures: {folder}", soft_wrap=True, highlight=False)
     console.print(f"Took {time.monotonic() - began:.0f} s.")

@@ -7,32 +7,34 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from patches.commands import interrupt_on_sigterm
-from patches.errors import PatchError
 from patches.releases import find_release
 from tests.bench.timeline import draw_task
 from tests.demo.report import print_report
 from tests.demo.runs import plan_runs, run_all
 from tests.demo.told import plan_told, run_told
+from tests.harness.consoles import explains_failures, open_console
 from tests.harness.supervised import SupervisorFailedError
 from tests.harness.wheels import DIST, build_patched_wheel, install_both
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from tests.demo.runs import Run
     from tests.demo.told import Told, ToldRun
     from tests.harness.supervised import Outcome
 
 DEFAULT_VERSION = "3.1.8"
-PROBLEM, UNUSABLE, INTERRUPTED = 1, 2, 130
+PROBLEM = 1
 # A file has no width of its own; at this one no row of a table is wrapped.
 COLUMNS_IN_FILE = 100
 
 
+@explains_failures(SupervisorFailedError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 if all is well with the patched side, 1 if it is not, 2 if there was no demo."""
     parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
@@ -40,18 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "version", nargs="?", default=DEFAULT_VERSION, metavar="VERSION", help="of Airflow or its SDK"
     )
     version = parser.parse_args(arguments).version
-    console, errors = Console(), Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = COLUMNS_IN_FILE
+    console = open_console(COLUMNS_IN_FILE)
     began = time.monotonic()
-    try:
-        outcomes, told = run_demo(version, console)
-    except (PatchError, SupervisorFailedError) as error:
-        errors.print(error)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        errors.print("Interrupted: every process that the demo had started was ended.")
-        return INTERRUPTED
+    outcomes, told = run_demo(version, console)
     console.print(f"Took {time.monotonic() - began:.0f} s.")
     unclean = any(run.patched and not outcome.clean for run, outcome in outcomes.items())
     wrong = any(run.patched and not outcome.right for run, outcome in told.items())

@@ -19,7 +19,7 @@ from tests.e2e.outcomes import Outcome
 from tests.e2e.report import Result, find_failures, list_problems, make_table, write_json
 from tests.e2e.scenarios import SCENARIOS
 from tests.e2e.servers import ServerFailedError
-from tests.harness.consoles import open_consoles
+from tests.harness.consoles import explains_failures, open_console, open_error_console
 from tests.harness.wheels import DIST, build_patched_wheel
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from tests.e2e.outcomes import Scenario
 
 DEFAULT_VERSIONS = ("3.1.8", "3.3.2")
-PROBLEM, UNUSABLE, INTERRUPTED = 1, 2, 130
+PROBLEM = 1
 # A file has no width of its own; at this one no row of the table is wrapped.
 COLUMNS_IN_FILE = 130
 
 
+@explains_failures(ServerFailedError, ApiError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the scenarios; return 0 if all is well, 1 if it is not, 2 if they could not be run."""
     names = [scenario.name for scenario in SCENARIOS]
@@ -54,21 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     executors = [word for word in options.what if word in EXECUTORS] or list(EXECUTORS)
     versions = [word for word in options.what if word not in EXECUTORS] or DEFAULT_VERSIONS
-    console, errors = open_consoles(COLUMNS_IN_FILE)
+    console = open_console(COLUMNS_IN_FILE)
     began = time.monotonic()
     failures: list[str] = []
-    try:
-        releases = [find_release(version) for version in versions]
-        check_tools(executors)
-        scenarios = list(choose(options.scenarios, errors))
-        for release in releases:
-            failures += run_release(release, executors, scenarios, console)
-    except (PatchError, ServerFailedError, ApiError) as error:
-        errors.print(error)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        errors.print("Interrupted: every process that the tests had started was ended.")
-        return INTERRUPTED
+    releases = [find_release(version) for version in versions]
+    check_tools(executors)
+    scenarios = list(choose(options.scenarios, open_error_console()))
+    for release in releases:
+        failures += run_release(release, executors, scenarios, console)
     for failure in failures:
         console.print(failure, style="bold red", highlight=False)
     console.print(f"Took {time.monotonic() - began:.0f} s.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
-from tests.harness.consoles import open_consoles
+from tests.harness.consoles import explains_failures, open_console
 from tests.harness.wheels import DIST, build_patched_wheel
 from tests.mutants.report import describe, print_report
 from tests.mutants.running import find_broken, run_mutant
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 AT_ONCE = 2
 # A file has no width of its own; at this one few rows of the table are wrapped.
 COLUMNS_IN_FILE = 220
-SURVIVED, UNUSABLE, INTERRUPTED = 1, 2, 130
+SURVIVED = 1
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,26 +40,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@explains_failures()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plant the mutants; return 1 if any survives, or if a test fails without one, and 2 after a sentence on stderr."""
     options = parse_arguments(arguments)
-    console, errors = open_consoles(COLUMNS_IN_FILE)
+    console = open_console(COLUMNS_IN_FILE)
     mutants = [mutant for mutant in MUTANTS if mutant.name.startswith(tuple(options.name) or "")]
     if not mutants:
-        errors.print("No mutant has a name that begins so: --list names them all.")
-        return UNUSABLE
+        raise PatchError("No mutant has a name that begins so: --list names them all.")
     if options.list:
         for mutant in mutants:
-            console.print(f"{mutant.name}: {mutant.breaks}", markup=False, highlight=False)
+            console.print(f"{mutant.name}: {mutant.breaks}", markup=False)
         return 0
-    try:
-        return plant_all(mutants, console)
-    except PatchError as error:
-        errors.print(error)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        errors.print("Interrupted: every process that the tests had started was ended.")
-        return INTERRUPTED
+    return plant_all(mutants, console)
 
 
 def plant_all(mutants: Sequence[Mutant], console: Console) -> int:
@@ -101,9 +94,7 @@ def run_all(
             for future in as_completed(futures):
                 mutant = futures[future]
                 outcomes[mutant] = future.result()
-                console.print(
-                    describe(mutant, outcomes[mutant]), markup=False, highlight=False, soft_wrap=True
-                )
+                console.print(describe(mutant, outcomes[mutant]), markup=False, soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

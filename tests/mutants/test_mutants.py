@@ -9,8 +9,9 @@ import pytest
 
 from patches.releases import find_release
 from patches.rules import load_changes, select_names
+from tests.harness.consoles import UNUSABLE
 from tests.harness.environments import Environment, name_python
-from tests.mutants.__main__ import UNUSABLE, main
+from tests.mutants.__main__ import main
 from tests.mutants.mutant import PACKAGE, Mutant, StaleMutantError
 from tests.mutants.running import plant
 from tests.mutants.table import MUTANTS

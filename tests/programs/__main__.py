@@ -13,7 +13,7 @@ from patches.commands import interrupt_on_sigterm
 from patches.errors import PatchError
 from patches.releases import find_release
 from patches.wheels import prepare_output
-from tests.harness.consoles import open_consoles
+from tests.harness.consoles import explains_failures, open_console
 from tests.harness.environments import create_environment
 from tests.harness.namespaces import find_refusal
 from tests.harness.wheels import DIST, build_patched_wheel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.programs.running import Outcome, Run
 
 DEFAULT_VERSIONS = ("3.1.8",)
-PROBLEM, UNUSABLE, INTERRUPTED = 1, 2, 130
+PROBLEM = 1
 ENTERED_BY_ALL = 0o711
 # A file has no width of its own; at this one few rows of the table are wrapped.
 COLUMNS_IN_FILE = 150
@@ -60,33 +60,27 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@explains_failures()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if the patched side left nothing that is not documented, 1 if it did, 2 if nothing could be run."""
     options = parse_arguments(arguments)
-    console, errors = open_consoles(COLUMNS_IN_FILE)
+    console = open_console(COLUMNS_IN_FILE)
     began = time.monotonic()
     failures: list[str] = []
-    try:
-        releases = [find_release(version) for version in options.versions]
-        refusal = find_refusal(network=True)
-        programs = choose(options.program, console, large=options.large, private=not refusal)
-        if options.list:
-            for program in programs:
-                console.print(program.name, highlight=False)
-            return 0
-        if refusal:
-            console.print(
-                f"What counts as left are descendants, for there is no PID namespace: {refusal}", markup=False
-            )
-        ways = [way for way in WAYS if not options.way or way.name in options.way]
-        for release in releases:
-            failures += run_release(release, plan(programs, ways), console, own_namespace=not refusal)
-    except PatchError as error:
-        errors.print(error)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        errors.print("Interrupted: every process that was started was ended.")
-        return INTERRUPTED
+    releases = [find_release(version) for version in options.versions]
+    refusal = find_refusal(network=True)
+    programs = choose(options.program, console, large=options.large, private=not refusal)
+    if options.list:
+        for program in programs:
+            console.print(program.name)
+        return 0
+    if refusal:
+        console.print(
+            f"What counts as left are descendants, for there is no PID namespace: {refusal}", markup=False
+        )
+    ways = [way for way in WAYS if not options.way or way.name in options.way]
+    for release in releases:
+        failures += run_release(release, plan(programs, ways), console, own_namespace=not refusal)
     for failure in failures:
         console.print(failure, style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Took {time.monotonic() - began:.0f} s.")

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from patches.errors import PatchError
 from patches.releases import find_release
+from tests.harness.consoles import UNUSABLE
 from tests.harness.namespaces import UNSHARE_NETWORK, find_refusal
 from tests.harness.processes import find_marked, make_cookie
 from tests.harness.real.running import Result, end_namespace
 from tests.programs import __main__ as command_line
-from tests.programs.__main__ import UNUSABLE, main
+from tests.programs.__main__ import main
 from tests.programs.program import SHELL, WAYS, Program
 from tests.programs.report import find_failures, list_exceptions, make_table, sum_up, write_json
 from tests.programs.running import Outcome, Run, describe, plan

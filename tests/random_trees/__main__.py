@@ -7,10 +7,8 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from patches.commands import interrupt_on_sigterm
-from patches.errors import PatchError
+from tests.harness.consoles import explains_failures, open_console
 from tests.random_trees.driving import VERSION, start_driver
 from tests.random_trees.examples import load_example
 from tests.random_trees.exploring import WrongEndError, check, explore
@@ -18,13 +16,16 @@ from tests.random_trees.exploring import WrongEndError, check, explore
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from tests.random_trees.driving import Driver
     from tests.random_trees.examples import Example
 
 EXAMPLES = 5000
 REPETITIONS = 20
 PROGRESS_EVERY = 100
-PROBLEM, UNUSABLE, INTERRUPTED = 1, 2, 130
+PROBLEM = 1
+COLUMNS_IN_FILE = 100
 
 
 def take_example(text: str) -> Example:
@@ -56,15 +57,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@explains_failures()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if every tree ended as it should, 1 after the example of one that did not, 2 if none could be tried."""
     options = parse_arguments(arguments)
-    console = Console(highlight=False, soft_wrap=True)
-    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    console = open_console(COLUMNS_IN_FILE)
     try:
         with start_driver(options.version, bugs=options.bug) as driver:
             if driver.refusal:
-                console.print(f"No strangers take numbers that are free: {driver.refusal}", markup=False)
+                console.print(
+                    f"No strangers take numbers that are free: {driver.refusal}", markup=False, soft_wrap=True
+                )
             if options.example:
                 for _ in range(REPETITIONS):
                     check(driver, options.example)
@@ -72,14 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 look(driver, options, console)
     except WrongEndError as error:
-        console.print(error, markup=False)
+        console.print(error, markup=False, soft_wrap=True)
         return PROBLEM
-    except PatchError as error:
-        errors.print(error)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        errors.print("Interrupted: every process that was started was ended.")
-        return INTERRUPTED
     return 0
 
 

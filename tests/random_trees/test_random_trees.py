@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from patches.releases import ROOT
-from tests.random_trees.__main__ import UNUSABLE, main
+from tests.harness.consoles import UNUSABLE
+from tests.random_trees.__main__ import main
 from tests.random_trees.driving import Driver, DriverFailedError, start_driver
 from tests.random_trees.examples import Example, Outcome, Script, Step
 from tests.random_trees.exploring import WrongEndError, check, explore

@@ -9,15 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from patches.checkouts import open_checkout
 from patches.commands import interrupt_on_sigterm
 from patches.environments import NoInterpreterError
-from patches.errors import PatchError
 from patches.pull_requests import choose_release
 from patches.releases import find_release, last_of_lines
+from tests.harness.consoles import UNUSABLE, explains_failures, open_console
 from tests.harness.wheels import DIST, build_patched_wheel
 from tests.upstream.checkouts import SDK, build_sdk, export_parent
 from tests.upstream.judging import Original, judge_release
@@ -26,30 +25,21 @@ from tests.upstream.report import print_report
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from patches.releases import Release
     from tests.upstream.judging import Verdict
 
 DEFAULT_SUITE = "tests/task_sdk/execution_time"
-REGRESSED, UNUSABLE, INTERRUPTED = 1, 2, 130
+REGRESSED = 1
 # A file has no width of its own; at this one no cell of the table is cut.
 COLUMNS_IN_FILE = 100
 
 
+@explains_failures()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if every release asked for was tested and none regressed, 1 if one did, 2 if one was not tested."""
-    options = parse_arguments(arguments)
-    console = Console(highlight=False)
-    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = COLUMNS_IN_FILE
-    try:
-        return run(options, console)
-    except PatchError as error:
-        errors.print(error)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        errors.print("Interrupted: every process that the tests had started was ended.")
-        return INTERRUPTED
+    return run(parse_arguments(arguments), open_console(COLUMNS_IN_FILE))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -15,9 +15,10 @@ from patches.releases import find_release
 from patches.rules import load_changes
 from patches.upstream import fetch_wheel
 from patches.wheels import build_wheel
+from tests.harness.consoles import UNUSABLE
 from tests.harness.environments import Environment
 from tests.upstream import judging, suites
-from tests.upstream.__main__ import REGRESSED, UNUSABLE, main
+from tests.upstream.__main__ import REGRESSED, main
 from tests.upstream.judging import judge_release
 from tests.upstream.results import Result, compare_results, read_report
 
