@@ -65,7 +65,9 @@ def be_patient() -> None:
 
     How long they do take is for the bench to say.
     """
-    leftovers.KILL_TIME = orphans.KILL_TIME = process_tree.SUDO_TIMEOUT = PATIENCE
+    for module in (leftovers, orphans):
+        vars(module)["KILL_TIME"] = PATIENCE
+    process_tree.SUDO_TIMEOUT = PATIENCE
 
 
 def build(model: Any, **values: Any) -> Any:

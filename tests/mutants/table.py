@@ -324,7 +324,7 @@ IN_TEARDOWN = [
     ),
     Mutant(
         "teardown-kills-for-long",
-        "leftovers.py",
+        "process_tree.py",
         "KILL_TIME = 0.8",
         "KILL_TIME = 3.8",
         "the task's end is told three seconds late where something does not die",
@@ -509,7 +509,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-keeps-the-runner-of-a-failed-supervisor",
         "leftovers.py",
-        "            kill_runner(process)\n            end_leftovers",
+        "            end_runner(process, signal.SIGKILL, KILL_TIME)\n            end_leftovers",
         "            end_leftovers",
         "a runner that is deaf outlives the exception that has ended its supervisor",
         ("test_leftovers.py",),
@@ -644,7 +644,7 @@ IN_TEARDOWN = [
     ),
     Mutant(
         "teardown-looks-rarely",
-        "leftovers.py",
+        "process_tree.py",
         "LOOK_INTERVAL = 0.5",
         "LOOK_INTERVAL = 4.5",
         "what leftovers start while they end is not asked to end",
@@ -904,18 +904,18 @@ IN_THE_REST = [
     Mutant(
         "requests-take-a-state-too-late",
         "task_requests.py",
-        "    elif process._stop.server_ended and type(msg).__name__ in STATE_REPORTS:\n",
-        "    elif False:\n",
+        "    if is_task(process) and process._stop.server_ended and type(msg).__name__ in STATE_REPORTS:\n",
+        "    if False:\n",
         "the server is told of a success of a task that it has ended",
         ("test_task_requests.py",),
     ),
     Mutant(
         "requests-keep-an-untold-state",
-        "task_requests.py",
+        "answered_requests.py",
         "        process._terminal_state = state\n        log.exception(",
         "        log.exception(",
         "a state that could not be told is taken for told, and never is",
-        ("test_task_requests.py",),
+        ("test_answered_requests.py",),
     ),
     Mutant(
         "requests-do-not-tell-of-a-retry",
@@ -1213,11 +1213,11 @@ IN_THE_REST = [
     ),
     Mutant(
         "requests-answer-nobody",
-        "task_requests.py",
+        "answered_requests.py",
         "    elif expects_answer(msg):\n",
         "    else:\n",
         "before 1.0.3 the next request of a runner gets the answer to its report",
-        ("test_task_requests.py",),
+        ("test_answered_requests.py",),
     ),
     Mutant(
         "tree-takes-names-whole",

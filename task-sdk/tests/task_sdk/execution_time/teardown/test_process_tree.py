@@ -1650,7 +1650,7 @@ class TestSudoTime:
         """A sudo that hangs costs a second, where nobody has less time."""
         popen = mocker.patch.object(subprocess, "Popen", autospec=True)
         popen.return_value.configure_mock(returncode=0, **{"communicate.return_value": ("", "")})
-        assert process_tree.run_sudo(["sudo"]) is None
+        assert process_tree.run_all({0: ["sudo"]}) == {0: None}
         [call] = popen.return_value.communicate.mock_calls
         assert 0 < call.kwargs["timeout"] <= 1
 

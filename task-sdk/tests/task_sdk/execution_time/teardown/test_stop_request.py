@@ -21,6 +21,8 @@ import os
 import selectors
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from configparser import ConfigParser
@@ -67,6 +69,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_mock import MockerFixture
+
+WITHOUT_UNIX = """
+import signal, sys
+import psutil
+for name in ("SIGHUP", "SIGQUIT", "SIGKILL", "SIGALRM", "SIGCONT", "SIGSTOP", "SIGRTMAX", "pthread_sigmask"):
+    delattr(signal, name)
+sys.modules["resource"] = None
+import airflow.sdk.execution_time.supervisor
+import airflow.sdk.execution_time.task_runner
+"""
+"""A program that imports the supervisor where what Windows lacks is not there."""
 
 FORKS = 5
 """Who runs first after a fork, parent or child, is not always the same."""
@@ -689,3 +702,8 @@ class TestNotes:
         note_overtime(process)
         [(level, _, fields)] = process.say()
         assert (level, fields) == ("warning", {"seconds": 25, "limit": "[core] task_success_overtime"})
+
+
+def test_supervisor_can_be_imported_on_windows() -> None:
+    """Nothing of Unix is needed before a task starts, as before: the modules of Dags import the supervisor."""
+    subprocess.run([sys.executable, "-c", WITHOUT_UNIX], check=True)

@@ -29,19 +29,15 @@ from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.api.datamodels._generated import TaskInstanceState
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time import comms
-from airflow.sdk.execution_time.comms import GetVariable, PutVariable, SetXCom, TaskState
+from airflow.sdk.execution_time.comms import GetVariable, TaskState
 from airflow.sdk.execution_time.teardown.task_requests import (
     STATE_REPORTS,
     deny_silent_success,
-    expects_answer,
     handle_request,
     tell_state,
 )
 
 FAILED = TaskState(state=TaskInstanceState.FAILED, end_date=datetime(2026, 1, 1, tzinfo=timezone.utc))
-
-NUMBERS = [(), (7,)]
-"""Of a request: none before 1.0.3, and what it is from then on."""
 
 
 class Supervised(SimpleNamespace):
@@ -79,72 +75,25 @@ def log() -> Any:
     return structlog.testing.CapturingLogger()
 
 
-def ask(process: Supervised, msg: Any, log: Any, *number: int) -> None:
-    handle_request(process, msg, log, *number, answer_failures=True)
-
-
 class TestHandleRequest:
-    @pytest.mark.parametrize("number", NUMBERS)
-    def test_request(self, log: Any, number: tuple[int, ...]) -> None:
+    def test_request(self, log: Any) -> None:
         """The supervisor handles it, and answers it itself."""
         process = Supervised()
-        ask(process, FAILED, log, *number)
-        assert process.handled == [(FAILED, number)]
+        handle_request(process, FAILED, log, 7)
+        assert process.handled == [(FAILED, (7,))]
         assert process.answers == log.calls == []
 
-    @pytest.mark.parametrize("number", NUMBERS)
-    def test_failed_request(self, log: Any, number: tuple[int, ...]) -> None:
-        """An API server that is away, say, is answered with an error, and does not end the supervisor."""
-        process = Supervised(fail(OSError("no route to host")))
-        ask(process, GetVariable(key="k"), log, *number)
-        [(answer, request_id)] = process.answers
-        assert request_id == ({"request_id": 7} if number else {})
-        assert answer.error == ErrorType.API_SERVER_ERROR
-        assert answer.detail == {
-            "status_code": None,
-            "message": "no route to host",
-            "exception_type": "OSError",
-        }
-        [call] = log.calls
-        assert (call.method_name, call.kwargs) == ("exception", {"request": "GetVariable"})
-
-    @pytest.mark.parametrize("error", [OSError("away"), conflict()])
-    def test_state_that_could_not_be_told(self, log: Any, error: Exception) -> None:
-        """It is forgotten, for it would be taken for told when the task has ended."""
-        process = Supervised(fail(error))
-        try:
-            ask(process, FAILED, log, 7)
-        except ServerResponseError:
-            assert error.args == conflict().args
-        assert process._terminal_state is None
-
-    def test_answer_of_the_server(self, log: Any) -> None:
-        """An error that the server has answered is for the caller, who passes it on."""
-        with pytest.raises(ServerResponseError):
-            ask(Supervised(fail(conflict())), GetVariable(key="k"), log, 7)
-
-    @pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
-    def test_task_that_is_gone(
-        self, log: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-    ) -> None:
-        """Nobody may be there to take the answer."""
-        process = Supervised(fail(OSError()))
-        monkeypatch.setattr(process, "send_msg", lambda *_, **__: fail(error())())
-        ask(process, GetVariable(key="k"), log, 7)
-        assert len(log.calls) == 1
-
     def test_caller_that_answers_failures(self, log: Any) -> None:
-        """From 1.3 on the caller answers them, with the traceback in its own log."""
+        """A failure is the caller's to answer."""
         with pytest.raises(OSError, match="away"):
             handle_request(Supervised(fail(OSError("away"))), GetVariable(key="k"), log, 7)
 
     def test_other_types(self, log: Any) -> None:
         """A type that leads no session of its own is served as ever."""
-        process = Supervised(fail(OSError("away")))
+        process = Supervised()
         process._new_session = False
         process._stop.server_ended = True
-        with pytest.raises(OSError, match="away"):
-            ask(process, FAILED, log, 7)
+        handle_request(process, FAILED, log, 7)
         assert process.handled
 
 
@@ -156,13 +105,10 @@ class TestEndedByServer:
         return process
 
     @pytest.mark.parametrize("report", [name for name in STATE_REPORTS if hasattr(comms, name)])
-    @pytest.mark.parametrize("answer_failures", [False, True])
-    def test_state_is_refused(
-        self, log: Any, process: Supervised, report: str, *, answer_failures: bool
-    ) -> None:
+    def test_state_is_refused(self, log: Any, process: Supervised, report: str) -> None:
         """The task gets what the API server would answer, and its state is not told, or noted."""
         msg = getattr(comms, report).model_construct()
-        handle_request(process, msg, log, 7, answer_failures=answer_failures)
+        handle_request(process, msg, log, 7)
         [(answer, request_id)] = process.answers
         assert answer.error == ErrorType.API_SERVER_ERROR
         assert answer.detail["status_code"] == 409
@@ -171,30 +117,13 @@ class TestEndedByServer:
 
     def test_nobody_waits(self, log: Any, process: Supervised) -> None:
         """Before 1.0.3 a runner that reports reads no answer, which its next request would get."""
-        ask(process, FAILED, log)
+        handle_request(process, FAILED, log)
         assert process.answers == process.handled == []
 
     def test_other_requests(self, log: Any, process: Supervised) -> None:
         """An ``on_kill`` may ask for the connection of what it removes."""
-        ask(process, GetVariable(key="k"), log, 7)
+        handle_request(process, GetVariable(key="k"), log, 7)
         assert len(process.handled) == 1
-
-
-@pytest.mark.parametrize(
-    ("msg", "expected"),
-    [
-        (GetVariable(key="k"), True),
-        (comms.DeleteXCom.model_construct(), False),
-        (comms.TriggerDagRun.model_construct(), True),
-        (PutVariable(key="k", value="v", description=None), False),
-        (SetXCom.model_construct(), False),
-        (FAILED, False),
-    ],
-    ids=lambda value: type(value).__name__ if not isinstance(value, bool) else "",
-)
-def test_expects_answer(msg: Any, *, expected: bool) -> None:
-    """Before 1.0.3 what gets something is answered, and little else."""
-    assert expects_answer(msg) is expected
 
 
 class TestDenySilentSuccess:

@@ -478,7 +478,7 @@ def find_means(task: ActivitySubprocess) -> Means:
     """Return the means that are used for a task that runs."""
     return Means(
         session=os.getsid(task.pid) == os.getpgid(task.pid) == task.pid,
-        exit="polling" if task._exit_watch.polls else "pidfd",
+        exit="polling" if task._exit_watch._polls else "pidfd",
         mark=name_mark(task._tree),
         processes=find_source(task.pid),
     )
@@ -496,7 +496,7 @@ def name_mark(tree: process_tree.ProcessTree) -> str:
     """Return the kind of mark of a tree's processes."""
     if tree.leader is None:
         return "none"
-    return "limit" if tree.is_marked_by_limit else "variable"
+    return "limit" if tree._read_marks is process_tree.read_limits else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:
@@ -543,12 +543,17 @@ def may_signal(sudo: list[str]) -> bool:
     for sig in TEARDOWN_SIGNALS:
         kill = ["kill", f"-{int(sig)}", str(NOBODY)]
         # sudo may list a rule without a password although the rule needs one. If it lists none, do not try.
-        if process_tree.run_sudo([*sudo, "-l", *kill]) is not None:
+        if run_sudo([*sudo, "-l", *kill]) is not None:
             return False
-        complaint = process_tree.run_sudo([*sudo, *kill]) or ""
+        complaint = run_sudo([*sudo, *kill]) or ""
         if complaint.startswith("sudo"):  # otherwise kill complains that there is no such process
             return False
     return True
+
+
+def run_sudo(command: list[str]) -> str | None:
+    """Run sudo; return why it failed, None if it did not."""
+    return process_tree.run_all({0: command})[0]
 
 
 def is_user(name: str) -> bool:

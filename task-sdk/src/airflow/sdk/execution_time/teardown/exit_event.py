@@ -128,11 +128,6 @@ class ExitWatch:
         self._pidfd = None
 
     @property
-    def polls(self) -> bool:
-        """Whether the watch has to look for the exit, because no pidfd shows it."""
-        return self._polls
-
-    @property
     def exit_expected(self) -> bool:
         """Whether the child was asked to end."""
         return self._kill_ends is not None

@@ -51,7 +51,6 @@ import _thread
 import contextlib
 import enum
 import functools
-import importlib
 import inspect
 import os
 import signal
@@ -62,8 +61,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import structlog
 
-from airflow.sdk import exceptions
 from airflow.sdk.exceptions import AirflowRuntimeError
+
+try:
+    from airflow.sdk.exceptions import AirflowTaskTerminated
+except ImportError:  # before 1.2
+    from airflow.exceptions import AirflowTaskTerminated
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -88,12 +91,6 @@ REASON = "The task was told to stop (SIGTERM) before it had finished"
 
 CONFLICT = 409
 """The status of the API's answer to the state of a task that is not to run any more."""
-
-AirflowTaskTerminated: type[BaseException] = (
-    exceptions
-    if hasattr(exceptions, "AirflowTaskTerminated")
-    else importlib.import_module("airflow.exceptions")  # before 1.2
-).AirflowTaskTerminated
 
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 

@@ -27,8 +27,6 @@ A task that succeeds keeps the processes that it has left running.
 
 Meanwhile the supervisor serves the sockets, so that the last lines of the task and its children arrive in the
 task's log. It also sends heartbeats, so that the server does not start a retry beside the leftovers.
-
-Nothing here imports Airflow outside this package.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
-from airflow.sdk.execution_time.teardown.exit_event import MAX_DRAIN_READS, SOCKET_GRACE
+from airflow.sdk.execution_time.teardown.exit_event import MAX_DRAIN_READS
 from airflow.sdk.execution_time.teardown.exit_status import (
     find_reported_state,
     has_reported,
@@ -55,7 +53,15 @@ from airflow.sdk.execution_time.teardown.policy import (
     find_spared_names,
     limit_grace,
 )
-from airflow.sdk.execution_time.teardown.process_tree import Process, ProcessTree, group_by_owner, is_alive
+from airflow.sdk.execution_time.teardown.process_tree import (
+    KILL_TIME,
+    LOOK_INTERVAL,
+    POLL_INTERVAL,
+    Process,
+    ProcessTree,
+    group_by_owner,
+    is_alive,
+)
 from airflow.sdk.execution_time.teardown.session import signal_task
 from airflow.sdk.execution_time.teardown.stop_request import (
     HEARTBEAT_INTERVAL,
@@ -90,23 +96,14 @@ FAILURES = ("failed", "up_for_retry")
 STOP_TIME = 0.2
 """Seconds that kill() waits for the processes of a task to stop before it sends SIGKILL."""
 
-KILL_TIME = 0.8
-"""Seconds after the grace period within which all processes have to be dead."""
-
 KILL_WAIT = 0.2
 """Seconds that killed processes have to disappear before the next look."""
 
 LAST_LOOKS = 3
 """At most this many last looks for processes that were started meanwhile, when the time is up."""
 
-LOOK_INTERVAL = 0.5
-"""Seconds between looks for processes that leftovers start while they end."""
-
 LEFTOVER_TRIES = 2
 """A signal handler that raises, like that of Celery's soft time limit, may interrupt the first try."""
-
-POLL_INTERVAL = 0.02
-"""Seconds between looks at a process that cannot be watched."""
 
 NAMED_IN_LOG = 100
 """At most this many processes are listed in the task's log; the count is always complete."""
@@ -190,16 +187,12 @@ def signal_tree(process: ProcessWithTree, sig: int) -> bool:
 
 
 def handle_request_of_tree(
-    process: ProcessWithTree,
-    msg: object,
-    log: FilteringBoundLogger,
-    *request_id: int,
-    answer_failures: bool = False,
+    process: ProcessWithTree, msg: object, log: FilteringBoundLogger, *request_id: int
 ) -> None:
     """Handle a request. If it reports the task's end, record the members first: the runner exits soon."""
     if has_tree(process) and type(msg).__name__ in STATE_REPORTS:
         process._tree.remember()
-    handle_request(process, msg, log, *request_id, answer_failures=answer_failures)
+    handle_request(process, msg, log, *request_id)
 
 
 def end_leftovers(process: ProcessWithTree, exit_code: int | None, conf: ConfigParser) -> int | None:
@@ -263,8 +256,10 @@ def heed_policy(process: TaskWithTree, exit_code: int, conf: ConfigParser) -> No
     survivors = teardown.kill()
     report(process, survivors)
     process._exit_watch.unfollow(process.selector)
-    # Any socket still open is held by a process that we cannot reach. If there are survivors, close the sockets now.
-    process._exit_watch.expect_exit(-SOCKET_GRACE if survivors else 0)
+    process._exit_watch.expect_exit(0)
+    if survivors:
+        # They may hold the sockets.
+        process._exit_watch.give_up_sockets()
 
 
 def find_deadline(process: TaskWithTree, conf: ConfigParser) -> float:
@@ -391,27 +386,19 @@ def end_on_exception(process: TaskWithTree, conf: ConfigParser) -> Iterator[None
         with contextlib.suppress(Exception):  # the log may be what has failed
             process.process_log.error("Stopping the task: its supervisor has failed", error=repr(error))
         try:
-            end_runner(process, time.monotonic() + grace)
+            end_runner(process, signal.SIGTERM, grace)
         finally:
             # A second exception may have interrupted that. It must not leave processes either.
-            kill_runner(process)
+            end_runner(process, signal.SIGKILL, KILL_TIME)
             end_leftovers(process, process._exit_code, conf)
         raise
 
 
-def end_runner(process: TaskWithTree, deadline: float) -> None:
-    """Send SIGTERM to the task, and serve it until it and its leftovers have ended, or the time is up."""
-    if process._exit_code is None and not signal_tree(process, signal.SIGTERM):
-        signal_pid(process.pid)
-    while process._exit_code is None and (left := deadline - time.monotonic()) > 0:
-        serve_sockets(process, left)
-
-
-def kill_runner(process: TaskWithTree) -> None:
-    """Kill the task, unless it has ended."""
-    deadline = time.monotonic() + KILL_TIME
-    if process._exit_code is None and not signal_tree(process, signal.SIGKILL):
-        signal_pid(process.pid, signal.SIGKILL)
+def end_runner(process: TaskWithTree, sig: int, seconds: float) -> None:
+    """Send a signal to the task, and serve it until it and its leftovers have ended, or the time is up."""
+    deadline = time.monotonic() + seconds
+    if process._exit_code is None and not signal_tree(process, sig):
+        signal_pid(process.pid, sig)
     while process._exit_code is None and (left := deadline - time.monotonic()) > 0:
         serve_sockets(process, left)
 

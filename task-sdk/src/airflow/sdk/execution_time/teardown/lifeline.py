@@ -85,8 +85,8 @@ DEATH_TIME = 2.0
 POLL_INTERVAL = 0.01
 """Seconds between looks at a dying supervisor."""
 
-INTERRUPTING = (*watchdog.IGNORED, signal.SIGALRM)
-"""Signals whose handlers may raise. They are blocked while the watchdog starts, as it would not start then."""
+INTERRUPTING = (*watchdog.IGNORED, *([signal.SIGALRM] if hasattr(signal, "SIGALRM") else ()))
+"""Signals whose handlers may raise. They are blocked while the watchdog starts: an exception would prevent that."""
 
 WATCHDOG_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
 """The variables that the watchdog needs. It gets no others: they may be secret, and others can read them."""

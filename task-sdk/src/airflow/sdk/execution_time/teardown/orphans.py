@@ -43,7 +43,10 @@ import psutil
 
 from airflow.sdk.execution_time.teardown.process_tree import (
     CONDEMNED,
+    KILL_TIME,
+    LOOK_INTERVAL,
     PID_BITS,
+    POLL_INTERVAL,
     Process,
     ProcessTree,
     compute_mark,
@@ -71,15 +74,6 @@ Seconds between SIGTERM and SIGKILL; upstream uses the same where the server was
 It is short because nobody sends heartbeats any more: when their timeout is over, the server may start a
 retry.
 """
-
-KILL_TIME = 0.8
-"""Seconds after the grace period within which all processes have to be dead."""
-
-LOOK_INTERVAL = 0.5
-"""Seconds between looks for processes that others start while they end."""
-
-POLL_INTERVAL = 0.02
-"""Seconds between looks at a process that cannot be watched."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiologic
 
+from airflow.sdk.execution_time.teardown.answered_requests import expects_answer
 from airflow.sdk.execution_time.teardown.interruption import begin_request, end_request, request_in_flight
-from airflow.sdk.execution_time.teardown.task_requests import expects_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -106,7 +106,7 @@ SOFT_LIMIT = re.compile(r"^Max (realtime timeout|file locks|resident set) +(\d+)
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
 
-ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGKILL))
+ENDING_SIGNALS = ("SIGTERM", "SIGKILL")
 
 DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -126,6 +126,15 @@ TRANSIENT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 LOOK_TRIES = 5
 LOOK_RETRY_INTERVAL = 0.002
 """Seconds between the tries."""
+
+KILL_TIME = 0.8
+"""Seconds after the grace period within which all processes have to be dead."""
+
+LOOK_INTERVAL = 0.5
+"""Seconds between looks for processes that others start while they end."""
+
+POLL_INTERVAL = 0.02
+"""Seconds between looks at a process that cannot be watched."""
 
 STOP_POLL_INTERVAL = 0.001
 """Seconds between looks at processes that were sent SIGSTOP and have not stopped yet."""
@@ -193,11 +202,6 @@ class ProcessTree:
         """The process that leads the tree, dead or alive."""
         return self._leader
 
-    @property
-    def is_marked_by_limit(self) -> bool:
-        """Whether the processes carry the mark as a limit; otherwise it is a variable of their environments."""
-        return self._read_marks is read_limits
-
     def adopt(self, pid: int, mark: int | None = None) -> None:
         """
         Make ``pid`` the leader, and mark it. May be repeated.
@@ -212,7 +216,7 @@ class ProcessTree:
             leader = look_at(pid) if is_own_proc() else None
             oldest = leader.start if leader and leader.start >= 0 else read_own_start()
         except (OSError, ValueError, IndexError) as error:  # the latter two: a /proc of another make
-            self.look_failure = getattr(error, "strerror", None) or str(error)
+            self.look_failure = describe(error)
             return
         if leader is None:
             self.look_failure = LEADER_NOT_SEEN
@@ -301,8 +305,8 @@ class ProcessTree:
         self.look_failure = None
         try:
             members = self._look(self._leader)
-        except (OSError, ValueError, IndexError) as error:  # the latter two: a /proc of another make
-            self.look_failure = getattr(error, "strerror", None) or str(error)
+        except (OSError, ValueError, IndexError) as error:  # as in set_leader()
+            self.look_failure = describe(error)
             return []
         self._remembered.update((pid, process.start) for pid, process in members.items())
         left_out = set(self._find_spared(members, self._leader)) if self.spared else set()
@@ -478,8 +482,9 @@ class ProcessTree:
         :param deadline: when to give up waiting for sudo, by time.monotonic().
         """
         processes = list(processes)
-        for sig in ENDING_SIGNALS.intersection(signals):
-            self.ended.update((process, sig.name) for process in processes if process != self._leader)
+        for sig in map(signal.Signals, signals):
+            if sig.name in ENDING_SIGNALS:
+                self.ended.update((process, sig.name) for process in processes if process != self._leader)
         self._send(processes, *signals, deadline=deadline)
 
     def _send(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
@@ -491,7 +496,9 @@ class ProcessTree:
         for sig in signals:
             asked = {uid: owned for uid, owned in by_owner.items() if self._is_sudo_worth_asking(uid, sig)}
             for uid, failure in send_by_sudo(asked, sig, deadline).items():
-                self._note_sudo(uid, failure)
+                self.sudo_failures.pop(uid, None)
+                if failure:
+                    self.sudo_failures[uid] = failure
 
     def _is_sudo_worth_asking(self, uid: int, sig: int) -> bool:
         # sudo mails the administrator about every refusal, so do not ask again. A timeout may be transient:
@@ -499,11 +506,10 @@ class ProcessTree:
         failure = self.sudo_failures.get(uid)
         return failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL)
 
-    def _note_sudo(self, uid: int, failure: str | None) -> None:
-        if failure is None:
-            self.sudo_failures.pop(uid, None)
-        else:
-            self.sudo_failures[uid] = failure
+
+def describe(error: Exception) -> str:
+    """Return what went wrong, without the path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def find_session(pid: int) -> int:
@@ -701,7 +707,7 @@ def compute_origin(supervisor: Process, mark: int) -> int:
 def fold_mark(mark: int) -> int:
     """Return the part of an origin that identifies the tree of a mark."""
     # Fibonacci hashing: processes that start one after the other differ by little in both PID and start.
-    return (mark * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 45 & ORIGIN_TREE_BITS
+    return (mark * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 64 - ORIGIN_TREE_BITS.bit_length()
 
 
 def is_origin_of(origin: int, mark: int) -> bool:
@@ -1080,11 +1086,6 @@ def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:
         with contextlib.suppress(psutil.Error, OSError):
             groups.setdefault(psutil.Process(process.pid).uids().effective, []).append(process)
     return groups
-
-
-def run_sudo(command: list[str]) -> str | None:
-    """Run sudo; return why it failed, None if it did not."""
-    return run_all({0: command})[0]
 
 
 def run_all(commands: Mapping[int, list[str]], deadline: float = math.inf) -> dict[int, str | None]:

@@ -63,9 +63,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(logger_name="supervisor")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+STOP_SIGNALS: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+)
 """
 Signals that tell a supervisor to stop: dumb-init, Kubernetes and Celery send SIGTERM, a terminal the others.
+Windows, where this is only imported, lacks two of them.
 
 The task gets SIGTERM for each of them, because SIGINT would end its runner without ``on_kill``.
 """

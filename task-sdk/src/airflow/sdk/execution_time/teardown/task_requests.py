@@ -15,19 +15,17 @@
 # specific language governing permissions and limitations
 # under the License.
 """
-Answer the requests of a task, even if the API server cannot answer, or has ended the task.
+Tell the truth about a task that was told to stop, or that the API server has ended.
 
-- If a request fails in an unforeseen way, as when the API server is away, the supervisor must not end: its
-  task would run on without one.
-- If the server has ended a task, the supervisor refuses the state that the task reports. Otherwise its runner
-  would run the callbacks of a failure, though the task has not failed.
+If the server has ended a task, the supervisor refuses the state that the task reports. Otherwise its runner
+would run the callbacks of a failure, though the task has not failed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -59,83 +57,33 @@ STATE_REPORTS = (
 
 log = structlog.get_logger(logger_name="supervisor")
 
-UTC = timezone(timedelta(0))
-"""``datetime.UTC`` needs Python 3.11, and Airflow 3.0 runs on 3.9."""
-
 UP_FOR_RETRY = "up_for_retry"
 
 ENDED_STATUSES = (404, CONFLICT, 410)
 """The server's answers about a task that is not to run any more, or that it does not know."""
 
-ANSWERED = ("DeleteVariable", "TriggerDagRun", "ValidateInletsAndOutlets")
-"""Before 1.0.3 these, and those named "Get...", are the only messages that get an answer."""
-
 
 def handle_request(
-    process: StoppableProcess,
-    msg: object,
-    log: FilteringBoundLogger,
-    *request_id: int,
-    answer_failures: bool = False,
+    process: StoppableProcess, msg: object, log: FilteringBoundLogger, *request_id: int
 ) -> None:
     """
     Handle a request of a task, or refuse it.
 
     :param process: a ``WatchedSubprocess``. Types that lead no session of their own are served as before.
     :param request_id: none before 1.0.3.
-    :param answer_failures: whether to answer an unforeseen failure with an error; from 1.3 on the caller does
-        so.
-    :raises ServerResponseError: for the caller to answer.
     """
-    if not is_task(process):
-        process._handle_request(msg, log, *request_id)
-    elif process._stop.server_ended and type(msg).__name__ in STATE_REPORTS:
-        refuse(process, msg, *request_id)
-    elif answer_failures:
-        handle_or_answer(process, msg, log, *request_id)
+    if is_task(process) and process._stop.server_ended and type(msg).__name__ in STATE_REPORTS:
+        refuse(process, *request_id)
     else:
         process._handle_request(msg, log, *request_id)
 
 
-def refuse(process: WatchedProcess, msg: object, *request_id: int) -> None:
-    """Refuse a reported state with the same answer as the API server."""
-    answer(
-        process, msg, {"status_code": CONFLICT, "message": "The API server has ended this task"}, *request_id
-    )
-
-
-def handle_or_answer(
-    process: StoppableTask, msg: object, log: FilteringBoundLogger, *request_id: int
-) -> None:
-    """Handle a request; if that fails, answer with an error, and forget a state that was not reported."""
-    state = process._terminal_state
-    try:
-        process._handle_request(msg, log, *request_id)
-    except ServerResponseError:
-        process._terminal_state = state
-        raise
-    except Exception as error:
-        process._terminal_state = state
-        log.exception("A request of the task could not be handled", request=type(msg).__name__)
-        detail = {"status_code": None, "message": str(error), "exception_type": type(error).__name__}
-        # The task may be gone by now.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            answer(process, msg, detail, *request_id)
-
-
-def answer(process: WatchedProcess, msg: object, detail: dict[str, Any], *request_id: int) -> None:
-    """Send an error, unless the runner does not wait for an answer."""
+def refuse(process: WatchedProcess, *request_id: int) -> None:
+    """Refuse a reported state with the same answer as the API server; before 1.0.3 the runner reads none."""
+    detail = {"status_code": CONFLICT, "message": "The API server has ended this task"}
     error = ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail=detail)
-    if request_id:
-        process.send_msg(msg=None, error=error, request_id=request_id[0])
-    elif expects_answer(msg):
-        process.send_msg(error)
-
-
-def expects_answer(msg: object) -> bool:
-    """Whether a runner of a release before 1.0.3 waits for the answer to a message."""
-    name = type(msg).__name__
-    return name.startswith("Get") or name in ANSWERED
+    for number in request_id:
+        process.send_msg(msg=None, error=error, request_id=number)
 
 
 def deny_silent_success(process: StoppableTask, exit_code: int) -> int:
@@ -166,7 +114,7 @@ def tell_retry(process: TaskProcess) -> None:
     try:
         process.client.task_instances.retry(
             id=process.id,
-            end_date=datetime.now(tz=UTC),
+            end_date=datetime.now(tz=timezone.utc),
             rendered_map_index=process._rendered_map_index,
         )
     except Exception:

@@ -38,7 +38,9 @@ from typing import Any
 
 PACKAGE = "airflow.sdk.execution_time.teardown"
 
-IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+IGNORED: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+)
 """A service manager may signal all processes of a service at once. The watchdog must first end the task."""
 
 
