@@ -50,7 +50,7 @@ IN_TREE = [
     Mutant(
         "tree-trusts-a-collected-leader",
         "process_tree.py",
-        "if self._is_orphan else is_uncollected(leader)",
+        "if self._is_orphan else is_unreaped_leader(leader)",
         "if self._is_orphan else True",
         "a stranger that gets the number of a session that is gone is killed",
         ("test_process_tree.py",),
@@ -301,7 +301,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-does-not-stop",
         "leftovers.py",
-        "        tree.kill_all(STOP_TIME, with_leader=True)",
+        "        tree.kill_all(SIGSTOP_WAIT, with_leader=True)",
         "        pass",
         "kill() kills the group, and what forks meanwhile is out of reach",
         ("test_leftovers.py",),
@@ -309,8 +309,8 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-has-no-time-to-stop",
         "leftovers.py",
-        "STOP_TIME = 0.2",
-        "STOP_TIME = 0",
+        "SIGSTOP_WAIT = 0.2",
+        "SIGSTOP_WAIT = 0",
         "SIGKILL comes before anybody has come to stop",
         ("test_leftovers.py",),
     ),
@@ -365,7 +365,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-ignores-a-told-retry",
         "leftovers.py",
-        'if find_reported_state(process) == "up_for_retry" and is_told(process):',
+        'if find_reported_state(process) == "up_for_retry" and server_knows_state(process):',
         "if False:",
         "the retry runs beside what is left of the try",
         ("test_leftovers.py",),
@@ -389,7 +389,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-keeps-what-the-server-has-ended",
         "leftovers.py",
-        "    if process._stop.server_ended or is_refused(process):\n        return False\n",
+        "    if process._stop.server_ended or is_server_terminated(process):\n        return False\n",
         "",
         "a task that was ended in the UI keeps what it has left, if it says success",
         ("test_leftovers.py",),
@@ -405,7 +405,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-raises",
         "leftovers.py",
-        '            log.exception("What a task has left running could not be ended", pid=process.pid)',
+        '            log.exception("Failed to end the processes that the task left running", pid=process.pid)',
         "            raise",
         "an error of ours keeps the state from being told, and the task counts as running",
         ("test_leftovers.py",),
@@ -445,8 +445,8 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-calls-survivors-ended",
         "leftovers.py",
-        "for member, sig in tree.ended.items() if member not in survivors}",
-        "for member, sig in tree.ended.items()}",
+        "for member, sig in tree.end_signals.items() if member not in survivors}",
+        "for member, sig in tree.end_signals.items()}",
         "the log says of a process that it was ended, and that it could not be",
         ("test_leftovers.py",),
     ),
@@ -501,7 +501,7 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-reports-twice",
         "leftovers.py",
-        "    tree.ended.clear()\n",
+        "    tree.end_signals.clear()\n",
         "",
         "the next report tells of the same processes again",
         ("test_leftovers.py",),
@@ -1008,7 +1008,7 @@ IN_THE_REST = [
     Mutant(
         "status-takes-unknown-for-success",
         "exit_status.py",
-        "return UNKNOWN_BUT_REPORTED if state else UNKNOWN",
+        "return UNKNOWN_BUT_REPORTED if state else FAILURE",
         "return UNKNOWN_BUT_REPORTED",
         "a task whose status somebody else has taken is a success",
         ("test_exit_status.py",),
@@ -1016,7 +1016,7 @@ IN_THE_REST = [
     Mutant(
         "status-takes-silence-for-success",
         "task_requests.py",
-        "return UNKNOWN if exit_code == 0 and silent else exit_code",
+        "return FAILURE if exit_code == 0 and silent else exit_code",
         "return exit_code",
         "a runner that was told to stop, and says nothing, has succeeded",
         ("test_task_requests.py",),
@@ -1024,7 +1024,7 @@ IN_THE_REST = [
     Mutant(
         "status-believes-its-own-note",
         "exit_status.py",
-        "return None if name == NOT_REPORTED else name",
+        "return None if name == SERVER_TERMINATED else name",
         "return name",
         "what the supervisor has noted itself is taken for what the task has told",
         ("test_exit_status.py",),
@@ -1241,15 +1241,15 @@ IN_ORPHANS = [
     Mutant(
         "lifeline-takes-children-for-the-runner",
         "lifeline.py",
-        "if self.is_own and self.is_cut:",
-        "if self.is_cut:",
+        "if self.is_own and self.supervisor_is_gone:",
+        "if self.supervisor_is_gone:",
         "a child of the runner that gets the signal has its task ended",
         ("test_lifeline.py",),
     ),
     Mutant(
         "lifeline-begins-too-late",
         "lifeline.py",
-        "        if lifeline.is_cut:\n            os._exit(RUNNER_FAILED)\n",
+        "        if lifeline.supervisor_is_gone:\n            os._exit(RUNNER_FAILED)\n",
         "",
         "a task runs whose supervisor has died in its first moment",
         ("test_lifeline.py",),
@@ -1332,7 +1332,7 @@ IN_ORPHANS = [
     Mutant(
         "orphan-ends-what-is-to-stay",
         "orphans.py",
-        "    ending = [tree for tree in trees if tree.ends]\n",
+        "    ending = [tree for tree in trees if tree.ends_leftovers]\n",
         "    ending = list(trees)\n",
         "leftovers are ended that the deployment wants to stay",
         (
@@ -1467,15 +1467,15 @@ IN_ORPHANS = [
     Mutant(
         "tree-tells-trees-of-one-supervisor-for-one",
         "process_tree.py",
-        "        (fold_mark(mark), ORIGIN_TREE_BITS),\n",
-        "        (0, ORIGIN_TREE_BITS),\n",
+        "        (fold_mark(mark), ORIGIN_TREE_MASK),\n",
+        "        (0, ORIGIN_TREE_MASK),\n",
         "what has set the limit itself is ended with any task of its supervisor",
         ("test_process_tree.py",),
     ),
     Mutant(
         "tree-takes-a-namesake-for-the-supervisor",
         "process_tree.py",
-        "return not supervisor.dead and int(supervisor.start) & ORIGIN_START_BITS == start",
+        "return not supervisor.dead and int(supervisor.start) & ORIGIN_START_MASK == start",
         "return not supervisor.dead",
         "a task stays whose supervisor's number somebody else has got",
         ("test_process_tree.py",),

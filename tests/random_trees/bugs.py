@@ -70,14 +70,14 @@ def take_siblings() -> None:
 
 def count_collected() -> None:
     """Take the session of the leader's number for the task's when the leader was collected."""
-    replace(process_tree, "is_uncollected", lambda _leader: True)
+    replace(process_tree, "is_unreaped_leader", lambda _leader: True)
 
 
 def ignore_start_of_supervisor() -> None:
     """Take whoever has got the number of a supervisor for it."""
 
     def is_number_in_use(origin: int) -> bool:
-        process = process_tree.look_at(origin & process_tree.PID_BITS)
+        process = process_tree.look_at(origin & process_tree.PID_MASK)
         return process is not None and not process.dead
 
     replace(orphans, "is_origin_alive", is_number_in_use)

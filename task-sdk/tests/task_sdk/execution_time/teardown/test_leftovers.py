@@ -95,7 +95,7 @@ def conf() -> Conf:
 def process(mocker: MockerFixture) -> Any:
     """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
     tree = mocker.create_autospec(ProcessTree, instance=True, sudo_failures={}, look_failure=None)
-    tree.configure_mock(ended={}, spared=frozenset(), ends=True)
+    tree.configure_mock(end_signals={}, spared=frozenset(), ends_leftovers=True)
     tree.find.return_value = tree.kill_all.return_value = [STUBBORN]
     selector = mocker.create_autospec(selectors.DefaultSelector, instance=True)
     selector.select.return_value = []
@@ -204,7 +204,7 @@ class TestSurvivors:
 
         def fail(*_: Any, **__: Any) -> list[Process]:
             process._tree.look_failure = "Too many open files"
-            process._tree.ended = {STUBBORN: "SIGTERM"}
+            process._tree.end_signals = {STUBBORN: "SIGTERM"}
             return []
 
         process._tree.kill_all.side_effect = fail
@@ -253,7 +253,7 @@ class TestSurvivors:
         """A hundred processes are named, of those that have ended and of those that have not, and all are counted."""
         crowd = [replace(STUBBORN, pid=STUBBORN.pid + number) for number in range(250)]
         process._tree.kill_all.return_value = process._tree.find.return_value = crowd[:120]
-        process._tree.ended = dict.fromkeys(crowd, "SIGKILL")
+        process._tree.end_signals = dict.fromkeys(crowd, "SIGKILL")
         end_leftovers(process, -9, conf)
         counts = [(call.kwargs["count"], len(call.kwargs["processes"])) for call in process.process_log.calls]
         assert counts == [(130, NAMED_IN_LOG), (120, NAMED_IN_LOG)]
@@ -261,7 +261,7 @@ class TestSurvivors:
     def test_nobody_is_said_to_have_ended_who_has_not(self, conf: Conf, process: Any) -> None:
         """A survivor was asked to end, and killed, like those that have ended, and is named among survivors alone."""
         gone = replace(STUBBORN, pid=STUBBORN.pid + 1)
-        process._tree.ended = {STUBBORN: "SIGKILL", gone: "SIGTERM"}
+        process._tree.end_signals = {STUBBORN: "SIGKILL", gone: "SIGTERM"}
         end_leftovers(process, -9, conf)
         named = [[named["pid"] for named in call.kwargs["processes"]] for call in process.process_log.calls]
         assert named == [[gone.pid], [STUBBORN.pid]]
@@ -269,7 +269,7 @@ class TestSurvivors:
     def test_ended_is_told_once(self, conf: Conf, process: Any) -> None:
         """What was ended is not told of again, as when kill() comes after the end."""
         process._tree.find.return_value = process._tree.kill_all.return_value = []
-        process._tree.ended = {STUBBORN: "SIGTERM"}
+        process._tree.end_signals = {STUBBORN: "SIGTERM"}
         for _ in "ab":
             end_leftovers(process, -9, conf)
         [call] = process.process_log.calls
@@ -482,7 +482,9 @@ class TestHeartbeatThread:
         answer = threading.Event()
         process.client.task_instances.heartbeat.side_effect = lambda *_, **__: answer.wait(PATIENCE)
         for _ in range(2):
-            process._stop.beaten_at = process._last_successful_heartbeat = -stop_request.HEARTBEAT_INTERVAL
+            process._stop.heartbeat_sent_at = (
+                process._last_successful_heartbeat
+            ) = -stop_request.HEARTBEAT_INTERVAL
             stop_request.send_heartbeat_if_due(process)
         answer.set()
         process._stop.heartbeat.join()
@@ -600,7 +602,7 @@ class TestPolicies:
         """The SIGKILL of a kill goes to all of the tree only where that is to be ended."""
         conf.read_dict({"workers": {"leftover_policy": policy}})
         prepare_kill(process, GRACE, conf)
-        assert process._tree.ends is ends
+        assert process._tree.ends_leftovers is ends
         signal_tree(process, signal.SIGKILL)
         assert process._tree.kill_all.called is ends
 
@@ -668,13 +670,6 @@ class TestKill:
         assert signal_tree(process, signal.SIGTERM)
         process._tree.remember.assert_called_once_with()
 
-    def test_settled_exit_code_stands(self, process: Any) -> None:
-        """A runner that is gone is not signalled, which would let kill() take it for one that failed."""
-        process._tree.signal_leader.return_value = False
-        process._exit_code = 0
-        assert signal_tree(process, signal.SIGTERM)
-        assert not process._tree.mock_calls
-
     def test_nobody_waits_for_long_unasked(self, conf: Conf, process: Any, clock: Clock) -> None:
         """What a crash has left gets a minute of a longer grace, for the server is not told of the end before."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "600"}})
@@ -730,15 +725,6 @@ class TestExceptions:
             assert process._tree.spared == {"ssh"}
             assert process._stop.spares_group_members
 
-    def test_spared(self, conf: Conf, process: Any, clock: Clock) -> None:
-        """What the deployment spares is spared here, too, from the first signal on."""
-        conf.read_dict({"workers": {"spared_leftovers": "ssh"}})
-        told: list[Any] = []
-        process._tree.signal_group.side_effect = lambda _: told.append(process._tree.spared)
-        with pytest.raises(RuntimeError), end_on_exception(process, conf):
-            raise RuntimeError
-        assert told[0] == {"ssh"}
-
 
 class TestNotStarted:
     @pytest.fixture(autouse=True)
@@ -764,7 +750,7 @@ class TestNotStarted:
 
         def fail_to_start(pid: int) -> None:
             with end_unless_started() as tree:
-                tree.adopt(pid)
+                tree.set_leader(pid)
                 raise TimeoutError
 
         with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as held, waiting(lead) as pid:

@@ -103,15 +103,15 @@ def tell_when_told(relay: Relay) -> None:
 
 def tell_of_death_signal(relay: Relay) -> None:
     """Tell when the signal of a parent's end was handled."""
-    assert lifeline.DEATH_SIGNAL
-    handle = signal.getsignal(lifeline.DEATH_SIGNAL)
+    assert lifeline.PARENT_DEATH_SIGNAL
+    handle = signal.getsignal(lifeline.PARENT_DEATH_SIGNAL)
     assert callable(handle)
 
     def handle_and_tell(signum: int, frame: FrameType | None) -> None:
         handle(signum, frame)
         relay.tell("handled")
 
-    signal.signal(lifeline.DEATH_SIGNAL, handle_and_tell)
+    signal.signal(lifeline.PARENT_DEATH_SIGNAL, handle_and_tell)
 
 
 class TestSignal:
@@ -156,8 +156,8 @@ class TestSignal:
 
         def be_child() -> None:
             tell_of_death_signal(relay)
-            assert lifeline.DEATH_SIGNAL
-            os.kill(os.getpid(), lifeline.DEATH_SIGNAL)
+            assert lifeline.PARENT_DEATH_SIGNAL
+            os.kill(os.getpid(), lifeline.PARENT_DEATH_SIGNAL)
             relay.tell([os.getppid(), *list_children()])
 
         def target() -> None:
@@ -192,7 +192,7 @@ class TestSignal:
 
     @pytest.mark.parametrize(
         "lacking",
-        [lambda: setattr(sys, "platform", "darwin"), lambda: setattr(lifeline, "DEATH_SIGNAL", None)],
+        [lambda: setattr(sys, "platform", "darwin"), lambda: setattr(lifeline, "PARENT_DEATH_SIGNAL", None)],
     )
     def test_no_such_signal(self, relay: Relay, lacking: Callable[[], None]) -> None:
         """Where the kernel does not tell of a parent's end the runner runs, without a handler."""
@@ -201,8 +201,8 @@ class TestSignal:
             handler = signal.getsignal(signum)
             relay.tell(handler is None or handler == signal.SIG_DFL)
 
-        assert lifeline.DEATH_SIGNAL
-        signum = lifeline.DEATH_SIGNAL
+        assert lifeline.PARENT_DEATH_SIGNAL
+        signum = lifeline.PARENT_DEATH_SIGNAL
         with supervising(target, lacking):
             assert relay.hear() is True
 
@@ -399,7 +399,7 @@ class TestWatchdog:
             pause_for_ever()
 
         leader = fork(be_deaf_leader)
-        process_tree.ProcessTree().adopt(leader)
+        process_tree.ProcessTree().set_leader(leader)
         assert relay.hear() == "ready"
         return leader
 
@@ -443,7 +443,7 @@ class TestWatchdog:
             # What a runner executes inherits its marks.
             os.setsid()
             mark_process()
-            process_tree.ProcessTree().adopt(leader)
+            process_tree.ProcessTree().set_leader(leader)
             process = self.start(leader)
             assert relay.hear() == "told to end"
             for signum in watchdog.IGNORED:

@@ -332,7 +332,7 @@ class TestProof:
         """A task that does not notice the death of its supervisor is a warning; --strict makes it a fault."""
 
         def ignore() -> None:
-            lifeline.ask_for_signal = lambda _lifeline: False
+            lifeline.request_parent_death_signal = lambda _lifeline: False
             check.END_TIMEOUT = 1.0
 
         findings = find(change=ignore, warnings=1)

@@ -94,7 +94,7 @@ def lead(relay: Relay, main: Callable[[], list[int]]) -> None:
         pause_for_ever()
 
     with contextlib.closing(Relay()) as adopted:
-        ProcessTree().adopt(fork(be_leader))
+        ProcessTree().set_leader(fork(be_leader))
         adopted.tell("adopted")
         pause_for_ever()
 
@@ -121,9 +121,9 @@ def find() -> list[int]:
     return [orphan.process.pid for orphan in find_orphans()]
 
 
-def adopt(leader: int, **choices: Any) -> ProcessTree:
+def make_tree(leader: int, **choices: Any) -> ProcessTree:
     tree = ProcessTree()
-    tree.adopt_orphan(leader, read(leader).start)
+    tree.set_orphaned_leader(leader, read(leader).start)
     for name, value in choices.items():
         setattr(tree, name, value)
     return tree
@@ -189,7 +189,7 @@ class TestFindOrphans:
     def test_namesake_of_a_leader(self) -> None:
         """A process that has inherited a mark, and has got the number of the mark's leader since, leads nothing."""
         leader, child = orphan(fork_child)
-        mark = process_tree.MARK_FLAG | 1 << process_tree.PID_BITS.bit_length() | child
+        mark = process_tree.MARK_FLAG | 1 << process_tree.PID_MASK.bit_length() | child
         resource.prlimit(child, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
         assert find() == [leader]
 
@@ -312,7 +312,7 @@ class TestMeansToFind:
 
         def main() -> dict[str, Any]:
             leader, *_ = orphan(ignore_sigterm)
-            tree = adopt(leader)
+            tree = make_tree(leader)
             orphans.KILL_TIME = 0.1
             misbehave("os.scandir", errno.EMFILE)
             left = end_orphans([tree], 0.1)
@@ -344,7 +344,7 @@ class TestMeansToFind:
                 lack("signal.pidfd_send_signal")
             else:
                 misbehave("os.pidfd_open", errno.ENOSYS)
-            return {"left": end_orphans([adopt(leader)], 0.2 if main is ignore_sigterm else PATIENCE)}
+            return {"left": end_orphans([make_tree(leader)], 0.2 if main is ignore_sigterm else PATIENCE)}
 
         leader, *_ = orphan(main)
         assert run_in_fork(end) == {"left": []}
@@ -373,7 +373,7 @@ class TestEndOrphans:
 
         with contextlib.closing(Relay()) as told:
             leader, _ = orphan(lead_daemon)
-            assert end_orphans([adopt(leader)], PATIENCE) == []
+            assert end_orphans([make_tree(leader)], PATIENCE) == []
             assert [told.hear() for _ in range(3)] == ["on_kill", "end of on_kill", "daemon"]
 
     def test_stopped_runner(self) -> None:
@@ -381,7 +381,7 @@ class TestEndOrphans:
         leader, *_ = orphan()
         os.kill(leader, signal.SIGSTOP)
         os.waitid(os.P_PID, leader, os.WSTOPPED)
-        assert end_orphans([adopt(leader)], PATIENCE) == []
+        assert end_orphans([make_tree(leader)], PATIENCE) == []
         assert ended_by(leader) == signal.SIGTERM
 
     def test_deaf_trees(self) -> None:
@@ -390,7 +390,7 @@ class TestEndOrphans:
             trees = [orphan(lambda: [*ignore_sigterm(), *fork_session()]) for _ in range(3)]
             pids = [held.add(pid) for tree in trees for pid in tree]
             others = [held.add(pid) for pid in bystanders]
-            assert end_orphans([adopt(leader) for leader, _ in trees], 0.2) == []
+            assert end_orphans([make_tree(leader) for leader, _ in trees], 0.2) == []
             assert [pid for pid in pids if not held.gone(pid)] == []
             assert [ended_by(leader) for leader, _ in trees] == [signal.SIGKILL] * 3
             assert all(held.runs(pid) for pid in others)
@@ -400,7 +400,9 @@ class TestEndOrphans:
         """Where leftovers are not ended, or spared by name, the runner and its group are all the same, by force."""
         leader, daemon, child = orphan(lambda: [*ignore_sigterm(), *fork_session(), *fork_child()])
         names = {read(daemon).name}
-        tree = adopt(leader, **({"ends": False} if choice == "ends" else {"spared": frozenset(names)}))
+        tree = make_tree(
+            leader, **({"ends_leftovers": False} if choice == "ends" else {"spared": frozenset(names)})
+        )
         with contextlib.closing(Tree()) as held:
             held.add(child), held.add(daemon)
             assert end_orphans([tree], 0.2) == []
@@ -418,7 +420,7 @@ class TestEndOrphans:
             "send_signals",
             lambda process, signals: process.pid == child or send(process, signals),
         )
-        assert [process.pid for process in end_orphans([adopt(leader)], 0.1)] == [child]
+        assert [process.pid for process in end_orphans([make_tree(leader)], 0.1)] == [child]
 
     def test_condemned(self) -> None:
         """What was about to be killed is, without a word, and who was spared is not."""
@@ -434,7 +436,7 @@ class TestEndOrphans:
         with contextlib.closing(Tree()) as held:
             held.add(condemned), held.add(spared)
             # In the place of its name: it is the same program.
-            tree = adopt(leader)
+            tree = make_tree(leader)
             tree._known_as_spared[spared] = read(spared).start
             tree.spared = frozenset({"somebody"})
             assert kill_condemned([tree]) == []

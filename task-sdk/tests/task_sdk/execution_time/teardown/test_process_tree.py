@@ -122,7 +122,7 @@ def lead(*starts: Callable[[], Started]) -> tuple[ProcessTree, int, list[Started
 
     pid, started = start_waiting(main)
     tree = ProcessTree()
-    tree.adopt(pid)
+    tree.set_leader(pid)
     return tree, pid, started
 
 
@@ -232,7 +232,7 @@ def fork_when_adopted(main: Callable[[], Any]) -> tuple[ProcessTree, int, int]:
 
         leader = fork(be_leader)
         tree = ProcessTree()
-        tree.adopt(leader)
+        tree.set_leader(leader)
         adopted.tell("adopted")
         return tree, leader, told.hear()
 
@@ -407,7 +407,7 @@ class TestFind:
         pid, [child] = start_waiting(mark_process, lambda: [start_child()])
         start_child()
         tree = ProcessTree()
-        tree.adopt(pid)
+        tree.set_leader(pid)
         assert find(tree) == [child]
 
     def test_session_is_known_until_the_leader_is_collected(self) -> None:
@@ -432,7 +432,7 @@ class TestFind:
         pid, _ = start_waiting(os.setsid)
         end(pid)
         tree = ProcessTree()
-        tree.adopt(pid)
+        tree.set_leader(pid)
         assert find(tree) == []
 
     def test_leader_that_is_dead_before(self) -> None:
@@ -441,7 +441,7 @@ class TestFind:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         tree = ProcessTree()
-        tree.adopt(pid)
+        tree.set_leader(pid)
         assert find(tree) == [daemon]
 
     def test_stranger_is_not_adopted(self) -> None:
@@ -449,7 +449,7 @@ class TestFind:
         _, _, [stranger] = lead(start_child)
         before = resource.prlimit(stranger, resource.RLIMIT_RTTIME)
         tree = ProcessTree()
-        tree.adopt(stranger)
+        tree.set_leader(stranger)
         assert resource.prlimit(stranger, resource.RLIMIT_RTTIME) == before
         assert find(tree) == []
 
@@ -473,7 +473,7 @@ class TestFind:
         """A leader that was spawned is marked by its parent."""
         pid, _ = start_waiting(os.setsid)
         tree = ProcessTree()
-        tree.adopt(pid)
+        tree.set_leader(pid)
         assert read_limits(pid) == (compute_mark(read(pid)),)
 
 
@@ -535,7 +535,7 @@ class TestNested:
         def supervise_spawned() -> list[Any]:
             leader, [child] = start_waiting(os.setsid, lambda: [start_child()])
             tree = ProcessTree()
-            tree.adopt(leader)
+            tree.set_leader(leader)
             start_session()
             supervise(start_child)
             return [
@@ -700,7 +700,7 @@ class TestOrigin:
         leader, [child] = start_waiting(os.setsid, mark_process, lambda: [start_child()])
         given = read_set_origin(leader)
         assert given == read_origin(child)
-        ProcessTree().adopt(leader)
+        ProcessTree().set_leader(leader)
         assert read_origin(leader) == given
         assert is_origin_alive(given)
 
@@ -718,7 +718,7 @@ class TestOrigin:
 
         def main() -> dict[str, Any]:
             pid = fork_waiting(os.setsid)
-            ProcessTree().adopt(pid)
+            ProcessTree().set_leader(pid)
             return {"own": os.getpid(), "alive": is_origin_alive(read_set_origin(pid))}
 
         process_tree._read_self(1)
@@ -769,9 +769,9 @@ class TestOrigin:
 class TestOrphan:
     """A tree whose supervisor is gone, and that somebody else ends."""
 
-    def adopt(self, pid: int, *marks: Any) -> ProcessTree:
+    def lead_orphans(self, pid: int, *marks: Any) -> ProcessTree:
         tree = ProcessTree()
-        tree.adopt_orphan(pid, read(pid).start, *marks)
+        tree.set_orphaned_leader(pid, read(pid).start, *marks)
         return tree
 
     def test_everything_is_found(self) -> None:
@@ -779,12 +779,12 @@ class TestOrphan:
         _, leader, started = lead(*STARTS, lambda: start_orphan(lift_limit))
         lead(*STARTS)
         start_session()
-        assert find(self.adopt(leader)) == sorted(started)
+        assert find(self.lead_orphans(leader)) == sorted(started)
 
     def test_leader_that_is_gone(self) -> None:
         """Its marks are known from before, and the session is no proof any more."""
         _, leader, [daemon, _] = lead(start_daemon, lambda: start_orphan(lift_limit))
-        tree = self.adopt(leader)
+        tree = self.lead_orphans(leader)
         end(leader)
         assert find(tree) == [daemon]
 
@@ -795,14 +795,14 @@ class TestOrphan:
         start = read(leader).start
         end(leader)
         tree = ProcessTree()
-        tree.adopt_orphan(leader, start, *marks)
+        tree.set_orphaned_leader(leader, start, *marks)
         assert find(tree) == [daemon]
 
     def test_condemned_leader(self) -> None:
         """What was to be killed is found by the origin of one that was."""
         _, leader, daemon = fork_when_adopted(limit_realtime)
         process_tree.condemn(leader)
-        tree = self.adopt(leader)
+        tree = self.lead_orphans(leader)
         end(leader)
         assert find(tree) == [daemon]
 
@@ -817,7 +817,7 @@ class TestOrphan:
 
         leader, [daemon] = start_waiting(main)
         tree = ProcessTree()
-        tree.adopt(leader, mark)
+        tree.set_leader(leader, mark)
         assert read_limits(leader) == (compute_mark(read(leader)),)
         assert find(tree) == [daemon]
 
@@ -825,12 +825,12 @@ class TestOrphan:
         """A leader that could not open a session is in that of others, who are strangers."""
         leader, [child] = start_waiting(mark_process, lambda: [start_child()])
         start_child()
-        assert find(self.adopt(leader)) == [child]
+        assert find(self.lead_orphans(leader)) == [child]
 
     def test_tree_around(self) -> None:
         """The tree that its supervisor was in is not its own."""
         _, _, [[inner, daemon], _] = lead(lambda: supervise(start_daemon), lambda: [start_daemon()])
-        assert find(self.adopt(inner)) == [daemon]
+        assert find(self.set_leader(inner)) == [daemon]
 
 
 class TestLook:
@@ -1110,7 +1110,7 @@ class TestSignalGroup:
         assert tree.signal_group(signal.SIGTERM)
         assert sorted(call.args[0].pid for call in send.mock_calls) == sorted([leader, child])
         assert {tuple(call.args[1]) for call in send.mock_calls} == {(signal.SIGTERM,)}
-        assert tree.ended == {}, "it is the task's own end"
+        assert tree.end_signals == {}, "it is the task's own end"
 
     def test_nobody(self) -> None:
         """Where nobody is in the group any more, the caller is told."""
@@ -1139,7 +1139,7 @@ class TestKillAll:
             assert all(held.gone(pid) for pid in started)
         assert sorted(process.pid for process in killed) == sorted(started)
         assert stopped == [True] * len(started)
-        assert set(tree.ended.values()) == {"SIGKILL"}
+        assert set(tree.end_signals.values()) == {"SIGKILL"}
 
 
 class TestFallbacks:
@@ -1155,7 +1155,7 @@ class TestFallbacks:
 
         leader, started = start_waiting(main)
         tree = ProcessTree()
-        tree.adopt(leader)
+        tree.set_leader(leader)
         end(leader)
         assert find(tree) == started
 
@@ -1290,7 +1290,7 @@ class TestHidden:
                     )
                 )
                 tree = ProcessTree()
-                tree.adopt(leader)
+                tree.set_leader(leader)
                 child = told.hear()
                 hidden = tree.find(with_leader=True)
                 assert sorted(process.pid for process in hidden) == sorted([leader, child])
@@ -1330,7 +1330,7 @@ class TestHidden:
         def main() -> None:
             pid = fork(lambda: None)
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            assert process_tree.has_ended(pid)
+            assert process_tree.is_zombie_or_gone(pid)
             assert read_process(pid) is None
 
         self.run(main)
@@ -1715,7 +1715,7 @@ class TestInterrupted:
         with contextlib.closing(Relay()) as relay, contextlib.closing(Tree()) as held, waiting(lead) as pid:
             child = held.add(relay.hear())
             tree = ProcessTree()
-            tree.adopt(pid)
+            tree.set_leader(pid)
             find = tree.find
             monkeypatch.setattr(tree, "find", interrupt)
             with pytest.raises(KeyboardInterrupt):

@@ -161,7 +161,7 @@ class TestSpawnLeader:
         with contextlib.closing(Relay()) as told:
             outer = fork(spawn_in_tree)
             tree = ProcessTree()
-            tree.adopt(outer)
+            tree.set_leader(outer)
             started = told.hear()
             os.kill(outer, signal.SIGKILL)
             os.waitpid(outer, 0)

@@ -415,7 +415,7 @@ class TestBusyLoop:
             theirs.send(b".")
             with watch_stop_signals(process, conf):
                 process._exit_watch.select(selector, timeout=PATIENCE, exit_code=None)
-                assert process._stop.told
+                assert process._stop.sigterm_sent
             assert ended_by(pid) == signal.SIGTERM
             process._exit_watch.close(selector)
 
@@ -598,23 +598,16 @@ class TestHeedStopSignals:
         heed_stop_signals(process, conf, send=sent)
         assert bool(sent) is (policy is StopPolicy.STOP)
 
-    def test_exited_task(self, conf: ConfigParser) -> None:
-        """A task that has ended, and whose sockets are still read, is not told to stop."""
-        process, sent = Supervised(), Sent()
+    @pytest.mark.parametrize("policy", StopPolicy)
+    def test_sockets_of_an_exited_task(self, conf: ConfigParser, policy: StopPolicy) -> None:
+        """Whoever holds them keeps a supervisor that was told to stop no longer, and the log says that it was told."""
+        process, sent = Supervised(policy=policy), Sent()
         process._exit_code = 0
+        assert not process._exit_watch.sockets_overdue(0)
         signal.raise_signal(signal.SIGTERM)
         heed_stop_signals(process, conf, send=sent)
         assert sent == []
         assert not process._exit_watch.exit_expected, "it was not asked to end"
-
-    @pytest.mark.parametrize("policy", StopPolicy)
-    def test_sockets_of_an_exited_task(self, conf: ConfigParser, policy: StopPolicy) -> None:
-        """Whoever holds them keeps a supervisor that was told to stop no longer, and the log says that it was told."""
-        process = Supervised(policy=policy)
-        process._exit_code = 0
-        assert not process._exit_watch.sockets_overdue(0)
-        signal.raise_signal(signal.SIGTERM)
-        heed_stop_signals(process, conf, send=Sent())
         assert process._exit_watch.sockets_overdue(0) is (policy is StopPolicy.STOP)
         assert len(process.say()) == 1
 

@@ -454,7 +454,7 @@ class TestSweepOnce:
             return {"events": [entry["event"] for entry in logs], "looks": looks.call_count}
 
         outcome = run_in_fork(main)
-        assert outcome["events"] == ["Tasks whose supervisors have died could not be looked for"]
+        assert outcome["events"] == ["Failed to look for tasks whose supervisors have died"]
         assert outcome["looks"] == 2, "the next start looks again, until one look has not failed"
 
 

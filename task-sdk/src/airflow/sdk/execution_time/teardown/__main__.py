@@ -96,7 +96,7 @@ CALLS = (
     (WatchedSubprocess, "start", "begin_runner"),
     (WatchedSubprocess, "start", "mark_process"),
     (WatchedSubprocess, "start", "follow_supervisor"),
-    (ActivitySubprocess, "_on_child_started", "adopt"),
+    (ActivitySubprocess, "_on_child_started", "set_leader"),
     (ActivitySubprocess, "_on_child_started", "sweep_once"),
     (WatchedSubprocess, "_service_subprocess", "_exit_watch"),
     (WatchedSubprocess, "_check_subprocess_exit", "settle_exit_code"),

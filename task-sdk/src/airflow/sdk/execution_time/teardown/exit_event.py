@@ -283,8 +283,8 @@ def _drain(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> None
         _read(sock, handle)
     except ConnectionError:  # reset by a peer that died with unread data
         return
-    except Exception:
-        log.exception("The rest of what a task has written could not be logged.")
+    except Exception:  # a reader may fail in any way, and the exit must still be handled
+        log.exception("Failed to log the rest of the task's output")
 
 
 def _read(sock: socket.socket, handle: Callable[[socket.socket], bool]) -> bool:

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
 
 
-NOT_REPORTED = "server_terminated"
+SERVER_TERMINATED = "server_terminated"
 """The state that the supervisor itself notes for a task that the server has ended."""
 
 UNKNOWN_BUT_REPORTED = 0
 """The task reported a terminal state; use it."""
 
-UNKNOWN = 1
+FAILURE = 1
 """An unknown status is no success: the task has failed, or is retried if it has retries left."""
 
 
@@ -64,7 +64,7 @@ def settle_exit_code(process: WatchedProcess, exit_code: int | None) -> int | No
         pid=process.pid,
         reported_state=state,
     )
-    return UNKNOWN_BUT_REPORTED if state else UNKNOWN
+    return UNKNOWN_BUT_REPORTED if state else FAILURE
 
 
 def reports_state(process: WatchedProcess) -> typing_extensions.TypeGuard[TaskProcess]:
@@ -76,11 +76,11 @@ def find_reported_state(process: TaskProcess) -> str | None:
     """Return the terminal state that a task process has reported, None if it has reported none."""
     state = process._terminal_state
     name = None if state is None else str(getattr(state, "value", state)).lower()
-    return None if name == NOT_REPORTED else name
+    return None if name == SERVER_TERMINATED else name
 
 
-def is_refused(process: TaskProcess) -> bool:
-    """Whether the server has ended a task process, or refused the state that it has reported."""
+def is_server_terminated(process: TaskProcess) -> bool:
+    """Whether the supervisor has noted that the server ended the task."""
     return process._terminal_state is not None and find_reported_state(process) is None
 
 

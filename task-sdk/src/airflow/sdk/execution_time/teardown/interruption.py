@@ -276,7 +276,7 @@ def interrupt_on_sigterm(ti: RuntimeTaskInstance, is_ordered: Callable[[], bool]
     :param ti: the ``RuntimeTaskInstance``. Its ``task`` may be replaced by a mapped one later.
     :param is_ordered: called when ``execute()`` has failed; returns whether SIGTERM is on its way.
     """
-    global _current  # signal handlers belong to the process, too
+    global _current  # one per process, like the signal handlers
     if threading.current_thread() is threading.main_thread():
         _current = Interruption(ti, _current, is_ordered)
         signal.signal(signal.SIGTERM, handle_sigterm)

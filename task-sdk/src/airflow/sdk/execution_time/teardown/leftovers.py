@@ -42,7 +42,7 @@ from airflow.sdk.execution_time.teardown.exit_event import MAX_DRAIN_READS
 from airflow.sdk.execution_time.teardown.exit_status import (
     find_reported_state,
     has_reported,
-    is_refused,
+    is_server_terminated,
     is_unreaped_child,
     settle_exit_code,
 )
@@ -93,7 +93,7 @@ RETRY_TOLD_GRACE = 1.0
 FAILURES = ("failed", "up_for_retry")
 """States that a task reports after an exception. Its process then exits with 0."""
 
-STOP_TIME = 0.2
+SIGSTOP_WAIT = 0.2
 """Seconds that kill() waits for the processes of a task to stop before it sends SIGKILL."""
 
 KILL_WAIT = 0.2
@@ -156,7 +156,7 @@ def configure_task(process: TaskWithTree, conf: ConfigParser) -> None:
 def configure_tree(tree: ProcessTree, conf: ConfigParser) -> None:
     """Tell a tree what the deployment has chosen."""
     tree.spared = find_spared_names(conf)
-    tree.ends = find_leftover_policy(conf).ends_what_is_killed
+    tree.ends_leftovers = find_leftover_policy(conf).ends_what_is_killed
 
 
 def signal_tree(process: ProcessWithTree, sig: int) -> bool:
@@ -176,8 +176,8 @@ def signal_tree(process: ProcessWithTree, sig: int) -> bool:
         return True
     process._stop.sigkill_sent |= sig == signal.SIGKILL
     tree = process._tree
-    if sig == signal.SIGKILL and tree.ends:
-        tree.kill_all(STOP_TIME, with_leader=True)
+    if sig == signal.SIGKILL and tree.ends_leftovers:
+        tree.kill_all(SIGSTOP_WAIT, with_leader=True)
     elif sig != signal.SIGKILL:
         # A descendant that has lost its mark can only be found while its parent is alive.
         tree.remember()
@@ -216,7 +216,7 @@ def end_leftovers(process: ProcessWithTree, exit_code: int | None, conf: ConfigP
             except Exception:
                 # Go on: the state is still to be reported. Without it the task counts as running until the
                 # heartbeat timeout.
-                log.exception("What a task has left running could not be ended", pid=process.pid)
+                log.exception("Failed to end the processes that the task left running", pid=process.pid)
     return exit_code
 
 
@@ -224,7 +224,7 @@ def ended_well(process: TaskWithTree, exit_code: int) -> bool:
     """Whether a task whose runner has exited may keep the processes that it has left running."""
     if not has_reported(process):
         hear_out(process)
-    if process._stop.server_ended or is_refused(process):
+    if process._stop.server_ended or is_server_terminated(process):
         return False
     state = find_reported_state(process)
     if state is None:
@@ -234,7 +234,7 @@ def ended_well(process: TaskWithTree, exit_code: int) -> bool:
 
 
 def hear_out(process: TaskWithTree) -> None:
-    """Handle the last messages of a runner: that of 1.0.0 to 1.0.2 reports its state and does not wait."""
+    """Handle the messages of a runner that has exited: one of 1.0.0 to 1.0.2 does not wait for answers."""
     for _ in range(MAX_DRAIN_READS):
         if process.selector.get_map() is None or not process.selector.select(0):
             break
@@ -265,12 +265,12 @@ def heed_policy(process: TaskWithTree, exit_code: int, conf: ConfigParser) -> No
 def find_deadline(process: TaskWithTree, conf: ConfigParser) -> float:
     """Return when the grace period of leftovers ends, by time.monotonic()."""
     grace = min(find_grace(conf), MAX_GRACE_UNASKED)
-    if find_reported_state(process) == "up_for_retry" and is_told(process):
+    if find_reported_state(process) == "up_for_retry" and server_knows_state(process):
         grace = min(grace, RETRY_TOLD_GRACE)
     return process._exit_watch.grace_ends(default=grace)
 
 
-def is_told(process: TaskWithTree) -> bool:
+def server_knows_state(process: TaskWithTree) -> bool:
     """Whether the server knows the state that the task has reported; from 1.4 on it hears of a retry last."""
     return getattr(process, "_pending_terminal_state_msg", None) is None
 
@@ -315,7 +315,7 @@ class Teardown:
                 members = self._kill_fresh(members)
                 break
         # A failed look has found nobody, so suspect all that were signalled.
-        suspects = self._tree.ended if self._tree.look_failure else members
+        suspects = self._tree.end_signals if self._tree.look_failure else members
         return [member for member in suspects if is_alive(member)]
 
     def _kill_fresh(self, members: Sequence[Process]) -> list[Process]:
@@ -362,7 +362,7 @@ def serve_sockets(process: TaskWithTree, seconds: float) -> None:
     except Exception:
         # A request can fail in any way, as when the API is down. That must not keep the process alive that
         # has made it.
-        log.exception("What a task that is being ended has said could not be handled.")
+        log.exception("Failed to handle a message of a task that is being ended")
         time.sleep(min(seconds, POLL_INTERVAL))
     send_heartbeat_if_due(process)
 
@@ -426,8 +426,8 @@ def end_unless_started() -> Iterator[ProcessTree]:
 def report(process: TaskWithTree, survivors: list[Process]) -> None:
     """Say in the task's log which processes were ended, and which could not be."""
     tree = process._tree
-    gone = {member: sig for member, sig in tree.ended.items() if member not in survivors}
-    tree.ended.clear()
+    gone = {member: sig for member, sig in tree.end_signals.items() if member not in survivors}
+    tree.end_signals.clear()
     if gone:
         process.process_log.warning(
             "Ended processes that the task had left running",

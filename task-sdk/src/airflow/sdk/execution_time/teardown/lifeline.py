@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 
-DEATH_SIGNAL: int | None = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else None
+PARENT_DEATH_SIGNAL: int | None = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else None
 """A real-time signal that nobody else sends. If one arrives all the same, the supervisor is found alive."""
 
 CREDENTIALS = struct.Struct("3i")
@@ -108,7 +108,7 @@ class Lifeline:
         return os.getpid() == self._runner
 
     @property
-    def is_cut(self) -> bool:
+    def supervisor_is_gone(self) -> bool:
         """Whether the supervisor is gone. The signal also comes if only the thread ends that forked the runner."""
         return os.getppid() != self._supervisor
 
@@ -121,16 +121,16 @@ class Lifeline:
                     self._sockets.append((descriptor, status.st_ino))
 
     @property
-    def is_weakening(self) -> bool:
+    def has_lost_socket(self) -> bool:
         """Whether the supervisor has closed a socket. If it dies, they all close, one after the other."""
         return any(has_hung_up(descriptor, inode) for descriptor, inode in self._sockets)
 
     def handle(self, _signum: int, _frame: object) -> None:
         """Handle the signal that the parent has ended."""
-        if self.is_own and self.is_cut:
-            self.notice()
+        if self.is_own and self.supervisor_is_gone:
+            self.start_watchdog_once()
 
-    def notice(self) -> None:
+    def start_watchdog_once(self) -> None:
         """Have the watchdog started, once."""
         if self._noticed:
             return
@@ -148,7 +148,7 @@ class Lifeline:
             else:
                 # Not threading.Thread: this is a signal handler, and may have interrupted one that holds its locks.
                 with contextlib.suppress(RuntimeError):  # no thread can be had
-                    _thread.start_new_thread(replace_watchdog, (watching,))
+                    _thread.start_new_thread(stop_when_watchdog_ends, (watching,))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
@@ -166,9 +166,9 @@ def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
     """
     global _lifeline
     lifeline = Lifeline(supervisor, conf)
-    if ask_for_signal(lifeline):
+    if request_parent_death_signal(lifeline):
         _lifeline = lifeline
-        if lifeline.is_cut:
+        if lifeline.supervisor_is_gone:
             os._exit(RUNNER_FAILED)
 
 
@@ -191,7 +191,7 @@ def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
                 follow_supervisor(supervisor, conf)
 
 
-def run_to_death(target: Callable[[], Any], log_descriptor: int) -> None:
+def outlive_dying_supervisor(target: Callable[[], Any], log_descriptor: int) -> None:
     """
     Run the target of a process. If it is a runner whose supervisor is dying, end only after the supervisor.
 
@@ -202,19 +202,19 @@ def run_to_death(target: Callable[[], Any], log_descriptor: int) -> None:
     try:
         target()
     finally:
-        await_death()
+        await_supervisor_death()
 
 
-def await_death() -> bool:
+def await_supervisor_death() -> bool:
     """Wait for the end of a dying supervisor, and start the watchdog; False if it lives, or we are no runner."""
     lifeline = _lifeline
     if lifeline is None or not lifeline.is_own:
         return False
     deadline = time.monotonic() + DEATH_TIME
-    while not lifeline.is_cut and lifeline.is_weakening and time.monotonic() < deadline:
+    while not lifeline.supervisor_is_gone and lifeline.has_lost_socket and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL)
-    if lifeline.is_cut:
-        lifeline.notice()
+    if lifeline.supervisor_is_gone:
+        lifeline.start_watchdog_once()
         return True
     return False
 
@@ -231,15 +231,15 @@ def has_hung_up(descriptor: int, inode: int) -> bool:
     return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
-def ask_for_signal(lifeline: Lifeline) -> bool:
+def request_parent_death_signal(lifeline: Lifeline) -> bool:
     """Ask the kernel to signal the end of the parent; False where it cannot."""
-    if DEATH_SIGNAL is None or not sys.platform.startswith("linux"):
+    if PARENT_DEATH_SIGNAL is None or not sys.platform.startswith("linux"):
         return False
     try:
         # An interpreter may have been built without ctypes.
         ctypes = importlib.import_module("ctypes")
-        signal.signal(DEATH_SIGNAL, lifeline.handle)
-        return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, DEATH_SIGNAL, 0, 0, 0) == 0)
+        signal.signal(PARENT_DEATH_SIGNAL, lifeline.handle)
+        return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, PARENT_DEATH_SIGNAL, 0, 0, 0) == 0)
     except Exception:  # the task has to start without the signal, too
         return False
 
@@ -297,7 +297,7 @@ def start_watchdog(order: dict[str, Any]) -> int:
         return fork_watchdog(order)
 
 
-def replace_watchdog(pid: int) -> None:
+def stop_when_watchdog_ends(pid: int) -> None:
     """Tell the task to stop if its watchdog ends first: the watchdog did not start, or was killed."""
     with contextlib.suppress(ChildProcessError):  # the task has reaped it
         os.waitpid(pid, 0)

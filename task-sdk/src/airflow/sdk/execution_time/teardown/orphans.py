@@ -45,7 +45,7 @@ from airflow.sdk.execution_time.teardown.process_tree import (
     CONDEMNED,
     KILL_TIME,
     LOOK_INTERVAL,
-    PID_BITS,
+    PID_MASK,
     POLL_INTERVAL,
     Process,
     ProcessTree,
@@ -113,7 +113,7 @@ def find_orphan(pid: int) -> Iterator[Orphan]:
     if not origin or not marks or pid == os.getpid():
         return
     condemned = is_condemned(origin)
-    leads = marks[0] & PID_BITS == pid
+    leads = marks[0] & PID_MASK == pid
     # A runner may have set the limit of its mark for itself, and so have lost the mark.
     may_lead = marks == (origin & ~CONDEMNED,) and find_session(pid) == pid
     if not (leads or may_lead or condemned) or is_origin_alive(origin):
@@ -156,9 +156,9 @@ def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> li
         tell_runner(tree)
     wait_until_gone([tree.leader for tree in trees if tree.leader], deadline)
     for tree in trees:
-        if not tree.ends:
+        if not tree.ends_leftovers:
             tree.signal_group(signal.SIGKILL)
-    ending = [tree for tree in trees if tree.ends]
+    ending = [tree for tree in trees if tree.ends_leftovers]
     terminate(ending, deadline)
     return kill(ending, max(deadline, time.monotonic()) + KILL_TIME)
 

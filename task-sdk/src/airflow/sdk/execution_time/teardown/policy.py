@@ -105,8 +105,8 @@ def find_grace(conf: ConfigParser, default: float = GRACE) -> float:
     """
     Return the seconds between SIGTERM and SIGKILL: ``[core] killed_task_cleanup_time`` where it is set.
 
-    :param default: seconds where it is not set. The option's documented default of 60 does not count, because
-        no supervisor before 3.4 uses it.
+    :param default: seconds where it is not set. The option's documented default of 60 counts only where the
+        caller passes it.
     """
     if not is_grace_set(conf):
         return default
@@ -184,7 +184,7 @@ def warn_once(option: tuple[str, str], value: str, *, expected: str, used: objec
     if not _is_silent and (name, value) not in _warned:
         _warned.add((name, value))
         log.warning(
-            "A configuration option has a value that means nothing",
+            "Invalid value for a configuration option",
             option=name,
             value=value,
             expected=expected,

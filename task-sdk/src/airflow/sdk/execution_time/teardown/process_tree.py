@@ -22,7 +22,7 @@ in a session with one. The mark is a soft ``RLIMIT_RTTIME`` that no other leader
 real-time scheduling alone, and its value is too high to be reached. It survives fork, exec, setsid,
 ``env -i`` and double forks (getrlimit(2)); an environment variable does not. Parent and child both compute
 the mark from the leader's PID and start time, so they agree on it without talking. Where they cannot, the one
-that sets it first decides. While the tree runs, this module does nothing and keeps nothing.
+that sets it first decides. While the tree runs, this costs one system call whenever the supervisor looks for the leader's exit.
 
 Where ``/proc`` hides a process of our own user (hidepid=1), the kernel still reports its session, its marks
 and whether it is alive, but not its parent. There, a process that has lost its mark and left the sessions of
@@ -85,13 +85,13 @@ PROC = "/proc"
 MARK_FLAG = 1 << 62
 """Set in every mark. As a limit in microseconds that is more than 100,000 years, so it is never reached."""
 
-PID_BITS = (1 << 22) - 1
+PID_MASK = (1 << 22) - 1
 """The part of a mark that is the leader's PID, which has 22 bits at most (proc_sys_kernel(5))."""
 
-ORIGIN_START_BITS = (1 << 20) - 1
+ORIGIN_START_MASK = (1 << 20) - 1
 """The low bits of the supervisor's start time in an origin; to their right is the supervisor's PID."""
 
-ORIGIN_TREE_BITS = (1 << 19) - 1
+ORIGIN_TREE_MASK = (1 << 19) - 1
 """The bits of an origin to the left of that, which differ between the trees of one supervisor."""
 
 CONDEMNED = 1 << 61
@@ -189,9 +189,9 @@ class ProcessTree:
         """Names of programs that are left out, with all their descendants. The leader is never left out."""
         self.sudo_failures: dict[int, str] = {}
         """Why processes of other users could not be signalled, by their uids."""
-        self.ends = True
+        self.ends_leftovers = True
         """Whether the deployment wants the processes ended that a task leaves behind."""
-        self.ended: dict[Process, str] = {}
+        self.end_signals: dict[Process, str] = {}
         """Processes that got an ending signal since the last report, with the last such signal; no leader."""
         self._stopped: list[Process] = []
         self.look_failure: str | None = None
@@ -202,7 +202,7 @@ class ProcessTree:
         """The process that leads the tree, dead or alive."""
         return self._leader
 
-    def adopt(self, pid: int, mark: int | None = None) -> None:
+    def set_leader(self, pid: int, mark: int | None = None) -> None:
         """
         Make ``pid`` the leader, and mark it. May be repeated.
 
@@ -234,7 +234,7 @@ class ProcessTree:
         self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
         # The leader may have carried one mark, then the other, and forked a child with each.
         self._marks |= {mark, self._mark}
-        if not self._mark & PID_BITS:
+        if not self._mark & PID_MASK:
             # It took this mark before its PID was known. Put the PID in: it distinguishes a leader from the
             # processes that inherit its mark.
             self._mark = replace_mark(pid, self._mark, compute_mark(leader))
@@ -245,7 +245,7 @@ class ProcessTree:
         if origin:
             self._marks.add(origin)
 
-    def adopt_orphan(
+    def set_orphaned_leader(
         self, pid: int, start: float, limits: Sequence[int] | None = None, origin: int | None = None
     ) -> None:
         """
@@ -286,7 +286,7 @@ class ProcessTree:
         """
         if self._leader is None:
             return
-        exited = has_exited(self._leader.pid)
+        exited = is_unreaped_zombie(self._leader.pid)
         if exited:
             self.find()
         elif exited is not None:
@@ -375,7 +375,7 @@ class ProcessTree:
 
     def _has_number(self, leader: Process) -> bool:
         """Whether the leader still has its PID, and with it the session of that number."""
-        return look_at(leader.pid) == leader if self._is_orphan else is_uncollected(leader)
+        return look_at(leader.pid) == leader if self._is_orphan else is_unreaped_leader(leader)
 
     def _find_spared(self, members: dict[int, Process], leader: Process) -> dict[int, Process]:
         """Return the members to leave alone, by PID. Descendants stay spared when their ancestor is gone."""
@@ -484,7 +484,9 @@ class ProcessTree:
         processes = list(processes)
         for sig in map(signal.Signals, signals):
             if sig.name in ENDING_SIGNALS:
-                self.ended.update((process, sig.name) for process in processes if process != self._leader)
+                self.end_signals.update(
+                    (process, sig.name) for process in processes if process != self._leader
+                )
         self._send(processes, *signals, deadline=deadline)
 
     def _send(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
@@ -552,7 +554,7 @@ def is_in_own_namespace(pid: int) -> bool:
     return len(numbers.split()) <= len(("NSpid:", pid))
 
 
-def is_uncollected(leader: Process) -> bool:
+def is_unreaped_leader(leader: Process) -> bool:
     """
     Whether the leader, a child of ours, still has its PID, and with it the session of that number.
 
@@ -572,7 +574,7 @@ def recognise(leader: Process) -> Process:
     return leader
 
 
-def has_exited(child: int) -> bool | None:
+def is_unreaped_zombie(child: int) -> bool | None:
     """Whether a child of ours has ended, and is still to be collected; None if that is unknown."""
     try:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -635,7 +637,7 @@ def mark_process() -> None:
     inherited = read_limits(os.getppid())
     if any(is_mark_of(former, own.pid) and former not in inherited for former in read_limits(own.pid)[:1]):
         return  # its supervisor has marked it already
-    # The supervisor sets the origin, too (adopt), and may be hidden from us. But this process may start
+    # The supervisor sets the origin, too (set_leader), and may be hidden from us. But this process may start
     # others before the supervisor does so, and those need it as well. The origin goes before the mark: a
     # leader that has a mark, and an inherited origin, would pass for a task of the supervisor in that origin.
     give_origin(own.pid, mark, supervisor=os.getppid())
@@ -648,7 +650,7 @@ def give_mark(pid: int, mark: int, inherited: Collection[int] = ()) -> int | Non
     """
     Set a mark as a leader's limit, and keep the mark of the tree around it, if any, in another limit.
 
-    A leader and its supervisor both do this, and may compute different marks (ProcessTree.adopt). prlimit()
+    A leader and its supervisor both do this, and may compute different marks (ProcessTree.set_leader). prlimit()
     exchanges a limit in one step. So the second of them finds the mark that the first has set, and puts it
     back.
 
@@ -693,9 +695,9 @@ def give_origin(pid: int, mark: int, *, supervisor: int) -> int | None:
 def compute_origin(supervisor: Process, mark: int) -> int:
     """Return a number that identifies the supervisor of a tree, and the tree among this supervisor's."""
     bits = [
-        (supervisor.pid, PID_BITS),
-        (int(supervisor.start), ORIGIN_START_BITS),
-        (fold_mark(mark), ORIGIN_TREE_BITS),
+        (supervisor.pid, PID_MASK),
+        (int(supervisor.start), ORIGIN_START_MASK),
+        (fold_mark(mark), ORIGIN_TREE_MASK),
     ]
     origin, shift = MARK_FLAG, 0
     for number, mask in bits:
@@ -707,12 +709,12 @@ def compute_origin(supervisor: Process, mark: int) -> int:
 def fold_mark(mark: int) -> int:
     """Return the part of an origin that identifies the tree of a mark."""
     # Fibonacci hashing: processes that start one after the other differ by little in both PID and start.
-    return (mark * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 64 - ORIGIN_TREE_BITS.bit_length()
+    return (mark * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 64 - ORIGIN_TREE_MASK.bit_length()
 
 
 def is_origin_of(origin: int, mark: int) -> bool:
     """Whether an origin and a mark may be those of the same leader."""
-    return origin >> (PID_BITS.bit_length() + ORIGIN_START_BITS.bit_length()) & ORIGIN_TREE_BITS == fold_mark(
+    return origin >> (PID_MASK.bit_length() + ORIGIN_START_MASK.bit_length()) & ORIGIN_TREE_MASK == fold_mark(
         mark
     )
 
@@ -724,10 +726,10 @@ def is_condemned(origin: int) -> bool:
 
 def is_origin_alive(origin: int) -> bool:
     """Whether the supervisor that an origin identifies is there, or may be."""
-    pid, start = origin & PID_BITS, origin >> PID_BITS.bit_length() & ORIGIN_START_BITS
+    pid, start = origin & PID_MASK, origin >> PID_MASK.bit_length() & ORIGIN_START_MASK
     supervisor = look_at(pid)
     if supervisor is not None and supervisor.start >= 0:
-        return not supervisor.dead and int(supervisor.start) & ORIGIN_START_BITS == start
+        return not supervisor.dead and int(supervisor.start) & ORIGIN_START_MASK == start
     # It may be there, but hidden.
     return is_there(pid)
 
@@ -778,7 +780,7 @@ def extend_variable(env: Mapping[str, str], mark: int) -> str:
 def compute_mark(leader: Process) -> int:
     """Return a number of microseconds that no other leader has had since boot."""
     # The ticks of a year take 32 bits.
-    return MARK_FLAG | (int(leader.start) << PID_BITS.bit_length() | leader.pid) & MARK_FLAG - 1
+    return MARK_FLAG | (int(leader.start) << PID_MASK.bit_length() | leader.pid) & MARK_FLAG - 1
 
 
 def list_given_marks(leader: Process, limits: Sequence[int], origin: int | None) -> set[int]:
@@ -794,7 +796,7 @@ def list_given_marks(leader: Process, limits: Sequence[int], origin: int | None)
 
 def invent_mark(pid: int) -> int:
     """Return a random mark for a leader whose start is not known."""
-    return MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1) & ~PID_BITS | pid
+    return MARK_FLAG | secrets.randbits(MARK_FLAG.bit_length() - 1) & ~PID_MASK | pid
 
 
 def is_mark(limit: int) -> bool:
@@ -804,7 +806,7 @@ def is_mark(limit: int) -> bool:
 
 def is_mark_of(limit: int, leader: int) -> bool:
     """Whether a limit is the mark of a leader of that number."""
-    return is_mark(limit) and limit & PID_BITS == leader
+    return is_mark(limit) and limit & PID_MASK == leader
 
 
 def read_limits(pid: int) -> tuple[int, ...]:
@@ -967,7 +969,7 @@ def _ask_kernel(pid: int) -> Process | None:
             session=os.getsid(pid),
             # It is unknown, so do not wait for the process to stop.
             stopped=True,
-            dead=has_ended(pid),
+            dead=is_zombie_or_gone(pid),
         )
     except AttributeError:  # no such call, or no such limit
         return None
@@ -977,7 +979,7 @@ def _ask_kernel(pid: int) -> Process | None:
         return None
 
 
-def has_ended(pid: int) -> bool:
+def is_zombie_or_gone(pid: int) -> bool:
     """Whether a process is a zombie, or gone; False where only /proc could say so."""
     try:
         pidfd = os.pidfd_open(pid)

@@ -79,7 +79,7 @@ def spawn_leader(
         preexec_fn=lambda: give_mark(os.getpid(), mark, inherited),  # noqa: PLW1509 - see above
         **kwargs,
     )
-    tree.adopt(process.pid, mark)
+    tree.set_leader(process.pid, mark)
     return process
 
 

@@ -18,9 +18,11 @@
 Stop a task when its supervisor was told to stop, and log who has asked for the task's end.
 
 Neither Ctrl-C nor the broadcast of an init such as dumb-init reaches a task in a session of its own, so its
-supervisor has to tell it to stop. The supervisor's signal handler only takes note. Python writes a byte to a
-*wakeup descriptor* for each signal (``signal.set_wakeup_fd``). Ours is a socket that the supervisor's
-selector watches, so the loop does the rest. Two things must not happen:
+supervisor has to tell it to stop. The supervisor's signal handler logs nothing and takes no lock. It notes
+the signal. If the loop is busy with a request, and the deployment wants the task stopped, the handler also
+sends SIGTERM to the task. Python writes a byte to a *wakeup descriptor* for each signal
+(``signal.set_wakeup_fd``). Ours is a socket that the supervisor's selector watches, so the loop does the
+rest. Two things must not happen:
 
 - A handler that logs can wait for ever for the logger's lock, which the interrupted code may hold.
 - A wakeup descriptor that was inherited, for example from an asyncio loop, reports our signals to the
@@ -96,13 +98,13 @@ class StopRequest:
         """Whether the supervisor itself has sent SIGKILL, so that the log does not blame a lack of memory."""
         self.signal_heard = False
         """Whether a signal to the supervisor was logged. A second signal changes nothing."""
-        self.told = False
+        self.sigterm_sent = False
         """Whether the handler has already told the task to stop."""
         self.spares_group_members = False
         """Whether the task's group may have processes that the deployment spares, so that the group gets no signal."""
         self.heartbeat: threading.Thread | None = None
         """The thread that has sent the last heartbeat of a task that is being ended."""
-        self.beaten_at = 0.0
+        self.heartbeat_sent_at = 0.0
         """When it was sent, by time.monotonic()."""
 
 
@@ -178,7 +180,7 @@ def catch_stop_signals() -> Iterator[None]:
     their tasks finish. This does nothing if it is nested, or in a thread other than the main one, which
     cannot set handlers.
     """
-    global _caught  # signal handlers belong to the process, too
+    global _caught  # one per process, like the signal handlers
     if _caught is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -275,7 +277,7 @@ def watch_stop_signals(process: StoppableTask, conf: ConfigParser) -> Iterator[N
         finally:
             process._exit_watch.before_handlers = None
             caught.on_signal = None
-            if process._stop.told:
+            if process._stop.sigterm_sent:
                 # The task may have ended before the loop could log the signal.
                 hear_stop_signal(process, conf)
             unregister(process.selector, caught.reader)
@@ -288,8 +290,8 @@ def tell_if_busy(process: StoppableTask, grace: float) -> None:
     The loop may be in a request to an API server that is away, which it retries for a minute and more. The
     signal handler calls this, so it must use nothing but system calls.
     """
-    if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.told:
-        process._stop.told = True
+    if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.sigterm_sent:
+        process._stop.sigterm_sent = True
         process._exit_watch.expect_exit(grace)
         if process._stop.spares_group_members or not signal_task(process, signal.SIGTERM):
             signal_pid(process.pid)
@@ -308,7 +310,7 @@ def begin_runner(*steps: Callable[[], object]) -> None:
         for step in steps:
             step()
     except BaseException:  # SystemExit of an inherited handler among them
-        with contextlib.suppress(BaseException):
+        with contextlib.suppress(BaseException):  # stderr may be closed; the process exits either way
             traceback.print_exc()
         os._exit(RUNNER_FAILED)
 
@@ -353,7 +355,7 @@ def heed_stop_signals(
         request.kill_at = (caught.received_at if caught else time.monotonic()) + grace
         process._exit_watch.expect_exit(request.kill_at - time.monotonic())
         process._exit_watch.wake_at(request.kill_at)
-        if not request.told and not send(process, signal.SIGTERM):
+        if not request.sigterm_sent and not send(process, signal.SIGTERM):
             signal_pid(process.pid)
 
 
@@ -372,10 +374,11 @@ def send_heartbeat_if_due(process: StoppableTask) -> None:
         or (request.heartbeat is not None and request.heartbeat.is_alive())
         # The server has not let the task start.
         or not process._last_successful_heartbeat
-        or time.monotonic() - max(request.beaten_at, process._last_successful_heartbeat) < HEARTBEAT_INTERVAL
+        or time.monotonic() - max(request.heartbeat_sent_at, process._last_successful_heartbeat)
+        < HEARTBEAT_INTERVAL
     ):
         return
-    request.beaten_at = time.monotonic()
+    request.heartbeat_sent_at = time.monotonic()
     beat_in_background(process)
 
 
@@ -392,7 +395,7 @@ def send_heartbeat(process: StoppableTask) -> None:
         process.client.task_instances.heartbeat(process.id, pid=process.pid)
     except Exception as error:  # as in the supervisor's own loop, and none is sent any more
         process.failed_heartbeats += 1
-        log.info("The server takes no heartbeat of a task that is being ended", error=str(error))
+        log.info("Heartbeat failed for a task that is being ended", error=str(error))
     else:
         process._last_successful_heartbeat = time.monotonic()
 

@@ -85,7 +85,7 @@ def sweep_once(conf: ConfigParser) -> None:
             sweep(conf, orphans)
         except Exception:
             # Go on: the task that is about to start is not at fault.
-            log.exception("Tasks whose supervisors have died could not be looked for")
+            log.exception("Failed to look for tasks whose supervisors have died")
 
 
 def renew_lock() -> None:
@@ -136,9 +136,9 @@ def pick_oldest(orphans: Iterable[Orphan]) -> list[Orphan]:
 def make_tree(orphan: Orphan, conf: ConfigParser) -> ProcessTree:
     """Return the tree that an orphan leads, or is part of."""
     tree = ProcessTree()
-    tree.adopt_orphan(orphan.process.pid, orphan.process.start)
+    tree.set_orphaned_leader(orphan.process.pid, orphan.process.start)
     configure_tree(tree, conf)
-    tree.ends = orphan.condemned or tree.ends
+    tree.ends_leftovers = orphan.condemned or tree.ends_leftovers
     return tree
 
 
@@ -147,7 +147,7 @@ def report(orphans: Sequence[Orphan], trees: Sequence[ProcessTree], survivors: S
     log.warning(
         "Ended tasks whose supervisors had died",
         runners=[{"pid": orphan.process.pid, "name": orphan.process.name} for orphan in orphans],
-        processes=sum(len(tree.ended) for tree in trees),
+        processes=sum(len(tree.end_signals) for tree in trees),
         survivors=[{"pid": process.pid, "name": process.name} for process in survivors],
     )
 

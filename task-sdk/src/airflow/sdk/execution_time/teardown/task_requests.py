@@ -32,7 +32,7 @@ import structlog
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time.comms import ErrorResponse
-from airflow.sdk.execution_time.teardown.exit_status import UNKNOWN, has_reported
+from airflow.sdk.execution_time.teardown.exit_status import FAILURE, has_reported
 from airflow.sdk.execution_time.teardown.interruption import CONFLICT
 from airflow.sdk.execution_time.teardown.stop_request import find_detail, is_task
 
@@ -93,7 +93,7 @@ def deny_silent_success(process: StoppableTask, exit_code: int) -> int:
     :param process: an ``ActivitySubprocess`` that has ended.
     """
     silent = process._exit_watch.exit_expected and process._terminal_state is None
-    return UNKNOWN if exit_code == 0 and silent else exit_code
+    return FAILURE if exit_code == 0 and silent else exit_code
 
 
 def tell_state(process: TaskProcess) -> None:
@@ -102,7 +102,7 @@ def tell_state(process: TaskProcess) -> None:
 
     Upstream does not report that, so that the server learns of it by the heartbeat timeout.
     """
-    with bear_refusal(process):
+    with tolerate_refusal(process):
         process.update_task_state_if_needed()
         untold = getattr(process, "_pending_terminal_state_msg", None)
         if process.final_state == UP_FOR_RETRY and not has_reported(process) and untold is None:
@@ -123,7 +123,7 @@ def tell_retry(process: TaskProcess) -> None:
 
 
 @contextlib.contextmanager
-def bear_refusal(process: TaskProcess) -> Iterator[None]:
+def tolerate_refusal(process: TaskProcess) -> Iterator[None]:
     """
     If the server refuses a state because it has already ended the task, say so in the task's log, and go on.
 
@@ -137,7 +137,7 @@ def bear_refusal(process: TaskProcess) -> Iterator[None]:
             raise
         detail = find_detail(error.detail)
         process.process_log.warning(
-            "The API server does not take the state of the task, which it has ended before",
+            "The API server refused the state of the task: it had already ended the task",
             refused=process.final_state,
             status=error.response.status_code,
             reason=detail.get("reason"),

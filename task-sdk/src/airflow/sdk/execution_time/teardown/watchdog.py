@@ -87,8 +87,8 @@ def make_tree(module: types.ModuleType, order: dict[str, Any]) -> Any:
         start = runner.start
     tree = module.ProcessTree()
     tree.spared = frozenset(order["spared"])
-    tree.ends = order["ends"]
-    tree.adopt_orphan(pid, start, order["limits"], order["origin"])
+    tree.ends_leftovers = order["ends"]
+    tree.set_orphaned_leader(pid, start, order["limits"], order["origin"])
     return tree
 
 

@@ -276,11 +276,6 @@ def write_sudo(folder: Path, script: str) -> None:
     sudo.chmod(0o755)
 
 
-def is_another_process(path: Any, *_: Any) -> bool:
-    """Whether a path is the entry in /proc of a process that is not the task's."""
-    return str(path) == "/proc/1/stat"
-
-
 def unshare(namespace: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(namespace):

@@ -43,7 +43,6 @@ from task_sdk.execution_time.teardown.supervised.faults import (
     become_nobody,
     end_supervised,
     fork_as,
-    is_another_process,
     lack,
     misbehave,
     mount_proc,
@@ -254,14 +253,6 @@ class TestProc:
         assert outcome.daemon not in outcome.left
         assert len(outcome.left) <= 2, "the bystander that forks, and its child"
 
-    @pytest.mark.parametrize("way", ["conflict", "killed"])
-    @pytest.mark.parametrize("error", [errno.ENOENT, errno.ESRCH, errno.EACCES], ids=errno.errorcode.get)
-    def test_entries_that_vanish(self, relay: Relay, error: int, way: str) -> None:
-        """They do so between the listing and the look, whosoever they are."""
-        vanish = functools.partial(misbehave, "os.open", error, concerns=is_another_process)
-        outcome = end_supervised(relay, way, after=lambda *_: vanish())
-        assert outcome.left == []
-
     @pytest.mark.parametrize("way", WAYS)
     def test_processes_that_cannot_be_read(self, relay: Relay, way: str) -> None:
         """An unprivileged supervisor and its task may be closed to each other (prctl(2), PR_SET_DUMPABLE)."""
@@ -377,15 +368,17 @@ class TestStolenStatus:
             ready.hear()
 
         def look_too_early(child: int) -> bool:
-            process_tree.has_exited = has_exited
+            process_tree.is_unreaped_zombie = is_unreaped_zombie
             os.kill(child, signal.SIGKILL)
             os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
             return False
 
         def prepare() -> None:
-            process_tree.has_exited = mock.create_autospec(has_exited, side_effect=look_too_early)
+            process_tree.is_unreaped_zombie = mock.create_autospec(
+                is_unreaped_zombie, side_effect=look_too_early
+            )
 
-        has_exited = process_tree.has_exited
+        is_unreaped_zombie = process_tree.is_unreaped_zombie
         with contextlib.closing(Relay()) as ready:
             outcome = end_supervised(relay, "signalled", runner=leave_stray, after=lambda *_: prepare())
         assert outcome.left == []
@@ -469,20 +462,6 @@ class TestNamespace:
 
 class TestRecycledNumber:
     """A process that belongs to nobody here gets the number of one that has just ended."""
-
-    def test_remembered_process(self, relay: Relay) -> None:
-        """A task is told from others by when its processes started, not by their numbers alone."""
-
-        def forge(process: ActivitySubprocess, _: int) -> None:
-            stranger = fork(pause_for_ever)
-            namesake = process_tree.read_process(stranger)
-            assert namesake
-            process._tree._remembered[stranger] = namesake.start - 1
-            relay.tell(stranger)
-
-        outcome = end_supervised(relay, "killed", after=forge)
-        assert outcome.left == [relay.hear()]
-        assert not outcome.name_survivors()
 
     def test_leftover(self, relay: Relay) -> None:
         """It does so between the look and the signal, which spares it."""

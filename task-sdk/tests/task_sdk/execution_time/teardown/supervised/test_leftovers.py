@@ -137,17 +137,6 @@ class TestLeftovers:
         end_task(way, process, api)
         assert list_left() == []
 
-    def test_child_in_the_group_of_a_failed_task_ends(
-        self, relay: Relay, list_left: Callable[[], list[int]]
-    ) -> None:
-        """A runner that fails, or that the kernel kills, takes its group along."""
-        process = start_task(
-            in_turn(lambda: relay.tell(subprocess.Popen(SLEEPER).pid), lambda: wait_to_end(relay))
-        )
-        hear_ready(relay)
-        end_task("failed", process, Api())
-        assert list_left() == []
-
     @pytest.mark.parametrize("state", ["failed", "up_for_retry"])
     def test_daemon_of_a_task_that_reports_its_failure_ends(
         self, relay: Relay, list_left: Callable[[], list[int]], state: str

@@ -27,7 +27,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,6 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
     SLEEPER,
     Relay,
-    Tree,
     be_polite,
     detach,
     fork,
@@ -101,23 +99,16 @@ class TestTree:
             wait_until_left(list_left)
 
     @pytest.mark.usefixtures("short_orphan_grace")
-    @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGHUP])
-    def test_deaf_runner(
-        self, relay: Relay, list_left: Callable[[], list[int]], signum: signal.Signals
-    ) -> None:
-        """One that ignores SIGTERM is killed when the grace is over, whatever its supervisor has died of."""
+    def test_deaf_runner(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
+        """One that ignores SIGTERM is killed when the grace is over."""
 
         def target() -> None:
             be_deaf_runner()
             wait_to_end(relay)
 
-        def heed_signal() -> None:
-            if signum != signal.SIGKILL:
-                signal.signal(signum, signal.SIG_DFL)  # nohup has it ignored
-
-        with supervising(target, heed_signal) as supervisor:
+        with supervising(target) as supervisor:
             hear_ready(relay, 0)
-            kill_child(supervisor, signum)
+            kill_child(supervisor)
             wait_until_left(list_left)
 
     @pytest.mark.parametrize(("policy", "stays"), [("killed", False), ("report", True), ("never", True)])
@@ -232,30 +223,6 @@ class TestBystanders:
             kill_child(supervisor)
             wait_until_left(list_left, others)
             assert sorted(list_left()) == sorted(others)
-
-    def test_task_of_another_thread(
-        self, relay: Relay, tree: Tree, list_left: Callable[[], list[int]]
-    ) -> None:
-        """When the thread ends that has started one task, both go on; when their process ends, both end."""
-
-        def target() -> None:
-            signal.signal(signal.SIGUSR1, lambda *_: relay.tell("runs"))
-            relay.tell(os.getpid())
-            pause_for_ever()
-
-        def supervise_two() -> None:
-            thread = threading.Thread(target=start_task, args=(target,))
-            thread.start()
-            thread.join()
-            start_task(target)
-            pause_for_ever()
-
-        with forked(supervise_two) as supervisor:
-            for runner in [tree.add(relay.hear()), tree.add(relay.hear())]:
-                os.kill(runner, signal.SIGUSR1)
-                assert relay.hear() == "runs"
-            kill_child(supervisor)
-            wait_until_left(list_left)
 
 
 class TestDyingSupervisor:

@@ -23,7 +23,6 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-import pytest
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Relay,
     SteppingApi,
@@ -43,6 +42,8 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import pytest
 
 
 class SoftLimitError(Exception):
@@ -140,9 +141,7 @@ class TestReportedState:
 class TestException:
     """An exception leaves the supervisor's loop, and nobody would watch the task any more."""
 
-    def raise_out_of_the_loop(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, runner: Callable[[], object] = pause_for_ever
-    ) -> list[object]:
+    def raise_out_of_the_loop(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[object]:
         """Have a signal handler raise in the loop; return what became of it, and of the task's processes."""
 
         def limit(*_: object) -> None:
@@ -151,7 +150,7 @@ class TestException:
         def target() -> None:
             detach(lambda: be_polite(relay))
             relay.tell(fork(pause_for_ever))
-            runner()
+            pause_for_ever()
 
         def run() -> None:
             signal.signal(signal.SIGUSR1, limit)
@@ -173,16 +172,6 @@ class TestException:
     def test_task_ends(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is told to stop, all of it, before the exception goes on."""
         assert self.raise_out_of_the_loop(relay, monkeypatch) == ["raised", True, True]
-
-    @pytest.mark.usefixtures("short_grace")
-    def test_deaf_task(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is killed when the grace is over."""
-
-        def be_deaf_runner() -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            pause_for_ever()
-
-        assert self.raise_out_of_the_loop(relay, monkeypatch, be_deaf_runner) == ["raised", True, True]
 
 
 def supervise(target: Callable[[], object], relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,8 @@ class TestTruth:
         log = Log()
         process = start_task(lambda: os._exit(3), EndedApi(), logger=log.logger)
         assert process.wait() == 3
-        assert log.find("does not take the state") == [
-            "The API server does not take the state of the task, which it has ended before"
+        assert log.find("refused the state") == [
+            "The API server refused the state of the task: it had already ended the task"
         ]
 
     def test_told_state_stands(self, monkeypatch: pytest.MonkeyPatch) -> None:
