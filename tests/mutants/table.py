@@ -916,6 +916,7 @@ IN_THE_REST = [
         "        log.exception(",
         "a state that could not be told is taken for told, and never is",
         ("test_answered_requests.py",),
+        version="1.1.8",
     ),
     Mutant(
         "requests-do-not-tell-of-a-retry",
@@ -1218,6 +1219,7 @@ IN_THE_REST = [
         "    else:\n",
         "before 1.0.3 the next request of a runner gets the answer to its report",
         ("test_answered_requests.py",),
+        version="1.1.8",
     ),
     Mutant(
         "tree-takes-names-whole",

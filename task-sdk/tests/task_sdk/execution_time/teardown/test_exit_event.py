@@ -194,7 +194,7 @@ class TestExitWatch:
         watch.close(selector)
         assert os.listdir("/proc/self/fd") == before
 
-    def test_sockets_are_overdue_after_the_grace_of_a_kill(self, mocker: Any) -> None:
+    def test_sockets_are_overdue_after_the_grace_of_a_kill(self, mocker: MockerFixture) -> None:
         """The sockets of a child that was killed may be held for half a second after it, and no longer."""
         clock = mocker.patch.object(exit_event.time, "monotonic", autospec=True, return_value=100.0)
         watch = ExitWatch()
@@ -229,7 +229,7 @@ class TestExitWatch:
         child.wait()
         watch.close(selector)
 
-    def test_sockets_that_are_given_up(self, mocker: Any) -> None:
+    def test_sockets_that_are_given_up(self) -> None:
         """They are not waited for once the child is gone, and it was not asked to end for that."""
         watch = ExitWatch()
         watch.give_up_sockets()

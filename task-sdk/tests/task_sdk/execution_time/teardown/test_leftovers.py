@@ -23,7 +23,6 @@ import selectors
 import signal
 import threading
 import time
-from configparser import ConfigParser
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -36,12 +35,12 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
     Relay,
     Tree,
-    ending_all,
     fork,
     pause_for_ever,
     waiting,
 )
 
+from airflow.sdk.api.client import TaskInstanceOperations
 from airflow.sdk.execution_time.teardown import leftovers, stop_request
 from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
 from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
@@ -59,7 +58,8 @@ from airflow.sdk.execution_time.teardown.process_tree import Process, ProcessTre
 from airflow.sdk.execution_time.teardown.stop_request import StopRequest, catch_stop_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from configparser import ConfigParser
 
     from pytest_mock import MockerFixture
 
@@ -77,20 +77,6 @@ def longest_gap(times: list[float]) -> float:
     return max(times[i] - times[i - 1] for i in range(1, len(times)))
 
 
-class Conf(ConfigParser):
-    """Airflow's, as far as this goes: what is set in the file, and a grace that nobody has set."""
-
-    def get(self, section: str, option: str, **kwargs: Any) -> Any:  # type: ignore[override]  # as typeshed's own
-        if self.has_option(section, option):
-            return super().get(section, option, **kwargs)
-        return kwargs.get("fallback", "60")
-
-
-@pytest.fixture
-def conf() -> Conf:
-    return Conf()
-
-
 @pytest.fixture
 def process(mocker: MockerFixture) -> Any:
     """Return a task whose tree has one member that nothing ends; real processes cannot be that."""
@@ -104,7 +90,7 @@ def process(mocker: MockerFixture) -> Any:
     return SimpleNamespace(
         pid=4711,
         id="the task instance's",
-        client=SimpleNamespace(task_instances=mocker.Mock(spec_set=["heartbeat"])),
+        client=SimpleNamespace(task_instances=mocker.create_autospec(TaskInstanceOperations, instance=True)),
         failed_heartbeats=0,
         final_state="failed",
         selector=selector,
@@ -125,7 +111,9 @@ def process(mocker: MockerFixture) -> Any:
 
 class TestGrace:
     @pytest.mark.parametrize("option", [None, "17", "60"])
-    def test_kill_by_others_than_the_server(self, conf: Conf, process: Any, option: str | None) -> None:
+    def test_kill_by_others_than_the_server(
+        self, conf: ConfigParser, process: Any, option: str | None
+    ) -> None:
         """A caller of kill() gets the grace that it names: 5 s after failed heartbeats, whatever the option says."""
         if option:
             conf.read_dict({"core": {"killed_task_cleanup_time": option}})
@@ -134,7 +122,7 @@ class TestGrace:
 
     @pytest.mark.parametrize(("option", "grace"), [(None, 5), ("17", 17), ("60", 60), ("soon", 5)])
     def test_kill_because_the_server_has_ended_the_task(
-        self, conf: Conf, process: Any, option: str | None, grace: float
+        self, conf: ConfigParser, process: Any, option: str | None, grace: float
     ) -> None:
         """What the deployment has set counts."""
         if option:
@@ -143,11 +131,11 @@ class TestGrace:
         assert prepare_kill(process, GRACE, conf) == grace
 
     @pytest.mark.parametrize(("grace", "limited"), [(0, MIN_GRACE), (float("inf"), MAX_GRACE)])
-    def test_limits(self, conf: Conf, process: Any, grace: float, limited: float) -> None:
+    def test_limits(self, conf: ConfigParser, process: Any, grace: float, limited: float) -> None:
         """kill() collects nobody without a grace, and cannot wait for ever."""
         assert prepare_kill(process, grace, conf) == limited
 
-    def test_other_types(self, conf: Conf, process: Any) -> None:
+    def test_other_types(self, conf: ConfigParser, process: Any) -> None:
         """Without a session of its own a process is killed as ever."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
         process._new_session = False
@@ -187,7 +175,7 @@ class TestSurvivors:
         ("refused", "reason"), [(4711, "after SIGKILL"), (4712, "a password is required")]
     )
     def test_survivor_is_named(
-        self, conf: Conf, process: Any, mocker: MockerFixture, refused: int, reason: str
+        self, conf: ConfigParser, process: Any, mocker: MockerFixture, refused: int, reason: str
     ) -> None:
         """What cannot be ended is named once, with its own reason, and the supervisor goes on."""
         owners = mocker.patch.object(leftovers, "group_by_owner", autospec=True)
@@ -199,7 +187,7 @@ class TestSurvivors:
         assert call.kwargs["processes"] == [{"pid": STUBBORN.pid, "name": "stubborn"}]
         assert reason in call.kwargs["reason"]
 
-    def test_survivor_that_cannot_be_looked_for(self, conf: Conf, process: Any) -> None:
+    def test_survivor_that_cannot_be_looked_for(self, conf: ConfigParser, process: Any) -> None:
         """Nobody is said to have ended whom a look that fails has merely not found."""
 
         def fail(*_: Any, **__: Any) -> list[Process]:
@@ -211,7 +199,7 @@ class TestSurvivors:
         end_leftovers(process, -9, conf)
         assert [call.method_name for call in process.process_log.calls] == ["error", "error"]
 
-    def test_survivor_that_came_late(self, conf: Conf, process: Any) -> None:
+    def test_survivor_that_came_late(self, conf: ConfigParser, process: Any) -> None:
         """What a process has started between the last look and its own end is killed, and named if it stays."""
         late = replace(STUBBORN, pid=STUBBORN.pid + 1)
         process._tree.find.return_value = [STUBBORN, late]
@@ -220,7 +208,9 @@ class TestSurvivors:
         [call] = process.process_log.calls
         assert [named["pid"] for named in call.kwargs["processes"]] == [STUBBORN.pid, late.pid]
 
-    def test_survivor_that_a_late_one_has_started(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_survivor_that_a_late_one_has_started(
+        self, conf: ConfigParser, process: Any, clock: Clock
+    ) -> None:
         """On a busy machine a late one, too, starts something before it is killed; the time is kept all the same."""
         crowd = [replace(STUBBORN, pid=STUBBORN.pid + number) for number in range(3)]
         looks = iter([crowd[:2], crowd, crowd])
@@ -231,12 +221,12 @@ class TestSurvivors:
         assert [named["pid"] for named in call.kwargs["processes"]] == [member.pid for member in crowd]
         assert clock.passed <= GRACE + 1
 
-    def test_time(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_time(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """A second after the grace nobody is waited for any longer."""
         end_leftovers(process, -9, conf)
         assert GRACE < clock.passed <= GRACE + 1
 
-    def test_looks_for_what_others_start(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_looks_for_what_others_start(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """While one does not die, all are looked for, and killed, time and again."""
         killed_at: list[float] = []
 
@@ -249,7 +239,7 @@ class TestSurvivors:
         assert len(killed_at) >= 3
         assert longest_gap(killed_at) < 0.5
 
-    def test_log_line_has_an_end(self, conf: Conf, process: Any) -> None:
+    def test_log_line_has_an_end(self, conf: ConfigParser, process: Any) -> None:
         """A hundred processes are named, of those that have ended and of those that have not, and all are counted."""
         crowd = [replace(STUBBORN, pid=STUBBORN.pid + number) for number in range(250)]
         process._tree.kill_all.return_value = process._tree.find.return_value = crowd[:120]
@@ -258,7 +248,7 @@ class TestSurvivors:
         counts = [(call.kwargs["count"], len(call.kwargs["processes"])) for call in process.process_log.calls]
         assert counts == [(130, NAMED_IN_LOG), (120, NAMED_IN_LOG)]
 
-    def test_nobody_is_said_to_have_ended_who_has_not(self, conf: Conf, process: Any) -> None:
+    def test_nobody_is_said_to_have_ended_who_has_not(self, conf: ConfigParser, process: Any) -> None:
         """A survivor was asked to end, and killed, like those that have ended, and is named among survivors alone."""
         gone = replace(STUBBORN, pid=STUBBORN.pid + 1)
         process._tree.end_signals = {STUBBORN: "SIGKILL", gone: "SIGTERM"}
@@ -266,7 +256,7 @@ class TestSurvivors:
         named = [[named["pid"] for named in call.kwargs["processes"]] for call in process.process_log.calls]
         assert named == [[gone.pid], [STUBBORN.pid]]
 
-    def test_ended_is_told_once(self, conf: Conf, process: Any) -> None:
+    def test_ended_is_told_once(self, conf: ConfigParser, process: Any) -> None:
         """What was ended is not told of again, as when kill() comes after the end."""
         process._tree.find.return_value = process._tree.kill_all.return_value = []
         process._tree.end_signals = {STUBBORN: "SIGTERM"}
@@ -275,14 +265,14 @@ class TestSurvivors:
         [call] = process.process_log.calls
         assert call.kwargs["count"] == 1
 
-    def test_message_that_cannot_be_handled(self, conf: Conf, process: Any) -> None:
+    def test_message_that_cannot_be_handled(self, conf: ConfigParser, process: Any) -> None:
         """What goes wrong with a request of the task does not end the teardown."""
         process._service_subprocess = create_autospec(process._service_subprocess, side_effect=RuntimeError)
         assert end_leftovers(process, -9, conf) == -9
         assert process._service_subprocess.called
         assert process._tree.kill_all.called
 
-    def test_sockets_are_given_up(self, conf: Conf, process: Any) -> None:
+    def test_sockets_are_given_up(self, conf: ConfigParser, process: Any) -> None:
         """Whoever is left may hold them for as long as it likes, but the time is up."""
         end_leftovers(process, -9, conf)
         assert process._exit_watch.sockets_overdue(-9)
@@ -291,7 +281,7 @@ class TestSurvivors:
         process._exit_watch._started = True
         assert process._exit_watch._limit(60, process.selector, -9) == 0, "nobody is followed any more"
 
-    def test_next_look_has_the_descriptor_of_the_wait(self, conf: Conf, process: Any) -> None:
+    def test_next_look_has_the_descriptor_of_the_wait(self, conf: ConfigParser, process: Any) -> None:
         """The file descriptor by which one is waited for may be the last one, which the next look needs."""
         own = replace(STUBBORN, pid=os.getpid())  # which a tree that is a mock does not signal
         held: list[int] = []
@@ -309,7 +299,7 @@ class TestSurvivors:
 class TestTerminate:
     """The grace of what a task has left."""
 
-    def test_look_that_fails(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_look_that_fails(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """One that cannot be taken has found nobody, which does not mean that nobody is there to be asked."""
         looks = []
 
@@ -324,27 +314,27 @@ class TestTerminate:
         assert ([STUBBORN], signal.SIGTERM, signal.SIGCONT) in asked
         assert clock.passed >= GRACE
 
-    def test_looks_that_all_fail(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_looks_that_all_fail(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """They are repeated until the grace is over, and no longer."""
         process._tree.find.return_value = process._tree.kill_all.return_value = []
         process._tree.look_failure = "Too many open files"
         end_leftovers(process, -9, conf)
         assert GRACE <= clock.passed < GRACE + 1
 
-    def test_grace_of_a_kill(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_grace_of_a_kill(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """What the runner has left of the grace of a kill is all that its leftovers have."""
         process._exit_watch.expect_exit(2)
         end_leftovers(process, -9, conf)
         assert 2 <= clock.passed <= 3
 
-    def test_nobody(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_nobody(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """Nobody is waited for where nobody is."""
         process._tree.find.return_value = process._tree.kill_all.return_value = []
         end_leftovers(process, -9, conf)
         assert clock.passed == 0
         assert process.process_log.calls == []
 
-    def test_everybody_is_asked_once(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_everybody_is_asked_once(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """What comes while another is deaf is asked to end, too, and nobody twice."""
         late = replace(STUBBORN, pid=STUBBORN.pid + 1)
 
@@ -356,7 +346,7 @@ class TestTerminate:
         asked = [call.args[0] for call in process._tree.signal.mock_calls if signal.SIGTERM in call.args]
         assert asked == [[STUBBORN], [late], *[[]] * (len(asked) - 2)]
 
-    def test_what_appears_is_asked_soon(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_what_appears_is_asked_soon(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """While one is deaf, there is a look every half second for what others start."""
         looked_at: list[float] = []
 
@@ -369,7 +359,7 @@ class TestTerminate:
         end_leftovers(process, -9, conf)
         assert longest_gap(looked_at) <= 1
 
-    def test_told_to_stop(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_told_to_stop(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """A supervisor that is told to stop ends the grace: whoever has told it may kill it soon. Both logs say so."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "60"}})
         clock.meanwhile = lambda: signal.raise_signal(signal.SIGTERM)
@@ -379,7 +369,7 @@ class TestTerminate:
         told = [call for call in process.process_log.calls if "told to stop" in call.args[0]]
         assert len(told) == len(logs) == 1
 
-    def test_told_to_finish(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_told_to_finish(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """One that is to let its task finish lets leftovers have their grace."""
         process._stop_policy = StopPolicy.FINISH
         clock.meanwhile = lambda: signal.raise_signal(signal.SIGTERM)
@@ -389,7 +379,7 @@ class TestTerminate:
 
     @pytest.mark.parametrize(("pending", "grace"), [({}, 1), ({"pending": object()}, GRACE)])
     def test_told_retry(
-        self, conf: Conf, process: Any, clock: Clock, pending: dict[str, Any], grace: float
+        self, conf: ConfigParser, process: Any, clock: Clock, pending: dict[str, Any], grace: float
     ) -> None:
         """A retry that the server knows of may start at any moment, and what the try has left has little time."""
         process._terminal_state = "up_for_retry"
@@ -402,7 +392,7 @@ class TestHeartbeats:
     """While leftovers end the server is told that the task is not over: it would start a retry beside them."""
 
     @pytest.fixture(autouse=True)
-    def long_grace(self, conf: Conf, clock: Clock) -> None:
+    def long_grace(self, conf: ConfigParser, clock: Clock) -> None:
         conf.read_dict({"core": {"killed_task_cleanup_time": "60"}})
 
     @pytest.fixture(autouse=True)
@@ -414,33 +404,33 @@ class TestHeartbeats:
     def heartbeat(self, process: Any) -> Any:
         return process.client.task_instances.heartbeat
 
-    def test_sent(self, conf: Conf, process: Any, clock: Clock, heartbeat: Any) -> None:
+    def test_sent(self, conf: ConfigParser, process: Any, clock: Clock, heartbeat: Any) -> None:
         """They are sent as long as leftovers have their grace."""
         end_leftovers(process, -9, conf)
         heartbeat.assert_called_with(process.id, pid=process.pid)
         assert heartbeat.call_count >= 10, "every five seconds, or a look later"
         assert heartbeat.call_count <= clock.passed / 5 + 1, "the first one at once"
 
-    def test_task_that_the_server_has_ended(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+    def test_task_that_the_server_has_ended(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
         """The server knows of that."""
         process._stop.server_ended = True
         end_leftovers(process, -9, conf)
         heartbeat.assert_not_called()
 
-    def test_server_that_is_away(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+    def test_server_that_is_away(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
         """None is sent after one has failed: each would take as long."""
         heartbeat.side_effect = ConnectionError("away")
         assert end_leftovers(process, -9, conf) == -9
         heartbeat.assert_called_once()
         assert process.failed_heartbeats == 1
 
-    def test_task_that_was_not_let_start(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+    def test_task_that_was_not_let_start(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
         """The server has refused it, and knows of no heartbeat of its."""
         process._last_successful_heartbeat = 0
         end_leftovers(process, -9, conf)
         heartbeat.assert_not_called()
 
-    def test_heartbeats_that_have_failed(self, conf: Conf, process: Any, heartbeat: Any) -> None:
+    def test_heartbeats_that_have_failed(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
         """Nor is any where those of the loop have failed."""
         process.failed_heartbeats = 1
         end_leftovers(process, -9, conf)
@@ -449,7 +439,7 @@ class TestHeartbeats:
 
 class TestSignalWhileKilling:
     def test_dying_process_is_no_survivor(
-        self, conf: Conf, process: Any, clock: Clock, mocker: MockerFixture
+        self, conf: ConfigParser, process: Any, clock: Clock, mocker: MockerFixture
     ) -> None:
         """A signal just after SIGKILL leaves what was killed the time to die."""
         kill_all = process._tree.kill_all
@@ -466,7 +456,7 @@ class TestSignalWhileKilling:
 
 
 class TestUnseenLeader:
-    def test_no_look_can_succeed(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_no_look_can_succeed(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """Where /proc does not show the task, leftovers have no grace: nobody could be found when it is over."""
         process._tree.leader = None
         process._tree.look_failure = "hidden"
@@ -496,7 +486,7 @@ class TestTold:
 
     @pytest.mark.parametrize("state", ["success", "skipped", "deferred", "up_for_reschedule"])
     @pytest.mark.parametrize("exit_code", [0, 1, -9, -11])
-    def test_good_state_stands(self, conf: Conf, process: Any, state: str, exit_code: int) -> None:
+    def test_good_state_stands(self, conf: ConfigParser, process: Any, state: str, exit_code: int) -> None:
         """A crash in an atexit hook comes after it, or a kill for overtime: what was left on purpose stays."""
         process._terminal_state = state
         process._exit_watch.expect_exit(GRACE)
@@ -505,21 +495,21 @@ class TestTold:
 
     @pytest.mark.parametrize("state", ["failed", "up_for_retry"])
     @pytest.mark.usefixtures("clock")
-    def test_failure(self, conf: Conf, process: Any, state: str) -> None:
+    def test_failure(self, conf: ConfigParser, process: Any, state: str) -> None:
         """A task that has told its failure exits with 0, and leaves nothing."""
         process._terminal_state = state
         end_leftovers(process, 0, conf)
         assert process._tree.kill_all.called
 
     @pytest.mark.usefixtures("clock")
-    def test_task_that_the_server_has_ended(self, conf: Conf, process: Any) -> None:
+    def test_task_that_the_server_has_ended(self, conf: ConfigParser, process: Any) -> None:
         """A task whose state the server does not want leaves nothing, whatever it says."""
         process._stop.server_ended = True
         process._terminal_state = "success"
         end_leftovers(process, 0, conf)
         assert process._tree.kill_all.called
 
-    def test_last_words(self, conf: Conf, process: Any) -> None:
+    def test_last_words(self, conf: ConfigParser, process: Any) -> None:
         """What a runner has said before it exited is heard before anything is ended."""
         process.selector.select.side_effect = [["a message"], []]
         process._service_subprocess = lambda max_wait_time: setattr(process, "_terminal_state", "success")
@@ -527,7 +517,7 @@ class TestTold:
         assert not process._tree.mock_calls
 
     @pytest.mark.usefixtures("clock")
-    def test_silence_after_a_stop(self, conf: Conf, process: Any) -> None:
+    def test_silence_after_a_stop(self, conf: ConfigParser, process: Any) -> None:
         """A runner that was told to stop, and exits with 0 without a word, leaves nothing."""
         process._exit_watch.expect_exit(GRACE)
         assert end_leftovers(process, 0, conf) == 0
@@ -565,21 +555,23 @@ class TestPolicies:
         ],
     )
     @pytest.mark.usefixtures("clock")
-    def test_ended(self, conf: Conf, process: Any, policy: str, exit_code: int, *, ended: bool) -> None:
+    def test_ended(
+        self, conf: ConfigParser, process: Any, policy: str, exit_code: int, *, ended: bool
+    ) -> None:
         """Whoever wants it has what a failure of its own leaves stay, or what any end does."""
         conf.read_dict({"workers": {"leftover_policy": policy}})
         assert end_leftovers(process, exit_code, conf) == exit_code
         assert process._tree.kill_all.called is process._tree.signal.called is ended
 
     @pytest.mark.usefixtures("clock")
-    def test_killed_on_request(self, conf: Conf, process: Any) -> None:
+    def test_killed_on_request(self, conf: ConfigParser, process: Any) -> None:
         """A task that was told to stop is one that was killed, however it exits."""
         conf.read_dict({"workers": {"leftover_policy": "killed"}})
         process._exit_watch.expect_exit(GRACE)
         end_leftovers(process, 1, conf)
         assert process._tree.kill_all.called
 
-    def test_report(self, conf: Conf, process: Any) -> None:
+    def test_report(self, conf: ConfigParser, process: Any) -> None:
         """The task's log tells what would be ended, by PID and name."""
         conf.read_dict({"workers": {"leftover_policy": "report"}})
         end_leftovers(process, -9, conf)
@@ -588,7 +580,7 @@ class TestPolicies:
         assert call.kwargs == {"count": 1, "processes": [{"pid": STUBBORN.pid, "name": "stubborn"}]}
 
     @pytest.mark.parametrize("policy", ["report", "never"])
-    def test_nothing_to_report(self, conf: Conf, process: Any, policy: str) -> None:
+    def test_nothing_to_report(self, conf: ConfigParser, process: Any, policy: str) -> None:
         """The log is silent where nothing is left, or nobody wants to know."""
         conf.read_dict({"workers": {"leftover_policy": policy}})
         process._tree.find.return_value = []
@@ -598,7 +590,7 @@ class TestPolicies:
     @pytest.mark.parametrize(
         ("policy", "ends"), [("always", True), ("killed", True), ("report", False), ("never", False)]
     )
-    def test_kill(self, conf: Conf, process: Any, policy: str, *, ends: bool) -> None:
+    def test_kill(self, conf: ConfigParser, process: Any, policy: str, *, ends: bool) -> None:
         """The SIGKILL of a kill goes to all of the tree only where that is to be ended."""
         conf.read_dict({"workers": {"leftover_policy": policy}})
         prepare_kill(process, GRACE, conf)
@@ -606,7 +598,7 @@ class TestPolicies:
         signal_tree(process, signal.SIGKILL)
         assert process._tree.kill_all.called is ends
 
-    def test_tree_knows_whom_to_spare(self, conf: Conf, process: Any) -> None:
+    def test_tree_knows_whom_to_spare(self, conf: ConfigParser, process: Any) -> None:
         """It is told before the first signal of a kill, and before leftovers are looked for."""
         conf.read_dict({"workers": {"spared_leftovers": "ssh, gpg-agent"}})
         prepare_kill(process, GRACE, conf)
@@ -647,7 +639,7 @@ class TestKill:
         assert call.kwargs == {"with_leader": True}
 
     def test_runner_that_somebody_else_has_collected(
-        self, conf: Conf, process: Any, clock: Clock, mocker: MockerFixture
+        self, conf: ConfigParser, process: Any, clock: Clock, mocker: MockerFixture
     ) -> None:
         """Its number may be another's: nobody is signalled by it, and what it has left ends here and now."""
         mocker.patch.object(leftovers, "is_unreaped_child", spec=is_unreaped_child, return_value=False)
@@ -658,7 +650,7 @@ class TestKill:
         assert signal_tree(process, signal.SIGTERM)
         assert not process._tree.mock_calls
 
-    def test_tree_of_a_kill(self, conf: Conf, process: Any) -> None:
+    def test_tree_of_a_kill(self, conf: ConfigParser, process: Any) -> None:
         """Who belongs is noted before kill() sends a signal, be that SIGKILL to the group alone."""
         conf.read_dict({"workers": {"leftover_policy": "report"}})
         prepare_kill(process, GRACE, conf)
@@ -670,20 +662,20 @@ class TestKill:
         assert signal_tree(process, signal.SIGTERM)
         process._tree.remember.assert_called_once_with()
 
-    def test_nobody_waits_for_long_unasked(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_nobody_waits_for_long_unasked(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """What a crash has left gets a minute of a longer grace, for the server is not told of the end before."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "600"}})
         end_leftovers(process, -9, conf)
         assert 60 <= clock.passed < 61.5
 
-    def test_error_of_our_own(self, conf: Conf, process: Any) -> None:
+    def test_error_of_our_own(self, conf: ConfigParser, process: Any) -> None:
         """It does not keep the state of the task from being told, without which it counts as running."""
         process._tree.find.side_effect = RuntimeError
         with structlog.testing.capture_logs() as logs:
             assert end_leftovers(process, -9, conf) == -9
         assert {entry["log_level"] for entry in logs} == {"error"}
 
-    def test_error_of_a_signal_handler(self, conf: Conf, process: Any) -> None:
+    def test_error_of_a_signal_handler(self, conf: ConfigParser, process: Any) -> None:
         """One that cuts the teardown short, as the soft time limit of Celery, does not spare what is left."""
         process._tree.find.side_effect = itertools.chain([InterruptedError], itertools.repeat([]))
         with structlog.testing.capture_logs() as logs:
@@ -695,7 +687,7 @@ class TestKill:
 class TestExceptions:
     """What becomes of a task whose supervisor cannot go on."""
 
-    def test_second_exception(self, conf: Conf, process: Any, clock: Clock) -> None:
+    def test_second_exception(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """One that cuts the end of the leftovers short does not spare them."""
 
         def interrupt() -> None:
@@ -709,7 +701,9 @@ class TestExceptions:
         assert process._tree.kill_all.called
 
     @pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit])
-    def test_any_exception(self, conf: Conf, process: Any, clock: Clock, error: type[BaseException]) -> None:
+    def test_any_exception(
+        self, conf: ConfigParser, process: Any, clock: Clock, error: type[BaseException]
+    ) -> None:
         """Whatever it is, the task is asked to end, is killed when its grace is over, and the exception goes on."""
         with pytest.raises(error), end_on_exception(process, conf):
             raise error
@@ -718,7 +712,7 @@ class TestExceptions:
         assert process._tree.kill_all.called
         assert GRACE <= clock.passed <= GRACE + 1
 
-    def test_spared_before_anything_happens(self, conf: Conf, process: Any) -> None:
+    def test_spared_before_anything_happens(self, conf: ConfigParser, process: Any) -> None:
         """A signal to the supervisor may be the first that the task gets."""
         conf.read_dict({"workers": {"spared_leftovers": "ssh"}})
         with end_on_exception(process, conf):
@@ -726,12 +720,8 @@ class TestExceptions:
             assert process._stop.spares_group_members
 
 
+@pytest.mark.usefixtures("list_left")
 class TestNotStarted:
-    @pytest.fixture(autouse=True)
-    def leave_nothing(self) -> Iterator[None]:
-        with ending_all():
-            yield
-
     @pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
     def test_any_exception(self, mocker: MockerFixture, error: type[BaseException]) -> None:
         """Whatever keeps a process from becoming a task, its tree is killed."""
@@ -762,12 +752,14 @@ class TestNotStarted:
 
 class TestNothingToEnd:
     @pytest.mark.parametrize("exit_code", [None, 0])
-    def test_exit_that_is_unknown_or_good(self, conf: Conf, process: Any, exit_code: int | None) -> None:
+    def test_exit_that_is_unknown_or_good(
+        self, conf: ConfigParser, process: Any, exit_code: int | None
+    ) -> None:
         """A task that still runs, or has succeeded, has nothing ended, or even looked for."""
         assert end_leftovers(process, exit_code, conf) is exit_code
         assert not process._tree.mock_calls
 
-    def test_other_types(self, conf: Conf, process: Any) -> None:
+    def test_other_types(self, conf: ConfigParser, process: Any) -> None:
         """What leads no session of its own leaves what it has started, however it ends."""
         process._new_session = False
         assert end_leftovers(process, 1, conf) == 1

@@ -39,7 +39,6 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     be_polite,
     detach,
     ended_by,
-    ending_all,
     fork,
     forked,
     in_turn,
@@ -57,23 +56,13 @@ from airflow.sdk.execution_time.teardown import lifeline, policy, process_tree, 
 from airflow.sdk.execution_time.teardown.process_tree import look_at, mark_process, read_limits, read_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import FrameType
 
     from airflow.sdk.execution_time.teardown.process_tree import Process
 
 
-@pytest.fixture(autouse=True)
-def list_left() -> Iterator[Callable[[], list[int]]]:
-    """End every process that a test has started, however it ends; gives a function that lists those that live."""
-    with ending_all() as list_left:
-        yield list_left
-
-
-@pytest.fixture
-def relay() -> Iterator[Relay]:
-    with contextlib.closing(Relay()) as relay:
-        yield relay
+pytestmark = pytest.mark.usefixtures("list_left")
 
 
 @pytest.fixture(autouse=True)
@@ -370,21 +359,25 @@ class TestSpawner:
             assert isinstance(relay.hear(), int)
 
 
+def describe(leader: int, grace: float) -> dict[str, Any]:
+    """Return the watchdog's argument, as a runner would describe itself."""
+    return {
+        "leader": (leader, read(leader).start),
+        "limits": read_limits(leader),
+        "origin": read_origin(leader),
+        "grace": grace,
+        "ends": True,
+        "spared": [],
+        "path": lifeline.describe(conf)["path"],
+    }
+
+
 class TestWatchdog:
     """The program, run as a runner runs it."""
 
     def start(self, pid: int, **kwargs: Any) -> subprocess.Popen[bytes]:
         """Have it end a tree; the times of its imports are noted on stderr."""
-        order = {
-            "leader": (pid, read(pid).start),
-            "limits": read_limits(pid),
-            "origin": read_origin(pid),
-            "grace": PATIENCE,
-            "ends": True,
-            "spared": [],
-            "path": lifeline.describe(conf)["path"],
-            **kwargs,
-        }
+        order = {**describe(pid, PATIENCE), **kwargs}
         options = ["-I", "-S", "-X", "importtime"]
         command = [sys.executable, *options, watchdog.__file__, json.dumps(order)]
         return subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -420,16 +413,7 @@ class TestWatchdog:
     def test_signal_while_it_starts(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
         """Whoever ends all processes of a service does not end it before it can ignore that."""
         leader = self.lead(relay)
-        order = {
-            "leader": (leader, read(leader).start),
-            "limits": read_limits(leader),
-            "origin": read_origin(leader),
-            "grace": 0.2,
-            "ends": True,
-            "spared": [],
-            "path": lifeline.describe(conf)["path"],
-        }
-        watchdog = lifeline.execute_watchdog(order)
+        watchdog = lifeline.execute_watchdog(describe(leader, grace=0.2))
         os.kill(watchdog, signal.SIGTERM)
         assert relay.hear() == "told to end"
         assert ended_by(leader) == signal.SIGKILL

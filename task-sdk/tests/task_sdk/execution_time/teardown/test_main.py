@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from pytest_mock import MockerFixture
+
 MODULE = "airflow.sdk.execution_time.teardown"
 
 OTHER_USER = next(user.pw_name for user in pwd.getpwall() if user.pw_uid != os.geteuid())
@@ -611,7 +613,7 @@ class TestUsers:
         ]
 
     @pytest.mark.parametrize(("euid", "options", "hidden"), [(7, "rw,hidepid=2", True), (7, "rw", False)])
-    def test_own_first_process(self, mocker: Any, euid: int, options: str, *, hidden: bool) -> None:
+    def test_own_first_process(self, mocker: MockerFixture, euid: int, options: str, *, hidden: bool) -> None:
         """Where PID 1 is our own, as in a container, the mount options tell."""
         mocker.patch.object(os, "geteuid", autospec=True, return_value=euid)
         mocker.patch.object(

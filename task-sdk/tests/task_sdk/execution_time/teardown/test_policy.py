@@ -16,8 +16,7 @@
 # under the License.
 from __future__ import annotations
 
-from configparser import ConfigParser
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
@@ -37,19 +36,8 @@ from airflow.sdk.execution_time.teardown.policy import (
     limit_grace,
 )
 
-
-class Conf(ConfigParser):
-    """Airflow's, as far as these options go: what is set in the file, and a grace that nobody has set."""
-
-    def get(self, section: str, option: str, **kwargs: Any) -> Any:  # type: ignore[override]  # as typeshed's own
-        if self.has_option(section, option):
-            return super().get(section, option, **kwargs)
-        return kwargs.get("fallback", "60")
-
-
-@pytest.fixture
-def conf() -> Conf:
-    return Conf()
+if TYPE_CHECKING:
+    from configparser import ConfigParser
 
 
 @pytest.fixture(autouse=True)
@@ -59,20 +47,20 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", raising=False)
 
 
-def set_workers(conf: Conf, **options: str) -> None:
+def set_workers(conf: ConfigParser, **options: str) -> None:
     conf.read_dict({"workers": options})
 
 
 class TestGrace:
-    def test_default(self, conf: Conf) -> None:
+    def test_default(self, conf: ConfigParser) -> None:
         """The documented default of 60 s, which no release before 3.4 heeds, is not taken for what somebody has set."""
         assert find_grace(conf) == GRACE == 5
 
-    def test_default_of_a_stop(self, conf: Conf) -> None:
+    def test_default_of_a_stop(self, conf: ConfigParser) -> None:
         """Whoever is told to stop has a minute: an ``on_kill`` may have to delete a pod."""
         assert find_grace(conf, default=STOP_GRACE) == 60
 
-    def test_in_file(self, conf: Conf) -> None:
+    def test_in_file(self, conf: ConfigParser) -> None:
         """What the configuration file sets counts."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "17"}})
         assert find_grace(conf) == find_grace(conf, default=STOP_GRACE) == 17
@@ -89,12 +77,12 @@ class TestGrace:
             ("60%", GRACE),
         ],
     )
-    def test_bad_value(self, conf: Conf, value: str, grace: float) -> None:
+    def test_bad_value(self, conf: ConfigParser, value: str, grace: float) -> None:
         """A task must end also where somebody has mistyped how."""
         conf.read_string(f"[core]\nkilled_task_cleanup_time = {value}")
         assert find_grace(conf) == grace
 
-    def test_bad_value_is_told_once(self, conf: Conf) -> None:
+    def test_bad_value_is_told_once(self, conf: ConfigParser) -> None:
         """One warning names the option, what is wrong, and what counts instead, however many tasks there are."""
         conf.read_dict({"core": {"killed_task_cleanup_time": "soon"}})
         with structlog.testing.capture_logs() as logs:
@@ -107,7 +95,7 @@ class TestGrace:
 
     @pytest.mark.parametrize(("suffix", "grace"), [("", 60), ("_CMD", GRACE), ("_SECRET", GRACE)])
     def test_in_environment(
-        self, conf: Conf, monkeypatch: pytest.MonkeyPatch, suffix: str, grace: float
+        self, conf: ConfigParser, monkeypatch: pytest.MonkeyPatch, suffix: str, grace: float
     ) -> None:
         """How the value is found then is the configuration's business; the suffixes are for secrets, and not heeded."""
         monkeypatch.setenv(f"AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME{suffix}", "x")
@@ -123,7 +111,7 @@ class TestGrace:
 
 class TestPolicies:
     @pytest.mark.parametrize("default", StopPolicy)
-    def test_stop_policy_by_default(self, conf: Conf, default: StopPolicy) -> None:
+    def test_stop_policy_by_default(self, conf: ConfigParser, default: StopPolicy) -> None:
         """What a signal means is the release's choice where the deployment has none; an empty value is none."""
         assert find_stop_policy(conf, default) is default
         set_workers(conf, stop_signal_policy="  ")
@@ -131,12 +119,12 @@ class TestPolicies:
 
     @pytest.mark.parametrize("value", ["stop", "finish"])
     @pytest.mark.parametrize("spelling", [str.lower, str.upper, " {} ".format])
-    def test_stop_policy(self, conf: Conf, value: str, spelling: Any) -> None:
+    def test_stop_policy(self, conf: ConfigParser, value: str, spelling: Any) -> None:
         """A policy is found however it is spelled."""
         set_workers(conf, stop_signal_policy=spelling(value))
         assert [find_stop_policy(conf, default) for default in StopPolicy] == [StopPolicy(value)] * 2
 
-    def test_leftover_policy(self, conf: Conf) -> None:
+    def test_leftover_policy(self, conf: ConfigParser) -> None:
         """Leftovers end always, unless the deployment has chosen another of the four policies."""
         assert find_leftover_policy(conf) is LeftoverPolicy.ALWAYS
         for chosen in LeftoverPolicy:
@@ -144,7 +132,7 @@ class TestPolicies:
             assert find_leftover_policy(conf) is chosen
         assert [chosen.value for chosen in LeftoverPolicy] == ["always", "killed", "report", "never"]
 
-    def test_bad_policy(self, conf: Conf) -> None:
+    def test_bad_policy(self, conf: ConfigParser) -> None:
         """A policy that does not exist is the default, and one warning that says which do, for each such value."""
         set_workers(conf, leftover_policy="sometimes", stop_signal_policy="halt")
         with structlog.testing.capture_logs() as logs:
@@ -156,7 +144,7 @@ class TestPolicies:
             ("[workers] stop_signal_policy", "halt", "stop, finish", "finish"),
         ]
 
-    def test_option_that_cannot_be_read(self, conf: Conf) -> None:
+    def test_option_that_cannot_be_read(self, conf: ConfigParser) -> None:
         """A value that the parser refuses is one warning, and the default."""
         conf.read_string("[workers]\nleftover_policy = 60%\nspared_leftovers = %(missing)s\n")
         with structlog.testing.capture_logs() as logs:
@@ -178,11 +166,11 @@ class TestSparedNames:
             (" gpg-agent,\n ssh ,ssh", {"gpg-agent", "ssh"}),
         ],
     )
-    def test_names(self, conf: Conf, value: str, names: set[str]) -> None:
+    def test_names(self, conf: ConfigParser, value: str, names: set[str]) -> None:
         """Names are separated by commas, with any blanks around them."""
         set_workers(conf, spared_leftovers=value)
         assert find_spared_names(conf) == names
 
-    def test_not_set(self, conf: Conf) -> None:
+    def test_not_set(self, conf: ConfigParser) -> None:
         """Nobody is spared unless the deployment says so."""
         assert find_spared_names(conf) == set()

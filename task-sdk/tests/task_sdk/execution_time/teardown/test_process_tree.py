@@ -47,13 +47,14 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Relay,
     Tree,
     ended_by,
-    ending_all,
     fork,
     hear_in_popen,
     in_turn,
+    kill_child,
     lift_limit,
     limit_realtime,
     pause_for_ever,
+    set_name,
     waiting,
 )
 
@@ -86,18 +87,12 @@ if TYPE_CHECKING:
 
     from pytest_mock import MockerFixture
 
-PR_SET_NAME = 15
-
 Started = TypeVar("Started")
 
 SLEEPER = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"]
 
 
-@pytest.fixture(autouse=True)
-def leave_nothing() -> Iterator[None]:
-    """End every process that a test has started, however it ends."""
-    with ending_all():
-        yield
+pytestmark = pytest.mark.usefixtures("list_left")
 
 
 def start_waiting(*steps: Callable[[], Any]) -> tuple[int, list[Any]]:
@@ -144,12 +139,6 @@ def find(tree: ProcessTree) -> list[int]:
     return sorted(process.pid for process in tree.find())
 
 
-def end(pid: int) -> None:
-    """Kill a child alone, and collect it."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
 def start_child() -> int:
     return subprocess.Popen(SLEEPER).pid
 
@@ -161,7 +150,7 @@ def start_session() -> int:
 def start_orphan(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
     """Start a process whose parent is gone."""
     parent, [pid] = start_waiting(prepare, lambda: [subprocess.Popen(SLEEPER, **kwargs).pid])
-    end(parent)
+    kill_child(parent)
     return pid
 
 
@@ -174,7 +163,7 @@ def start_orphan_fork(prepare: Callable[[], Any], main: Callable[[], Any]) -> in
 
     with contextlib.closing(Relay()) as orphaned:
         parent, [pid] = start_waiting(prepare, lambda: [fork(wait_and_run)])
-        end(parent)
+        kill_child(parent)
         orphaned.tell("orphaned")
         return pid
 
@@ -249,7 +238,7 @@ class TestFind:
     def test_everything_is_found_when_the_leader_is_gone(self) -> None:
         """The same holds for what has lost its leader."""
         tree, leader, started = lead(*STARTS)
-        end(leader)
+        kill_child(leader)
         assert find(tree) == sorted(started)
 
     def test_opt_out(self) -> None:
@@ -265,7 +254,7 @@ class TestFind:
 
         tree, leader, started = lead(start_session_without_mark)
         tree.remember()
-        end(leader)
+        kill_child(leader)
         assert find(tree) == started
 
     def test_namesake_of_a_member(self) -> None:
@@ -339,14 +328,14 @@ class TestFind:
     def test_recycled_session(self) -> None:
         """When leader and session are gone, whoever has their number from then on is a stranger."""
         tree, leader, _ = lead()
-        end(leader)
+        kill_child(leader)
 
         def open_session() -> list[int]:
             os.setsid()
             return [start_child()]
 
         stranger, [child] = start_waiting(open_session)
-        end(stranger)
+        kill_child(stranger)
         assert tree._leader
         tree._leader = replace(tree._leader, pid=stranger)
         assert os.getsid(child) == stranger
@@ -358,8 +347,8 @@ class TestFind:
         def main() -> dict[str, Any]:
             tree, leader, [child] = lead(start_child)
             assert find(tree) == [child]
-            end(leader)
-            end(child)  # the first process of a namespace adopts its orphans
+            kill_child(leader)
+            kill_child(child)  # the first process of a namespace adopts its orphans
             with contextlib.closing(Relay()) as told:
                 stranger = fork_as(leader, lambda: told.tell(fork(pause_for_ever)))
                 daemon = told.hear()
@@ -384,7 +373,7 @@ class TestFind:
         with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
             tree, leader, [child] = lead(start_child_that_starts_another)
             assert find(tree) == [child]
-            end(leader)
+            kill_child(leader)
             order.tell("start another")
             another = told.hear()
             assert find(tree) == sorted([child, another])
@@ -399,7 +388,7 @@ class TestFind:
             return [shell.pid, int(shell.stdout.readline())]
 
         tree, leader, [pids] = lead(start_script)
-        end(leader)
+        kill_child(leader)
         assert find(tree) == sorted(pids)
 
     def test_session_that_is_not_its_own(self) -> None:
@@ -430,7 +419,7 @@ class TestFind:
     def test_leader_that_is_gone_before(self) -> None:
         """A leader that could not be adopted has no tree."""
         pid, _ = start_waiting(os.setsid)
-        end(pid)
+        kill_child(pid)
         tree = ProcessTree()
         tree.set_leader(pid)
         assert find(tree) == []
@@ -459,12 +448,12 @@ class TestFind:
         def main() -> dict[str, Any]:
             tree, leader, _ = lead(start_child)
             while not os.path.exists(f"/proc/{leader}"):  # nobody there could be taken for it
-                end(leader)
+                kill_child(leader)
                 tree, leader, _ = lead(start_child)
             assert find(tree) == []
             assert tree.look_failure
             assert not tree.signal_leader(signal.SIGKILL)
-            end(leader)
+            kill_child(leader)
             return {}
 
         run_in_namespace(main, own_proc=False)
@@ -495,26 +484,26 @@ class TestNested:
         """All of the inner tree is found when the outer leader, which was its supervisor, has died suddenly."""
         tree, leader, [inner] = lead(lambda: supervise(*STARTS))
         assert find(tree) == sorted(inner)
-        end(leader)
+        kill_child(leader)
         assert find(tree) == sorted(inner)
 
     def test_without_a_look_before(self) -> None:
         """It is so, too, if nobody had looked by then."""
         tree, leader, [inner] = lead(lambda: supervise(*STARTS))
-        end(leader)
+        kill_child(leader)
         assert find(tree) == sorted(inner)
 
     def test_third_generation(self) -> None:
         """What an inner tree has around it in turn belongs to the outermost."""
         tree, leader, [[middle, [inner, daemon]]] = lead(lambda: supervise(lambda: supervise(start_daemon)))
-        end(leader)
+        kill_child(leader)
         assert find(tree) == sorted([middle, inner, daemon])
 
     def test_mark_of_a_member(self) -> None:
         """A mark that a member carries is one of the tree's, also if nothing else tells of the outer one."""
         tree, leader, [[inner, daemon]] = lead(lambda: supervise(lambda: start_daemon(lift_outer_limit)))
         assert len(read_limits(daemon)) == 1
-        end(leader)
+        kill_child(leader)
         assert find(tree) == sorted([inner, daemon])
 
     def test_outer_tree_does_not_belong_to_the_inner_one(self) -> None:
@@ -561,7 +550,7 @@ class TestNested:
             tree, leader, _ = lead(start_worker)
             [inner, daemon] = told.hear()
             assert find(tree) == []
-            end(leader)
+            kill_child(leader)
             assert find(tree) == []
             assert read_limits(inner) == read_limits(daemon) == (compute_mark(read(inner)),)
 
@@ -648,14 +637,14 @@ class TestOrigin:
         trees = [fork_when_adopted(limit_realtime) for _ in range(2)]
         for _, leader, daemon in trees:
             assert read_limits(daemon) == (read_origin(daemon),)
-            end(leader)
+            kill_child(leader)
         assert [find(tree) for tree, _, _ in trees] == [[daemon] for _, _, daemon in trees]
 
     @pytest.mark.parametrize("limits", [[lift_limit], [limit_realtime, lift_limit]])
     def test_opt_out(self, limits: list[Callable[[], None]]) -> None:
         """Who has lifted that limit has left all the same."""
         tree, leader, _ = fork_when_adopted(lambda: [limit() for limit in limits])
-        end(leader)
+        kill_child(leader)
         assert find(tree) == []
 
     def test_of_another_user(self, mocker: MockerFixture) -> None:
@@ -679,7 +668,7 @@ class TestOrigin:
             else:
                 lack(refusing)
             tree, leader, daemon = fork_when_adopted(lambda: None)
-            end(leader)
+            kill_child(leader)
             return {"found": find(tree) == [daemon], "origin": read_origin(daemon)}
 
         assert run_in_fork(main) == {"found": True, "origin": None}
@@ -740,7 +729,7 @@ class TestOrigin:
     def test_condemned(self) -> None:
         """Who is stopped to be killed is condemned before, and told by its origin still; who is spared is not."""
         tree, leader, daemon = fork_when_adopted(limit_realtime)
-        _, _, shared = fork_when_adopted(lambda: ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared"))
+        _, _, shared = fork_when_adopted(lambda: set_name(b"shared"))
         assert tree._mark
         resource.prlimit(shared, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
         assert {daemon, shared} <= set(find(tree))
@@ -762,7 +751,7 @@ class TestOrigin:
     def test_lifted(self) -> None:
         """Who lifts all marks, as a watchdog does, carries none, and is no part of the tree."""
         tree, leader, daemon = fork_when_adopted(process_tree.lift_marks)
-        end(leader)
+        kill_child(leader)
         assert (read_limits(daemon), read_origin(daemon), find(tree)) == ((), None, [])
 
 
@@ -785,7 +774,7 @@ class TestOrphan:
         """Its marks are known from before, and the session is no proof any more."""
         _, leader, [daemon, _] = lead(start_daemon, lambda: start_orphan(lift_limit))
         tree = self.lead_orphans(leader)
-        end(leader)
+        kill_child(leader)
         assert find(tree) == [daemon]
 
     def test_marks_that_were_told(self) -> None:
@@ -793,7 +782,7 @@ class TestOrphan:
         _, leader, daemon = fork_when_adopted(limit_realtime)
         marks = (read_limits(leader), read_origin(leader))
         start = read(leader).start
-        end(leader)
+        kill_child(leader)
         tree = ProcessTree()
         tree.set_orphaned_leader(leader, start, *marks)
         assert find(tree) == [daemon]
@@ -803,7 +792,7 @@ class TestOrphan:
         _, leader, daemon = fork_when_adopted(limit_realtime)
         process_tree.condemn(leader)
         tree = self.lead_orphans(leader)
-        end(leader)
+        kill_child(leader)
         assert find(tree) == [daemon]
 
     def test_mark_from_before_its_number(self) -> None:
@@ -868,7 +857,7 @@ class TestLook:
             identity = dict(list_pids())[pid]
             assert identity is not None
             assert dict(list_pids())[pid] == identity
-            end(pid)
+            kill_child(pid)
             fork_as(pid)
             assert dict(list_pids())[pid] not in (None, identity)
             return {}
@@ -983,7 +972,7 @@ class TestSpared:
         """The leader is ended, whatever its name is, and so is what it has started."""
 
         def rename_and_start() -> int:
-            ctypes.CDLL(None).prctl(PR_SET_NAME, b"leader")
+            set_name(b"leader")
             return start_child()
 
         tree, leader, [child] = lead(rename_and_start)
@@ -1115,7 +1104,7 @@ class TestSignalGroup:
     def test_nobody(self) -> None:
         """Where nobody is in the group any more, the caller is told."""
         tree, leader, _ = lead(start_session)
-        end(leader)
+        kill_child(leader)
         assert not tree.signal_group(signal.SIGTERM)
 
 
@@ -1156,7 +1145,7 @@ class TestFallbacks:
         leader, started = start_waiting(main)
         tree = ProcessTree()
         tree.set_leader(leader)
-        end(leader)
+        kill_child(leader)
         assert find(tree) == started
 
     def test_without_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1169,13 +1158,13 @@ class TestFallbacks:
         monkeypatch.setattr(resource, "prlimit", refuse)
         monkeypatch.delenv(MARK_VARIABLE, raising=False)
         tree, leader, [daemon, _] = lead(start_daemon, start_daemon_without_environment)
-        end(leader)
+        kill_child(leader)
         assert find(tree) == [daemon]
 
     def test_without_prlimit(self, mocker: MockerFixture) -> None:
         """The limits of another user's process, which prlimit() denies, are read from /proc."""
         tree, leader, started = lead(*STARTS)
-        end(leader)
+        kill_child(leader)
         mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
         assert find(tree) == sorted(started)
 
@@ -1188,7 +1177,7 @@ class TestFallbacks:
         tree, leader, started = lead(start_child, start_session, start_daemon)
         assert find(tree) == sorted(started)
         assert read_process(leader) is not None
-        end(leader)
+        kill_child(leader)
         assert read_process(leader) is None
 
     @pytest.mark.parametrize("error", [FileNotFoundError, ProcessLookupError])
@@ -1257,7 +1246,7 @@ class TestHidden:
             assert max(starts) < 0
             assert len(starts) == 1 + len(started), "each is told from the others"
             assert find(tree) == sorted(started)
-            end(leader)
+            kill_child(leader)
             assert find(tree) == sorted(started)
             stopped = tree.stop(PATIENCE)
             assert sorted(process.pid for process in stopped) == sorted(started)
@@ -1343,7 +1332,7 @@ class TestHidden:
             origin = make_origin(Process(supervisor, 1, "", 0, 0, stopped=False, dead=False))
             assert read(supervisor).start < 0
             assert is_origin_alive(origin)
-            end(supervisor)
+            kill_child(supervisor)
             assert not is_origin_alive(origin)
             assert is_origin_alive(make_origin(Process(1, 1, "", 0, 0, stopped=False, dead=False)))
 
@@ -1378,7 +1367,7 @@ class TestReadProcess:
     def test_any_name(self) -> None:
         """A name may hold parentheses, blanks and newlines."""
         name = b"a) Z 1\n(b"
-        pid, _ = start_waiting(lambda: ctypes.CDLL(None).prctl(PR_SET_NAME, name) and [])
+        pid, _ = start_waiting(lambda: set_name(name))
         process = read_process(pid)
         assert process is not None
         assert (process.name, process.parent, process.session) == (name.decode(), os.getpid(), os.getsid(0))
@@ -1398,7 +1387,7 @@ class TestReadProcess:
         """A process lives on in its other threads, although its state says zombie."""
 
         def main() -> None:
-            threading.Thread(target=time.sleep, args=(600,)).start()
+            threading.Thread(target=pause_for_ever).start()
             told.tell("started")
             ctypes.CDLL(None).pthread_exit(None)
 
@@ -1458,7 +1447,9 @@ class TestSendSignal:
         if not pidfd:
             monkeypatch.delattr(os, "pidfd_open")
         mocker.patch.object(
-            *((signal, "pidfd_send_signal") if pidfd else (os, "kill")), side_effect=PermissionError
+            *((signal, "pidfd_send_signal") if pidfd else (os, "kill")),
+            autospec=True,
+            side_effect=PermissionError,
         )
         assert not send_signals(read(os.getpid()), [signal.SIGCONT])
 
@@ -1667,7 +1658,7 @@ class TestGroupByOwner:
         """Whoever has ended belongs to nobody."""
         pid, _ = start_waiting(lambda: None)
         process = read(pid)
-        end(pid)
+        kill_child(pid)
         assert group_by_owner([process]) == {}
 
     def test_no_descriptor_left(self) -> None:

@@ -29,7 +29,6 @@ import psutil
 import pytest
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Relay,
-    ending_all,
     fork,
     hear_in_popen,
     pause_for_ever,
@@ -44,7 +43,6 @@ from airflow.sdk.execution_time.teardown.process_tree import (
 from airflow.sdk.execution_time.teardown.spawn import spawn_leader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 # Starts a daemon, which tells its PID, and stays.
@@ -62,17 +60,7 @@ signal.pause()
 """
 
 
-@pytest.fixture(autouse=True)
-def leave_nothing() -> Iterator[None]:
-    """End every process that a test has started, however it ends."""
-    with ending_all():
-        yield
-
-
-@pytest.fixture
-def relay() -> Iterator[Relay]:
-    with contextlib.closing(Relay()) as relay:
-        yield relay
+pytestmark = pytest.mark.usefixtures("list_left")
 
 
 def spawn(tree: ProcessTree, relay: Relay) -> subprocess.Popen[bytes]:

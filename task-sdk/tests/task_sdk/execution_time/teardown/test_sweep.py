@@ -55,6 +55,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     look_at_own_processes,
     pause_for_ever,
     set_grace,
+    set_name,
     start_task,
     supervising,
     wait_to_end,
@@ -69,7 +70,6 @@ from airflow.sdk.execution_time.teardown.process_tree import ProcessTree, condem
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PR_SET_NAME = 15
 MUTEX_BYTES = 64
 
 OVERTAKING = 0.2
@@ -91,12 +91,6 @@ def list_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int
     monkeypatch.setattr(sweep, "end_orphans", functools.partial(end_orphans, grace=PATIENCE))
     with ending_all() as list_left:
         yield list_left
-
-
-@pytest.fixture
-def relay() -> Iterator[Relay]:
-    with contextlib.closing(Relay()) as relay:
-        yield relay
 
 
 def sweep_apart() -> dict[str, Any]:
@@ -182,12 +176,12 @@ def was_condemned(pid: int) -> bool:
 
 
 def name_shared(relay: Relay) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
+    set_name(b"shared")
     relay.tell(["shared", os.getpid()])
 
 
 def name_and_tell(relay: Relay) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_NAME, b"shared")
+    set_name(b"shared")
     be_polite(relay)
 
 
@@ -214,7 +208,13 @@ class TestSweep:
 
     @pytest.mark.parametrize(("policy", "stays"), [("killed", False), ("report", True), ("never", True)])
     def test_policy(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any, policy: str, *, stays: bool
+        self,
+        relay: Relay,
+        monkeypatch: pytest.MonkeyPatch,
+        list_left: Callable[[], list[int]],
+        policy: str,
+        *,
+        stays: bool,
     ) -> None:
         """What the deployment has chosen for leftovers is heeded; the runner ends in any case."""
         monkeypatch.setenv("AIRFLOW__WORKERS__LEFTOVER_POLICY", policy)
@@ -249,7 +249,13 @@ class TestSweep:
     @pytest.mark.parametrize("way", ["conflict", "failed"])
     @pytest.mark.parametrize("runner_lives", [True, False])
     def test_teardown_that_is_cut_off(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any, way: str, *, runner_lives: bool
+        self,
+        relay: Relay,
+        monkeypatch: pytest.MonkeyPatch,
+        list_left: Callable[[], list[int]],
+        way: str,
+        *,
+        runner_lives: bool,
     ) -> None:
         """What a supervisor has stopped that dies before it kills is killed, and who is spared is not."""
         monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "shared")
@@ -377,7 +383,9 @@ class TestSweep:
 
 
 class TestSweepOnce:
-    def test_first_start(self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Any) -> None:
+    def test_first_start(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
         """What is an orphan when a process starts its first task is gone when that runs; the task is not."""
         monkeypatch.setattr(supervisor, "sweep_once", sweep.sweep_once)
         leave(relay)

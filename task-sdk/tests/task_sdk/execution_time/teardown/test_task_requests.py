@@ -30,6 +30,8 @@ from airflow.sdk.api.datamodels._generated import TaskInstanceState
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.comms import GetVariable, TaskState
+from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
+from airflow.sdk.execution_time.teardown.stop_request import StopRequest
 from airflow.sdk.execution_time.teardown.task_requests import (
     STATE_REPORTS,
     deny_silent_success,
@@ -49,7 +51,7 @@ class Supervised(SimpleNamespace):
             answers=[],
             _handle=handle,
             _new_session=True,
-            _stop=SimpleNamespace(server_ended=False),
+            _stop=StopRequest(),
             _terminal_state=None,
         )
 
@@ -129,7 +131,9 @@ class TestEndedByServer:
 class TestDenySilentSuccess:
     @pytest.fixture
     def stopped(self) -> Any:
-        return SimpleNamespace(_exit_watch=SimpleNamespace(exit_expected=True), _terminal_state=None)
+        watch = ExitWatch()
+        watch.expect_exit(1)
+        return SimpleNamespace(_exit_watch=watch, _terminal_state=None)
 
     def test_stopped_task(self, stopped: Any) -> None:
         """A runner that was told to stop, and exits with 0 without a word, has not succeeded."""
@@ -148,7 +152,7 @@ class TestDenySilentSuccess:
 
     def test_task_that_nobody_stopped(self, stopped: Any) -> None:
         """A runner that exits with 0 by itself has succeeded."""
-        stopped._exit_watch.exit_expected = False
+        stopped._exit_watch = ExitWatch()
         assert deny_silent_success(stopped, 0) == 0
 
 

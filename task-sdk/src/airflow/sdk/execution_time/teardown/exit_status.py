@@ -27,7 +27,7 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import subprocess
@@ -100,7 +100,7 @@ def is_unreaped_child(pid: int) -> bool:
     return True
 
 
-def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int | None:
+def wait_for_popen(popen: subprocess.Popen[bytes], timeout: float | None) -> int | None:
     """
     Return ``popen.wait(timeout)``, but None where ``Popen`` would make up a 0 for a lost status.
 
@@ -111,7 +111,7 @@ def wait_for_popen(popen: subprocess.Popen[Any], timeout: float | None) -> int |
     return popen.wait(timeout)
 
 
-def signal_popen(popen: subprocess.Popen[Any], sig: int) -> None:
+def signal_popen(popen: subprocess.Popen[bytes], sig: int) -> None:
     """Call ``popen.send_signal(sig)``, unless other code has reaped the child."""
     if popen.returncode is not None or is_unreaped_child(popen.pid):
         popen.send_signal(sig)

@@ -191,7 +191,7 @@ def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
                 follow_supervisor(supervisor, conf)
 
 
-def outlive_dying_supervisor(target: Callable[[], Any], log_descriptor: int) -> None:
+def outlive_dying_supervisor(target: Callable[[], object], log_descriptor: int) -> None:
     """
     Run the target of a process. If it is a runner whose supervisor is dying, end only after the supervisor.
 

@@ -34,7 +34,10 @@ import signal
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 
 PACKAGE = "airflow.sdk.execution_time.teardown"
 
@@ -80,12 +83,12 @@ def stand_in_for_package() -> None:
         sys.modules[package.__name__] = package
 
 
-def make_tree(module: types.ModuleType, order: dict[str, Any]) -> Any:
+def make_tree(module: types.ModuleType, order: dict[str, Any]) -> ProcessTree:
     """Return the tree of the task."""
     pid, start = order["leader"]
     if os.getppid() == pid and (runner := module.look_at(pid)):
         start = runner.start
-    tree = module.ProcessTree()
+    tree: ProcessTree = module.ProcessTree()
     tree.spared = frozenset(order["spared"])
     tree.ends_leftovers = order["ends"]
     tree.set_orphaned_leader(pid, start, order["limits"], order["origin"])

@@ -26,7 +26,6 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
     Relay,
     Tree,
-    ending_all,
     leave_others_alone,
     set_grace,
     set_stop_policy,
@@ -38,13 +37,6 @@ from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-
-@pytest.fixture
-def relay() -> Iterator[Relay]:
-    relay = Relay()
-    yield relay
-    relay.close()
 
 
 @pytest.fixture
@@ -69,10 +61,8 @@ def tree() -> Iterator[Tree]:
 
 
 @pytest.fixture(autouse=True)
-def list_left() -> Iterator[Callable[[], list[int]]]:
-    """Leave nothing behind, whatever a test has started; gives a function that lists what is left of all trees."""
-    with ending_all() as list_left:
-        yield list_left
+def leave_nothing(list_left: Callable[[], list[int]]) -> None:
+    """Leave nothing behind, whatever a test has started."""
 
 
 @pytest.hookimpl(hookwrapper=True)

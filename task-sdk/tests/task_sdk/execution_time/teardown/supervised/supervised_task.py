@@ -74,6 +74,7 @@ NEVER = 3600
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 
+PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -253,15 +254,27 @@ def describe_task(client: Any = None, **kwargs: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def ending(process: Supervised) -> Iterator[Supervised]:
     """End ``process`` by its PID when the test is over, however it ends."""
-    pidfd = os.pidfd_open(process.pid)
-    try:
+    with ending_child(process.pid):
         yield process
+
+
+@contextlib.contextmanager
+def ending_child(pid: int) -> Iterator[None]:
+    """End a child, and collect it, unless that has happened."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield
     finally:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(process.pid, 0)
+            os.waitpid(pid, 0)
         os.close(pidfd)
+
+
+def set_name(name: bytes) -> None:
+    """Give the calling process another name (prctl(2))."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name)
 
 
 def pause_for_ever() -> NoReturn:
@@ -413,15 +426,8 @@ def fork(main: Callable[[], Any]) -> int:
 def forked(main: Callable[[], Any]) -> Iterator[int]:
     """Run ``main`` in a process of its own, for it may be signalled; yields its PID, and ends it."""
     pid = fork(main)
-    pidfd = os.pidfd_open(pid)
-    try:
+    with ending_child(pid):
         yield pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-        os.close(pidfd)
 
 
 @contextlib.contextmanager

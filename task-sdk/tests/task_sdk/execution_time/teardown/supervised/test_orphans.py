@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import resource
@@ -44,6 +43,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     kill_child,
     list_sockets,
     pause_for_ever,
+    set_name,
     start_task,
     supervising,
     wait_to_end,
@@ -53,8 +53,6 @@ from task_sdk.execution_time.teardown.supervised.test_leftovers import DAEMONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-PR_SET_NAME = 15
 
 
 def set_orphan_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -143,7 +141,7 @@ class TestTree:
         monkeypatch.setenv("AIRFLOW__WORKERS__SPARED_LEFTOVERS", "gpg-agent, daemon-of-many")
 
         def be_shared() -> None:
-            ctypes.CDLL(None).prctl(PR_SET_NAME, b"daemon-of-many")
+            set_name(b"daemon-of-many")
             relay.tell(["shared", os.getpid()])
 
         def target() -> None:

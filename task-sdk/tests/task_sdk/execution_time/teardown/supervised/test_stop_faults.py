@@ -26,6 +26,7 @@ import errno
 import os
 import select
 import signal
+import sys
 import threading
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -168,11 +169,8 @@ class TestExceptions:
         return supervise(main)
 
     def raise_in_handler(self) -> None:
-        signal.signal(signal.SIGUSR1, lambda *_: self.exit())
+        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
         signal.raise_signal(signal.SIGUSR1)
-
-    def exit(self) -> None:
-        raise SystemExit(3)
 
     def test_one(self, relay: Relay) -> None:
         """The task ends with its tree, then the exception goes on."""
