@@ -13,8 +13,10 @@ import sys
 import time
 from typing import Any
 
+from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log
+
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-from tests.harness.scenario import TaskInstances, describe_task, make_recorder
+from tests.harness.scenario import plan_task
 
 CLOCK_BYTES = 8
 
@@ -27,7 +29,7 @@ def end_at_once(clock: int) -> None:
 def run_task(logger: Any) -> dict[str, int]:
     """Supervise one task to its end."""
     reader, writer = os.pipe()
-    task = describe_task(TaskInstances({"ending": "success"}), lambda: end_at_once(writer), logger)
+    task = plan_task(Api(), lambda: end_at_once(writer), logger)
     began = time.monotonic_ns()
     process = ActivitySubprocess.start(**task)
     started = time.monotonic_ns()
@@ -45,7 +47,7 @@ def main() -> None:
     # The tasks must not write into the answers: what they print goes where the errors go.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    logger = make_recorder([])
+    logger = Log().logger
     for line in sys.stdin:
         answers.write(json.dumps([run_task(logger) for _ in range(int(line))]) + "\n")
 

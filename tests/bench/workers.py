@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from patches.errors import PatchError
-from patches.releases import ROOT
-from tests.harness.environments import clean_env
+from tests.harness.environments import clean_env, make_module_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,7 +74,7 @@ def start_worker(environment: Environment, settings: Mapping[str, str]) -> Itera
             env={
                 **clean_env(folder, python=environment.python),
                 **settings,
-                "PYTHONPATH": os.fspath(ROOT),
+                "PYTHONPATH": make_module_path(),
             },
             cwd=folder,
             stdin=subprocess.PIPE,

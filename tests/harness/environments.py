@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from patches.releases import Release
 
 CACHE = ROOT / ".cache" / "environments"
+HELPERS = "task-sdk/tests"
+"""The folder of the package ``task_sdk``, whose tests go upstream, and whose helpers our own programs use."""
 QUERY_TIMEOUT = 60
 STAMP = "finished"
 
@@ -92,6 +94,11 @@ def create_environment(
     if wheel:
         remove_outdated(recipe)
     return Environment(release, recipe.folder, name_python(recipe.folder))
+
+
+def make_module_path(root: Path = ROOT) -> str:
+    """Return the PYTHONPATH of our programs."""
+    return f"{root}{os.pathsep}{root / HELPERS}"
 
 
 def clean_env(folder: Path, *, python: Path | None = None) -> dict[str, str]:

@@ -13,8 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from patches.releases import ROOT
-from tests.harness.environments import clean_env
+from tests.harness.environments import clean_env, make_module_path
 from tests.harness.processes import COOKIE_VARIABLE
 from tests.harness.supervised import SETTINGS, SupervisorFailedError, watch_supervisor
 
@@ -94,7 +93,7 @@ def start_fork_server(environment: Environment, *, env: Mapping[str, str]) -> It
                     **clean_env(folder, python=environment.python),
                     **SETTINGS,
                     **env,
-                    "PYTHONPATH": str(ROOT),
+                    "PYTHONPATH": make_module_path(),
                 },
                 cwd=folder,
                 stdin=subprocess.DEVNULL,

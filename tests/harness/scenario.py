@@ -1,6 +1,6 @@
 """Supervise one task in this process, as a worker does: `python -m tests.harness.scenario COOKIE FOLDER`.
 
-Run by the interpreter of an environment that has the SDK, with the repository on PYTHONPATH; everything else comes
+Run by the interpreter of an environment that has the SDK, with the PYTHONPATH of environments.py; everything else comes
 from FOLDER/plan.json. The task starts the planned command, becomes the runner that is planned, and announces itself as
 `runner PID` in the planned FIFO. When the planned pipe reaches its end, the task ends as planned: its heartbeats are
 answered 409, or it exits. What came of it is written to FOLDER/result.json. Python 3.9 and the packages of the
@@ -19,20 +19,16 @@ import subprocess
 import sys
 import time
 import traceback
-import uuid
 from contextlib import nullcontext, suppress
-from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NoReturn
 
-import structlog
 from packaging.version import Version
+from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log, describe_task
 
-from airflow.sdk.api.client import ServerResponseError
-from airflow.sdk.api.datamodels._generated import BundleInfo, DagRun, TaskInstance, TIRunContext
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 from tests.harness.pools import start_pool
 from tests.harness.shapes import ON_KILL_COMPLETED
@@ -70,79 +66,22 @@ def be_patient() -> None:
     process_tree.SUDO_TIMEOUT = PATIENCE
 
 
-def build(model: Any, **values: Any) -> Any:
-    """Validate those values that this release's model knows."""
-    return model.model_validate({name: value for name, value in values.items() if name in model.model_fields})
-
-
-def build_task_instance() -> Any:
-    return build(
-        TaskInstance,
-        id=uuid.uuid4(),
-        task_id="task",
-        dag_id="dag",
-        run_id="run",
-        try_number=1,
-        dag_version_id=uuid.uuid4(),
-        pool_slots=1,
-        priority_weight=1,
-    )
-
-
-def build_run_context() -> Any:
-    now = datetime.now(tz=timezone.utc)
-    dag_run = build(
-        DagRun,
-        dag_id="dag",
-        run_id="run",
-        logical_date=now,
-        data_interval_start=now,
-        data_interval_end=now,
-        run_after=now,
-        start_date=now,
-        end_date=None,
-        run_type="manual",
-        state="running",
-        consumed_asset_events=[],
-        partition_key=None,
-    )
-    return build(TIRunContext, dag_run=dag_run, max_tries=0, should_retry=False)
-
-
-def build_conflict() -> Exception:
-    """Return what the client raises when the server answers 409: somebody else has set the task's state."""
-    # httpx up to 1.3, httpx2 from 1.4 on
-    http = sys.modules[ServerResponseError.__base__.__module__.partition(".")[0]]
-    answer = http.Response(
-        409,
-        json={"detail": {"reason": "not_running", "current_state": "failed"}},
-        request=http.Request("PUT", "http://127.0.0.1/heartbeat"),
-    )
-    conflict: Exception = ServerResponseError.from_response(answer)
-    return conflict
-
-
-class TaskInstances:
-    """The part of the API client that the supervisor needs for one task."""
+class PlannedApi(Api):
+    """Answers a heartbeat 409 when the order to end has come, if that is how the task ends."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
+        super().__init__()
         self.plan = plan
         self.conflict_at: float | None = None
-        self.finish_calls: list[str] = []
 
-    def start(self, *_args: Any) -> Any:
-        return build_run_context()
-
-    def heartbeat(self, *_args: Any, **_kwargs: Any) -> None:
+    def heartbeat(self, *args: Any, **kwargs: Any) -> None:
         if self.plan["ending"] == "409" and is_ordered_to_end(self.plan):
             self.conflict_at = self.conflict_at or time.monotonic()
-            raise build_conflict()
-
-    def finish(self, **call: Any) -> None:
-        self.finish_calls.append(str(getattr(call["state"], "value", call["state"])))
+            self.terminate = True
+        super().heartbeat(*args, **kwargs)
 
 
-def describe_task(api: TaskInstances, target: Callable[[], object], logger: Any) -> dict[str, Any]:
+def plan_task(api: Api, target: Callable[[], object], logger: Any) -> dict[str, Any]:
     """Return the arguments of `ActivitySubprocess.start()` for a task that calls `target`."""
 
     def be_task() -> None:
@@ -150,14 +89,7 @@ def describe_task(api: TaskInstances, target: Callable[[], object], logger: Any)
         os.read(0, STARTUP_MESSAGE_MAX_BYTES)
         target()
 
-    return {
-        "what": build_task_instance(),
-        "dag_rel_path": "dag.py",
-        "bundle_info": build(BundleInfo, name="bundle", version=None),
-        "client": SimpleNamespace(task_instances=api),
-        "target": be_task,
-        "logger": logger,
-    }
+    return {"target": be_task, **describe_task(api, logger=logger)}
 
 
 def is_ordered_to_end(plan: dict[str, Any]) -> bool:
@@ -249,14 +181,6 @@ def run_task(plan: dict[str, Any]) -> NoReturn:
     task.execute()
 
 
-def make_recorder(events: list[dict[str, Any]]) -> Any:
-    def record(_logger: Any, level: str, event: dict[str, Any]) -> NoReturn:
-        events.append({**event, "level": level})
-        raise structlog.DropEvent
-
-    return structlog.wrap_logger(structlog.PrintLogger(), processors=[record]).bind()
-
-
 def start_bystanders(cookie: str) -> None:
     """Start processes of the supervisor's, in its group and in a session of their own."""
     for new_session in (False, True):
@@ -266,9 +190,8 @@ def start_bystanders(cookie: str) -> None:
 def supervise(plan: dict[str, Any]) -> dict[str, Any]:
     if plan["bystanders"]:
         start_bystanders(plan["bystanders"])
-    api = TaskInstances(plan)
-    log: list[dict[str, Any]] = []
-    process = ActivitySubprocess.start(**describe_task(api, lambda: run_task(plan), make_recorder(log)))
+    api, log = PlannedApi(plan), Log()
+    process = ActivitySubprocess.start(**plan_task(api, lambda: run_task(plan), log.logger))
     result: dict[str, Any] = {"final_state": None, "exception": None, "traceback": None}
     try:
         process.wait()
@@ -280,8 +203,8 @@ def supervise(plan: dict[str, Any]) -> dict[str, Any]:
         **result,
         "returned_at": time.monotonic(),
         "conflict_at": api.conflict_at,
-        "log": log,
-        "finish_calls": api.finish_calls,
+        "log": log.entries,
+        "told": api.told,
     }
 
 

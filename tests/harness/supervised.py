@@ -16,8 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from packaging.specifiers import SpecifierSet
 
-from patches.releases import ROOT
-from tests.harness.environments import clean_env
+from tests.harness.environments import clean_env, make_module_path
 from tests.harness.processes import COOKIE_VARIABLE, Process, find_marked, make_cookie, wait_for_exit
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Outcome:
     final_state: str | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     """The events in the task's log."""
-    finish_calls: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
     """The states that the supervisor reported to the API."""
 
     @property
@@ -192,7 +191,7 @@ def start_supervised(
             **clean_env(folder, python=environment.python),
             **SETTINGS,
             **(env or {}),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": make_module_path(),
             COOKIE_VARIABLE: cookie,
         }
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
+from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log
 
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 from airflow.sdk.execution_time.teardown import lifeline, orphans, sweep, watchdog
 from tests.harness.processes import Process, kill_if, read_state, read_strings, set_subreaper, wait_for_exit
-from tests.harness.scenario import EXITS, TaskInstances, be_patient, describe_task, make_recorder
+from tests.harness.scenario import EXITS, PlannedApi, be_patient, plan_task
 from tests.random_trees.bugs import BUGS
 from tests.random_trees.member import Tree, announce, count_members, do_steps, stay, stop
 from tests.random_trees.strangers import Strangers, enter_namespace, find_refusal
@@ -163,9 +164,8 @@ def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
     os.environ["AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME"] = str(scene.example["grace"])
     if name == TASK:
         start_bystanders(scene)
-    api = TaskInstances(plan)
-    log: list[dict[str, Any]] = []
-    task = describe_task(api, lambda: run_task(scene, name, plan), make_recorder(log))
+    api = PlannedApi(plan)
+    task = plan_task(api, lambda: run_task(scene, name, plan), Log().logger)
     process = ActivitySubprocess.start(**task)
     scene.tell(tree=name, runner=process.pid, supervisor=os.getpid())
     exception = None
@@ -215,7 +215,7 @@ def supervise_inner_task(script: dict[str, Any], tree: Tree) -> NoReturn:
     # A runner's own are closed when others replace them, and so are their descriptors, by then those of the inner one.
     kept = sys.stdin, sys.stdout, sys.stderr
     try:
-        task = describe_task(TaskInstances({"ending": None}), run_inner_task, make_recorder([]))
+        task = plan_task(Api(), run_inner_task, Log().logger)
         ActivitySubprocess.start(**task).wait()
     except BaseException:  # noqa: BLE001  # a forked copy of the runner must not go on as such
         traceback.print_exc()

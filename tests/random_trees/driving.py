@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patches.errors import PatchError
-from patches.releases import ROOT, find_release
-from tests.harness.environments import clean_env, create_environment
+from patches.releases import find_release
+from tests.harness.environments import clean_env, create_environment, make_module_path
 from tests.harness.processes import kill_marked
 from tests.harness.wheels import build_patched_wheel
 from tests.random_trees.examples import Outcome
@@ -83,7 +83,7 @@ def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterato
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [environment.python, "-m", "tests.random_trees.driver", cookie, *bugs],
-                env={**clean_env(folder, python=environment.python), "PYTHONPATH": str(ROOT)},
+                env={**clean_env(folder, python=environment.python), "PYTHONPATH": make_module_path()},
                 cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -15,7 +15,7 @@ import pytest
 
 from patches.environments import NoInterpreterError
 from patches.releases import find_release
-from tests.harness.environments import clean_env, create_environment
+from tests.harness.environments import HELPERS, clean_env, create_environment, make_module_path
 from tests.harness.processes import COOKIE_VARIABLE, find_marked, make_cookie, wait_for_exit
 from tests.harness.shapes import NOT_ENDED_EVENT, Shape
 from tests.harness.supervised import (
@@ -54,6 +54,15 @@ pytestmark = [
 ]
 
 VERSION = "1.1.8"
+MODULES = (
+    "tests",
+    "tests/harness",
+    f"{HELPERS}/task_sdk",
+    f"{HELPERS}/task_sdk/execution_time",
+    f"{HELPERS}/task_sdk/execution_time/teardown",
+    f"{HELPERS}/task_sdk/execution_time/teardown/supervised",
+)
+"""Folders with what a supervisor of ours imports."""
 GRACE = 1
 # The contract says one second more than the grace period; the rest is for a busy machine.
 MARGIN = 1 + 15
@@ -65,7 +74,7 @@ PATIENCE = 60
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     """Return a folder that everybody may read, with as much of the repository as a supervisor needs."""
-    with make_place(["tests", "tests/harness"]) as place:
+    with make_place(MODULES) as place:
         yield place
 
 
@@ -145,7 +154,7 @@ def make_launch(
         **SETTINGS,
         "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": str(GRACE),
         "AIRFLOW__WORKERS__SOCKET_CLEANUP_TIMEOUT": str(SOCKET_CLEANUP_TIMEOUT),
-        "PYTHONPATH": str(place),
+        "PYTHONPATH": make_module_path(place),
         COOKIE_VARIABLE: cookie,
     }
 
@@ -190,7 +199,7 @@ def test_forbidden_by_sudoers(environment: Environment, place: Path, ending: End
     assert outcome.seconds < GRACE + MARGIN
     left = {process.pid for process in outcome.left}
     [error] = [event for event in outcome.log if event["event"] == NOT_ENDED_EVENT]
-    assert error["level"] == "error"
+    assert error["log_level"] == "error"
     assert {process["pid"] for process in error["processes"]} == left != set()
     assert "sudoers must permit `sudo -n kill`" in error["reason"]
 

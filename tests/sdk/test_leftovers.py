@@ -167,9 +167,9 @@ def test_on_kill_completes(results: Results) -> None:
 def test_failure_is_reported_once(results: Results) -> None:
     """The API is told once that a task has failed, and not if it has ended the task itself or the task has succeeded."""
     wrong = {
-        run: result.outcome.finish_calls
+        run: result.outcome.told
         for run, result in results.items()
-        if result.outcome.finish_calls.count("failed") != (run[1] not in {"409", "success"})
+        if result.outcome.told.count("failed") != (run[1] not in {"409", "success"})
     }
     assert wrong == {}
 
