@@ -675,7 +675,7 @@ class TestKill:
             assert end_leftovers(process, -9, conf) == -9
         assert {entry["log_level"] for entry in logs} == {"error"}
 
-    def test_error_of_a_signal_handler(self, conf: ConfigParser, process: Any) -> None:
+    def test_error_of_a_signal_handler(self, conf: ConfigParser, process: Any, clock: Clock) -> None:
         """One that cuts the teardown short, as the soft time limit of Celery, does not spare what is left."""
         process._tree.find.side_effect = itertools.chain([InterruptedError], itertools.repeat([]))
         with structlog.testing.capture_logs() as logs:

@@ -819,7 +819,7 @@ class TestOrphan:
     def test_tree_around(self) -> None:
         """The tree that its supervisor was in is not its own."""
         _, _, [[inner, daemon], _] = lead(lambda: supervise(start_daemon), lambda: [start_daemon()])
-        assert find(self.set_leader(inner)) == [daemon]
+        assert find(self.lead_orphans(inner)) == [daemon]
 
 
 class TestLook:

@@ -391,7 +391,8 @@ class TestSweepOnce:
         leave(relay)
 
         def start() -> dict[str, Any]:
-            process = start_task(pause_for_ever)
+            process = start_task(in_turn(lambda: relay.tell("runs"), pause_for_ever))
+            assert relay.hear() == "runs"
             return {"left": [pid for pid in list_left() if pid != os.getpid()], "runner": process.pid}
 
         outcome = run_in_fork(start)

@@ -397,8 +397,8 @@ class TestSpared:
         monkeypatch.setenv("AIRFLOW__WORKERS__STOP_SIGNAL_POLICY", "stop")
 
         def supervise() -> None:
-            # Its heartbeat is a request.
-            api = SteppingApi(stop_supervisor) if is_busy else Api()
+            # Its heartbeat is a request, in which it hears that the program runs, and is told to stop.
+            api = SteppingApi(in_turn(started.hear, stop_supervisor)) if is_busy else Api()
             process = start_task(in_turn(start_sleep, pause_for_ever), api)
             if not is_busy:
                 tell_when_monitoring(relay, monkeypatch)
@@ -406,8 +406,9 @@ class TestSpared:
 
         def start_sleep() -> None:
             relay.tell(subprocess.Popen(["sleep", "600"]).pid)
+            started.tell("started")
 
-        with forked(supervise) as supervising:
+        with contextlib.closing(Relay()) as started, forked(supervise) as supervising:
             told = [relay.hear() for _ in range(1 if is_busy else 2)]
             child = tree.add(next(pid for pid in told if pid != "monitoring"))
             if not is_busy:
