@@ -35,6 +35,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
     Relay,
     Tree,
+    conflict,
     fork,
     pause_for_ever,
     waiting,
@@ -268,7 +269,8 @@ class TestSurvivors:
     def test_message_that_cannot_be_handled(self, conf: ConfigParser, process: Any) -> None:
         """What goes wrong with a request of the task does not end the teardown."""
         process._service_subprocess = create_autospec(process._service_subprocess, side_effect=RuntimeError)
-        assert end_leftovers(process, -9, conf) == -9
+        with structlog.testing.capture_logs():
+            assert end_leftovers(process, -9, conf) == -9
         assert process._service_subprocess.called
         assert process._tree.kill_all.called
 
@@ -418,21 +420,30 @@ class TestHeartbeats:
         heartbeat.assert_not_called()
 
     def test_server_that_is_away(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
-        """None is sent after one has failed: each would take as long."""
+        """They go on after one has failed: the server may be back before it starts a retry."""
         heartbeat.side_effect = ConnectionError("away")
+        process.failed_heartbeats = 1
         assert end_leftovers(process, -9, conf) == -9
+        assert heartbeat.call_count >= 10
+
+    @pytest.mark.parametrize("status", [404, 409, 410])
+    def test_task_that_is_ended_meanwhile(
+        self, conf: ConfigParser, process: Any, heartbeat: Any, status: int
+    ) -> None:
+        """None is sent after one that the server has refused."""
+        heartbeat.side_effect = conflict(status)
+        end_leftovers(process, -9, conf)
         heartbeat.assert_called_once()
-        assert process.failed_heartbeats == 1
+
+    def test_other_answers(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
+        """They go on after any other answer."""
+        heartbeat.side_effect = conflict(503)
+        end_leftovers(process, -9, conf)
+        assert heartbeat.call_count >= 10
 
     def test_task_that_was_not_let_start(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
         """The server has refused it, and knows of no heartbeat of its."""
         process._last_successful_heartbeat = 0
-        end_leftovers(process, -9, conf)
-        heartbeat.assert_not_called()
-
-    def test_heartbeats_that_have_failed(self, conf: ConfigParser, process: Any, heartbeat: Any) -> None:
-        """Nor is any where those of the loop have failed."""
-        process.failed_heartbeats = 1
         end_leftovers(process, -9, conf)
         heartbeat.assert_not_called()
 

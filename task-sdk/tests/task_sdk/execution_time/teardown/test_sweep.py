@@ -34,9 +34,15 @@ from unittest import mock
 import psutil
 import pytest
 import structlog
-from task_sdk.execution_time.teardown.supervised.faults import misbehave, run_in_fork
+from task_sdk.execution_time.teardown.supervised.faults import (
+    become_nobody,
+    misbehave,
+    mount_proc,
+    run_in_fork,
+)
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
+    PR_SET_CHILD_SUBREAPER,
     Api,
     Relay,
     be_deaf,
@@ -301,10 +307,19 @@ class TestSweep:
         assert sweep_apart()["survivors"] == []
         assert list_left() == [shared]
 
+    @pytest.mark.parametrize("limits", [None, "older", "younger"])
     def test_death_in_the_grace(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+        self,
+        relay: Relay,
+        monkeypatch: pytest.MonkeyPatch,
+        list_left: Callable[[], list[int]],
+        limits: str | None,
     ) -> None:
-        """What a failed task has left, and was asked to end when the supervisor died, does not stay."""
+        """What a failed task has left, and was asked to end when the supervisor died, does not stay, whatever sets its limit."""
+
+        def leave_two() -> None:
+            for which in ("older", "younger"):
+                detach(lambda which=which: (which == limits and limit_realtime(), be_deaf(relay)))  # type: ignore[misc]
 
         def ask_and_die(tree: ProcessTree, processes: Any, *signals: int, **kwargs: Any) -> None:
             ask(tree, processes, *signals, **kwargs)
@@ -312,17 +327,17 @@ class TestSweep:
 
         def supervise() -> None:
             monkeypatch.setattr(ProcessTree, "signal", ask_and_die)
-            process = start_task(in_turn(lambda: detach(lambda: be_deaf(relay)), lambda: wait_to_end(relay)))
+            process = start_task(in_turn(leave_two, lambda: wait_to_end(relay)))
             order.hear()
             end_task("failed", process, Api())
 
         ask = ProcessTree.signal
         order = Relay()
         with contextlib.closing(order), forked(supervise) as dying:
-            daemons = hear_ready(relay)
+            daemons = hear_ready(relay, 2)
             order.tell("end it")
             os.waitpid(dying, 0)
-        assert list_left() == daemons
+        assert sorted(list_left()) == sorted(daemons)
         assert sweep_apart()["survivors"] == []
         assert list_left() == []
 
@@ -369,6 +384,25 @@ class TestSweep:
             assert runner in list_left()
             assert [entry["pid"] for entry in sweep_apart()["runners"]] == [runner]
             assert list_left() == []
+
+    def test_hidden_ancestors(self, relay: Relay) -> None:
+        """Where /proc hides those of the next supervisor, it ends orphans all the same."""
+
+        def main() -> dict[str, Any]:
+            mount_proc(b"hidepid=1")
+            become_nobody()
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            assert process_tree.read_process(1) is None
+            runner, _ = leave(relay)
+            # Those of others are not for a test to end.
+            orphans.list_pids = lambda: [each for each in process_tree.list_pids() if each[0] == runner]
+            # Nobody sees that it is stopped.
+            sweep.end_orphans = functools.partial(end_orphans, grace=0.1)
+            with structlog.testing.capture_logs() as logs:
+                sweep.sweep_once(conf)
+            return {"events": [entry["event"] for entry in logs]}
+
+        assert run_in_fork(main) == {"events": ["Ended tasks whose supervisors had died"]}
 
     def test_spared_program_that_is_condemned(
         self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]

@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import structlog
 
 from airflow.sdk.exceptions import AirflowRuntimeError
+from airflow.sdk.execution_time.teardown.stop_request import CONFLICT
 
 try:
     from airflow.sdk.exceptions import AirflowTaskTerminated
@@ -88,9 +89,6 @@ LOG_WRITER = "structlog._output"
 """The module whose functions hold the lock of a log's file. This lock is not reentrant."""
 
 REASON = "The task was told to stop (SIGTERM) before it had finished"
-
-CONFLICT = 409
-"""The status of the API's answer to the state of a task that is not to run any more."""
 
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import selectors
 import signal
@@ -76,11 +77,13 @@ The task gets SIGTERM for each of them, because SIGINT would end its runner with
 """
 
 HEARTBEAT_INTERVAL = 5.0
-"""
-Seconds between heartbeats of a task that is being ended.
+"""Seconds between heartbeats of a task that is being ended."""
 
-None follows a failed heartbeat: if the server is away, each takes a long time.
-"""
+CONFLICT = 409
+"""The status of the API's answer about a task that is not to run any more."""
+
+ENDED_STATUSES = (404, CONFLICT, 410)
+"""The server's answers about a task that is not to run any more, or that it does not know."""
 
 RUNNER_FAILED = 124
 """Exit status of a forked runner that could not begin, as upstream has it."""
@@ -106,6 +109,8 @@ class StopRequest:
         """The thread that has sent the last heartbeat of a task that is being ended."""
         self.heartbeat_sent_at = 0.0
         """When it was sent, by time.monotonic()."""
+        self.heartbeat_refused = False
+        """Whether the server has answered it that the task is not to run any more."""
 
 
 class StoppableProcess(WatchedProcess, Protocol):
@@ -156,6 +161,12 @@ class _CaughtSignals:
             self.received_at = time.monotonic()
             if self.on_signal is not None:
                 self.on_signal()
+
+    def wake(self) -> None:
+        """Wake the loop if a signal has come; the loop of another task may have read the byte that does so."""
+        if self.signum is not None:
+            with contextlib.suppress(BlockingIOError):
+                self.writer.send(b"\0")
 
     def repeat(self) -> None:
         """Call ``on_signal`` if a signal has come: at that moment it may have relied on the loop."""
@@ -215,7 +226,9 @@ def hold_stop_signals() -> None:
     :func:`release_stop_signals`.
     """
     if _caught is not None:
-        _masks.former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        # Read the mask first: this call runs pending signal handlers, and one that raises would lose the result.
+        _masks.former = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def release_stop_signals() -> None:
@@ -269,6 +282,7 @@ def watch_stop_signals(process: StoppableTask, conf: ConfigParser) -> Iterator[N
             yield
             return
         process.selector.register(caught.reader, selectors.EVENT_READ)
+        caught.wake()
         if find_stop_policy(conf, process._stop_policy) is StopPolicy.STOP:
             caught.on_signal = functools.partial(tell_if_busy, process, find_grace(conf, default=STOP_GRACE))
             process._exit_watch.before_handlers = caught.repeat
@@ -355,14 +369,16 @@ def heed_stop_signals(
         request.kill_at = (caught.received_at if caught else time.monotonic()) + grace
         process._exit_watch.expect_exit(request.kill_at - time.monotonic())
         process._exit_watch.wake_at(request.kill_at)
-        if not request.sigterm_sent and not send(process, signal.SIGTERM):
-            signal_pid(process.pid)
+        if not request.sigterm_sent:
+            request.sigterm_sent = True
+            if not send(process, signal.SIGTERM):
+                signal_pid(process.pid)
 
 
 def put_off_heartbeat(process: StoppableTask) -> None:
     """Send heartbeats from a thread instead of the loop: if the server is away, one may take longer than the grace."""
     send_heartbeat_if_due(process)
-    process._last_heartbeat_attempt = time.monotonic()
+    process._last_heartbeat_attempt = math.inf
 
 
 def send_heartbeat_if_due(process: StoppableTask) -> None:
@@ -370,7 +386,7 @@ def send_heartbeat_if_due(process: StoppableTask) -> None:
     request = process._stop
     if (
         request.server_ended
-        or process.failed_heartbeats
+        or request.heartbeat_refused
         or (request.heartbeat is not None and request.heartbeat.is_alive())
         # The server has not let the task start.
         or not process._last_successful_heartbeat
@@ -390,11 +406,12 @@ def beat_in_background(process: StoppableTask) -> None:
 
 
 def send_heartbeat(process: StoppableTask) -> None:
-    """Send a heartbeat, and note if it has failed."""
+    """Send a heartbeat, and note if it was refused."""
     try:
         process.client.task_instances.heartbeat(process.id, pid=process.pid)
-    except Exception as error:  # as in the supervisor's own loop, and none is sent any more
-        process.failed_heartbeats += 1
+    except Exception as error:  # as in the supervisor's own loop; the next one may succeed
+        response = getattr(error, "response", None)
+        process._stop.heartbeat_refused = getattr(response, "status_code", None) in ENDED_STATUSES
         log.info("Heartbeat failed for a task that is being ended", error=str(error))
     else:
         process._last_successful_heartbeat = time.monotonic()

@@ -34,7 +34,6 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-import psutil
 import structlog
 
 from airflow.sdk.execution_time.teardown.leftovers import configure_tree
@@ -43,6 +42,7 @@ from airflow.sdk.execution_time.teardown.policy import find_spared_names
 from airflow.sdk.execution_time.teardown.process_tree import (
     ProcessTree,
     list_given_marks,
+    look_at,
     read_limits,
     shorten_name,
 )
@@ -80,9 +80,8 @@ def sweep_once(conf: ConfigParser) -> None:
         if _swept_by == os.getpid():
             return
         try:
-            orphans = find_orphans()
+            sweep(conf, find_orphans())
             _swept_by = os.getpid()
-            sweep(conf, orphans)
         except Exception:
             # Go on: the task that is about to start is not at fault.
             log.exception("Failed to look for tasks whose supervisors have died")
@@ -120,17 +119,26 @@ def is_around(orphan: Orphan) -> bool:
     """Whether this process is in the orphan's tree itself, like the supervisor of a task within a task."""
     pid = orphan.process.pid
     given = list_given_marks(orphan.process, read_limits(pid), orphan.origin)
-    return (
-        os.getsid(0) == pid
-        or not given.isdisjoint(read_limits(os.getpid()))
-        or pid in [parent.pid for parent in psutil.Process().parents()]
-    )
+    return os.getsid(0) == pid or not given.isdisjoint(read_limits(os.getpid())) or pid in list_ancestors()
+
+
+def list_ancestors() -> list[int]:
+    """Return the PIDs of this process's parent, its parent, and so on, as far as we may see them."""
+    ancestors = [os.getppid()]
+    while (process := look_at(ancestors[-1])) and process.parent not in (0, *ancestors):
+        ancestors.append(process.parent)
+    return ancestors
 
 
 def pick_oldest(orphans: Iterable[Orphan]) -> list[Orphan]:
-    """Return the oldest orphan of each tree. It finds all others, because no member is older than it."""
+    """
+    Return the oldest orphan of each tree, which finds all others, because no member is older than it.
+
+    A process that has set the limit of its mark for itself shows its origin instead, and finds only its like. So of each
+    tree there may be two.
+    """
     by_age = sorted(orphans, key=lambda orphan: (orphan.process.start, orphan.process.pid), reverse=True)
-    return list({orphan.origin: orphan for orphan in by_age}.values())
+    return list({(orphan.origin, *read_limits(orphan.process.pid)[:1]): orphan for orphan in by_age}.values())
 
 
 def make_tree(orphan: Orphan, conf: ConfigParser) -> ProcessTree:

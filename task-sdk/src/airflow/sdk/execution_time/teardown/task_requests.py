@@ -33,8 +33,7 @@ from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time.comms import ErrorResponse
 from airflow.sdk.execution_time.teardown.exit_status import FAILURE, has_reported
-from airflow.sdk.execution_time.teardown.interruption import CONFLICT
-from airflow.sdk.execution_time.teardown.stop_request import find_detail, is_task
+from airflow.sdk.execution_time.teardown.stop_request import CONFLICT, ENDED_STATUSES, find_detail, is_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,9 +57,6 @@ STATE_REPORTS = (
 log = structlog.get_logger(logger_name="supervisor")
 
 UP_FOR_RETRY = "up_for_retry"
-
-ENDED_STATUSES = (404, CONFLICT, 410)
-"""The server's answers about a task that is not to run any more, or that it does not know."""
 
 
 def handle_request(

@@ -32,6 +32,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 from task_sdk.execution_time.teardown.supervised.faults import (
     NOISE,
     Outcome,
@@ -50,6 +51,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     be_deaf,
     detach,
     hear_ready,
+    in_turn,
     pause_for_ever,
     set_grace,
     start_task,
@@ -122,6 +124,86 @@ class TestSignals:
         assert outcome.left == []
         assert outcome.code == -signal.SIGKILL
         assert outcome.seconds < GRACE_WITH_FAULTS + 1 + NOISE
+
+
+class TestHeartbeats:
+    def test_loop_sends_none(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Once the supervisor is told to stop, a thread does: the API server may be away, and keep who asks for a minute."""
+        set_grace(monkeypatch, 0.5)
+        late: list[str] = []
+
+        class Away(Api):
+            process: ActivitySubprocess
+            started = False
+
+            def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+                if not self.started:
+                    self.started = True
+                    threading.Thread(target=self.stop_when_waiting, daemon=True).start()
+                caught = stop_request.find_caught()
+                if caught and caught.signum and threading.current_thread() is threading.main_thread():
+                    late.append("in the grace" if self.process._stop.kill_at else "before the task was told")
+                raise ConnectionError("away")
+
+            def stop_when_waiting(self) -> None:
+                while not self.process._exit_watch.is_waiting:
+                    os.sched_yield()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def main() -> dict[str, Any]:
+            api = Away()
+            api.process = start_task(
+                in_turn(be_deaf_runner, lambda: relay.tell("ready"), pause_for_ever), api
+            )
+            assert relay.hear() == "ready"
+            with structlog.testing.capture_logs():
+                code = api.process.wait()
+            return {"code": code, "log": [{"log_level": "late", "event": event} for event in late]}
+
+        outcome = supervise(main)
+        assert outcome.code == -signal.SIGKILL
+        assert outcome.log == []
+
+    def test_task_that_answers(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A task that is told while nobody is busy, and then prints, is not told once more."""
+        set_grace(monkeypatch, NEVER)
+
+        def speak(*_: Any) -> None:
+            relay.tell("SIGTERM")
+            os.write(1, b"I have heard\n")
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, speak)
+            # Its number is higher: of two signals Python handles SIGTERM first.
+            signal.signal(signal.SIGWINCH, lambda *_: os._exit(1))
+            relay.tell("ready")
+            pause_for_ever()
+
+        class Ending(Log):
+            process: ActivitySubprocess
+
+            def __call__(self, logger: Any, method_name: str, event_dict: Any) -> Any:
+                if event_dict["event"] == "I have heard":
+                    os.kill(self.process.pid, signal.SIGWINCH)
+                return super().__call__(logger, method_name, event_dict)
+
+        def stop_when_waiting(process: ActivitySubprocess) -> None:
+            while not process._exit_watch.is_waiting:
+                os.sched_yield()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def main() -> dict[str, Any]:
+            log = Ending()
+            log.process = process = start_task(target, logger=log.logger)
+            assert relay.hear() == "ready"
+            threading.Thread(target=stop_when_waiting, args=(process,), daemon=True).start()
+            code = process.wait()
+            relay.tell("ended")
+            return {"code": code, "log": []}
+
+        outcome = supervise(main)
+        assert outcome.code == 1
+        assert [relay.hear(), relay.hear()] == ["SIGTERM", "ended"]
 
 
 class TestExceptions:
