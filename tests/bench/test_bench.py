@@ -21,12 +21,14 @@ from tests.bench.ways import end_tree, end_with_killpg
 from tests.bench.workers import WorkerFailedError, start_worker
 from tests.harness.environments import Environment, create_environment
 from tests.harness.neighbours import DEAD
-from tests.harness.processes import read_state, set_subreaper
+from tests.harness.processes import find_lack_of_processes, read_state, set_subreaper
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+LACK = find_lack_of_processes()
 
 POLITE_TIMEOUT = 5.0
 """Seconds in which what SIGTERM ends has ended, also on a busy machine."""
@@ -60,6 +62,7 @@ def collect_zombies() -> None:
 
 
 @pytest.mark.everything
+@pytest.mark.skipif(LACK is not None, reason=f"not run: {LACK}")
 def test_quick_run_measures_all_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import time
@@ -22,6 +23,12 @@ PR_SET_CHILD_SUBREAPER = 36
 
 KILL_TIMEOUT = 60.0
 """Seconds that a killed process gets to disappear; a crowd on a busy machine needs some."""
+
+
+PROCESSES_NEEDED = 1500
+"""How many processes and threads there are at a time where tests start crowds."""
+
+PIDS_MAX = Path("/sys/fs/cgroup/pids.max")
 
 
 class Process(NamedTuple):
@@ -78,6 +85,15 @@ def read_name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
+
+
+def find_lack_of_processes() -> str | None:
+    """Return why tests cannot start crowds, None if they can."""
+    limits = [] if os.geteuid() == 0 else [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
+    with suppress(OSError, ValueError):  # not a container, or "max"
+        limits.append(int(PIDS_MAX.read_text()))
+    lacking = [limit for limit in limits if resource.RLIM_INFINITY != limit < PROCESSES_NEEDED]
+    return f"{PROCESSES_NEEDED} processes are needed, and {min(lacking)} are allowed" if lacking else None
 
 
 def set_subreaper(*, wanted: bool) -> None:

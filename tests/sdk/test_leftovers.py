@@ -14,6 +14,7 @@ from tests.harness.environments import create_environment
 from tests.harness.forking import start_fork_server
 from tests.harness.lines import MAIN_LINES, mark_rest
 from tests.harness.neighbours import run_among_neighbours
+from tests.harness.processes import find_lack_of_processes
 from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
 from tests.harness.supervised import KILL_GRACE, Ending
 from tests.harness.wheels import build_patched_wheel
@@ -32,6 +33,8 @@ RUNS_AT_A_TIME = 6
 # The contract says one second more than the grace period; the rest is for a machine that is busy with as many runs.
 MARGIN = 1 + 15
 SHORT_GRACE = 1
+# A shape of more processes than this is run only where many are allowed.
+CROWD = 100
 # Waits for the whole of the usual grace period, in the place of all those that SIGTERM does not end.
 PATIENT = BY_NAME["deaf"].name
 SLOW_RUNNER = BY_NAME["slow-runner"].name
@@ -52,7 +55,12 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     version, python = request.param
     release = find_release(version)
     environment = install(release, python, tmp_path_factory.mktemp("dist"))
-    runs = select_runs(request.param, everything=request.config.getoption("everything"))
+    lacks_processes = find_lack_of_processes() is not None
+    runs = [
+        (shape, ending)
+        for shape, ending in select_runs(request.param, everything=request.config.getoption("everything"))
+        if not (lacks_processes and shape.processes > CROWD)
+    ]
     with ExitStack() as stack:
         servers = {
             grace: stack.enter_context(start_fork_server(environment, env=make_settings(grace)))
@@ -110,6 +118,13 @@ def make_settings(grace: int) -> dict[str, str]:
 
 def choose_grace(shape: Shape) -> int:
     return SHORT_GRACE if shape.outlasts_grace and shape.name != PATIENT else KILL_GRACE
+
+
+def test_crowd_is_run(results: Results) -> None:
+    """One of the shapes is a crowd."""
+    if reason := find_lack_of_processes():
+        pytest.skip(f"not run: no task leaves a crowd, for {reason}")
+    assert any(BY_NAME[name].processes > CROWD for name, _ in results)
 
 
 def test_nothing_is_left(results: Results) -> None:
