@@ -73,6 +73,7 @@ TASKS = {
     "asks_always": Expected(tells=("on_kill", "answered")),
     "logs": ON_KILL,
     "prints_always": ON_KILL,
+    "waits_on_kill": Expected(tells=("on_kill", "told_once")),
     "has_timeout": ON_KILL,
     "sensor": ON_KILL,
     "bash": ON_KILL,
@@ -90,7 +91,17 @@ TASKS = {
     "forks": Expected(ends="within the grace"),
     "sleeps_async": Expected(tells=("finally",)),
 }
-COVERING = ("told", "flag", "bash", "has_finally", "asks", "asks_always", "blocked", "post_execute")
+COVERING = (
+    "told",
+    "flag",
+    "waits_on_kill",
+    "bash",
+    "has_finally",
+    "asks",
+    "asks_always",
+    "blocked",
+    "post_execute",
+)
 SINCE = {"sleeps_async": ASYNC_TASKS, "410": GONE_ENDS}
 LINES = [NO_HANDLER, *(release.version for release in last_of_lines())]
 

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -63,6 +64,16 @@ CHILDREN = {
     "pipeline_in_session": ["setsid", "bash", "-c", PIPELINE],
     "job_control": ["bash", "-mc", PIPELINE],
 }
+ORDERLY = """
+import signal, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))
+print(flush=True)
+while not told or time.monotonic() < told[0] + 0.5:
+    time.sleep(0.02)
+print(len(told))
+"""
+"""A program that takes its time to end, and says how many SIGTERMs it has got: some give up at the second."""
 SMALL_CHILDREN = 40
 CHUNK = 1 << 20
 
@@ -226,6 +237,20 @@ class PrintsAlwaysOperator(PrintsOperator):
         super().on_kill()
 
 
+class WaitsOnKillOperator(ToldOperator):
+    """Has started a program that it waits for in on_kill(), and says so."""
+
+    def on_kill(self) -> None:
+        print("on_kill waits", flush=True)  # noqa: T201  # what many tasks do
+        super().on_kill()
+        tell("told_once" if self.program.stdout.readline().strip() == b"1" else "told_twice")
+
+    def execute(self, context: Any) -> Any:
+        self.program = subprocess.Popen([sys.executable, "-I", "-S", "-c", ORDERLY], stdout=subprocess.PIPE)
+        self.program.stdout.readline()
+        super().execute(context)
+
+
 class PrintsOnKillOperator(SlowOnKillOperator):
     """Prints in on_kill() all the time."""
 
@@ -364,6 +389,7 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     LogsOnKillOperator(task_id="logs")
     PrintsOperator(task_id="prints")
     PrintsAlwaysOperator(task_id="prints_always")
+    WaitsOnKillOperator(task_id="waits_on_kill")
     PrintsOnKillOperator(task_id="prints_on_kill")
     PostOperator(task_id="post_execute")
     PrintsAfterwardsOperator(task_id="prints_afterwards")
