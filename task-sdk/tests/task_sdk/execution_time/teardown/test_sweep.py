@@ -319,7 +319,8 @@ class TestSweep:
 
         def leave_two() -> None:
             for which in ("older", "younger"):
-                detach(lambda which=which: (which == limits and limit_realtime(), be_deaf(relay)))  # type: ignore[misc]
+                limit = [limit_realtime] if which == limits else []
+                detach(in_turn(*limit, lambda: be_deaf(relay)))
 
         def ask_and_die(tree: ProcessTree, processes: Any, *signals: int, **kwargs: Any) -> None:
             ask(tree, processes, *signals, **kwargs)

@@ -51,6 +51,7 @@ import _thread
 import contextlib
 import enum
 import functools
+import importlib
 import inspect
 import os
 import signal
@@ -61,13 +62,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import structlog
 
+from airflow.sdk import exceptions
 from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.sdk.execution_time.teardown.stop_request import CONFLICT
-
-try:
-    from airflow.sdk.exceptions import AirflowTaskTerminated
-except ImportError:  # before 1.2
-    from airflow.exceptions import AirflowTaskTerminated
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -89,6 +86,13 @@ LOG_WRITER = "structlog._output"
 """The module whose functions hold the lock of a log's file. This lock is not reentrant."""
 
 REASON = "The task was told to stop (SIGTERM) before it had finished"
+
+# Not by two imports: mypy finds fault with one of them on each release.
+AirflowTaskTerminated: type[BaseException] = (
+    exceptions
+    if hasattr(exceptions, "AirflowTaskTerminated")
+    else importlib.import_module("airflow.exceptions")  # before 1.2
+).AirflowTaskTerminated
 
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
