@@ -102,7 +102,7 @@ class StopRequest:
         self.signal_heard = False
         """Whether a signal to the supervisor was logged. A second signal changes nothing."""
         self.sigterm_sent = False
-        """Whether the handler has already told the task to stop."""
+        """Whether the task was told to stop for the signal: by the handler, or by the loop, but once."""
         self.spares_group_members = False
         """Whether the task's group may have processes that the deployment spares, so that the group gets no signal."""
         self.heartbeat: threading.Thread | None = None
