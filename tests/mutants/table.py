@@ -282,7 +282,7 @@ IN_TREE = [
     Mutant(
         "tree-does-not-look-again",
         "process_tree.py",
-        "            all_stopped = not fresh and all(member.stopped for member in members)",
+        "            all_stopped = not fresh and not running",
         "            all_stopped = True",
         "what is in the middle of a fork when it is stopped leaves a child",
         ("test_process_tree.py",),
@@ -697,6 +697,14 @@ IN_TEARDOWN = [
         "",
         "a server that has ended the task meanwhile answers each heartbeat with an error",
         ("test_leftovers.py",),
+    ),
+    Mutant(
+        "tree-stops-once",
+        "process_tree.py",
+        "            for member in running:\n                send_signals(member, (signal.SIGSTOP,))\n",
+        "",
+        "one that a watchdog continues costs the whole time to kill, and what it starts meanwhile is lost",
+        ("test_process_tree.py",),
     ),
     Mutant(
         "teardown-looks-rarely",

@@ -1019,7 +1019,25 @@ class TestStop:
         send = mocker.patch.object(process_tree, "send_signals", autospec=True, return_value=True)
         assert ProcessTree().stop(PATIENCE) == looks[-1]
         assert look.call_count == len(looks)
-        send.assert_called_once_with(process, (signal.SIGSTOP,))
+        assert send.mock_calls == [mocker.call(process, (signal.SIGSTOP,))] * 2, "it may have been continued"
+
+    def test_member_that_another_continues(self, mocker: MockerFixture) -> None:
+        """Another program of the tree continues it, as a watchdog does before it is stopped itself: it is stopped again."""
+
+        def stop_and_continue(process: Process, signals: list[int]) -> bool:
+            sent = send_signals(process, signals)
+            if process.pid == child and not continued:
+                os.kill(child, signal.SIGCONT)
+                continued.append(child)
+            return sent
+
+        tree, _, [child] = lead(start_child)
+        continued: list[int] = []
+        mocker.patch.object(process_tree, "send_signals", autospec=True, side_effect=stop_and_continue)
+        began = time.monotonic()
+        tree.stop(PATIENCE)
+        assert time.monotonic() - began < PATIENCE
+        assert read(child).stopped
 
     def test_one_look_that_finds_nobody_is_not_enough(self, mocker: MockerFixture) -> None:
         """Who has started a successor and exited, after the list was read and before its own turn, shows neither."""

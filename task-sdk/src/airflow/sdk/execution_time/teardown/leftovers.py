@@ -55,6 +55,7 @@ from airflow.sdk.execution_time.teardown.policy import (
 )
 from airflow.sdk.execution_time.teardown.process_tree import (
     KILL_TIME,
+    KILL_WAIT,
     LOOK_INTERVAL,
     POLL_INTERVAL,
     Process,
@@ -95,9 +96,6 @@ FAILURES = ("failed", "up_for_retry")
 
 SIGSTOP_WAIT = 0.2
 """Seconds that kill() waits for the processes of a task to stop before it sends SIGKILL."""
-
-KILL_WAIT = 0.2
-"""Seconds that killed processes have to disappear before the next look."""
 
 LAST_LOOKS = 3
 """At most this many last looks for processes that were started meanwhile, when the time is up."""

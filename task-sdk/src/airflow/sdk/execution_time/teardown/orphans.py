@@ -44,6 +44,7 @@ import psutil
 from airflow.sdk.execution_time.teardown.process_tree import (
     CONDEMNED,
     KILL_TIME,
+    KILL_WAIT,
     LOOK_INTERVAL,
     PID_MASK,
     POLL_INTERVAL,
@@ -205,7 +206,9 @@ def kill(trees: Sequence[ProcessTree], deadline: float) -> list[Process]:
     killed: list[Process] = []
     for tree in trees:
         while True:
-            members = tree.kill_all(max(0, deadline - time.monotonic()), with_leader=True, deadline=deadline)
+            members = tree.kill_all(
+                max(0, deadline - KILL_WAIT - time.monotonic()), with_leader=True, deadline=deadline
+            )
             killed += members
             wait_until_gone(members, deadline)
             if time.monotonic() >= deadline or not (members or tree.look_failure):

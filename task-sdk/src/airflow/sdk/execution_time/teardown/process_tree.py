@@ -130,6 +130,9 @@ LOOK_RETRY_INTERVAL = 0.002
 KILL_TIME = 0.8
 """Seconds after the grace period within which all processes have to be dead."""
 
+KILL_WAIT = 0.2
+"""Seconds that killed processes have to disappear before the next look."""
+
 LOOK_INTERVAL = 0.5
 """Seconds between looks for processes that others start while they end."""
 
@@ -400,13 +403,15 @@ class ProcessTree:
         orphaned, and the kernel continues its stopped members (setpgid(2)). Those could fork until it is
         their turn to be killed.
 
-        There are two races:
+        There are three races:
 
         1. A process is listed, starts a successor, and exits before the look reads it. The look then sees
            nobody. So the tree is empty only if two looks in a row find nobody.
         2. A process that is in the middle of a fork stops only after it, and the look may already have passed
            the place where the child appears. So the last look is one that began after all members were seen
            stopped.
+        3. Another process continues what was stopped: a watchdog of the same tree does so before it is stopped
+           itself. So who runs again is stopped again.
 
         :param time_limit: seconds to wait for processes that a busy machine does not let run, or that do not
             stop because they are in an uninterruptible sleep.
@@ -422,11 +427,15 @@ class ProcessTree:
             overdue = bool(sent) and time.monotonic() > deadline
             if overdue or (all_stopped and not fresh):
                 return sort_to_kill(members)
-            all_stopped = not fresh and all(member.stopped for member in members)
+            running = [member for member in members if member in sent and not member.stopped]
+            all_stopped = not fresh and not running
             sent.update(fresh)
             self._stopped.extend(fresh)
             self.condemn(fresh)
             self._send(fresh, signal.SIGSTOP, deadline=deadline)
+            # Race 3. Not through sudo, which would be asked every millisecond.
+            for member in running:
+                send_signals(member, (signal.SIGSTOP,))
             if not fresh and not all_stopped:
                 # Give the processes time to stop.
                 time.sleep(STOP_POLL_INTERVAL)
