@@ -637,8 +637,8 @@ IN_TEARDOWN = [
     Mutant(
         "sweep-looks-once",
         "sweep.py",
-        "            sweep(conf, find_orphans())\n            _swept_by = os.getpid()\n",
-        "            _swept_by = os.getpid()\n            sweep(conf, find_orphans())\n",
+        "            sweep_repeatedly(conf)\n            _swept_by = os.getpid()\n",
+        "            _swept_by = os.getpid()\n            sweep_repeatedly(conf)\n",
         "a process whose first look has failed never looks again",
         ("test_sweep.py",),
     ),

@@ -21,6 +21,7 @@ import ctypes
 import errno
 import functools
 import io
+import itertools
 import os
 import select
 import signal
@@ -75,6 +76,8 @@ from airflow.sdk.execution_time.teardown.process_tree import ProcessTree, condem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from pytest_mock import MockerFixture
 
 MUTEX_BYTES = 64
 
@@ -432,6 +435,25 @@ class TestSweepOnce:
 
         outcome = run_in_fork(start)
         assert outcome["left"] == [outcome["runner"]]
+
+    def test_what_an_orphan_was_about_to_kill(self, mocker: MockerFixture) -> None:
+        """It is an orphan only when that one has ended; but nobody is swept for ever, or again who survives."""
+        own = process_tree.read_process(os.getpid())
+        assert own
+        one, other = (orphans.Orphan(own, origin) for origin in (1, 2))
+        find = mocker.patch.object(sweep, "find_orphans", autospec=True)
+        end = mocker.patch.object(sweep, "sweep", autospec=True, return_value=[])
+        find.side_effect = [[one], [other], []]
+        assert sweep.sweep_repeatedly(conf) == []
+        assert [call.args[1] for call in end.mock_calls] == [[one], [other]]
+        end.reset_mock()
+        find.side_effect = itertools.repeat([one])
+        sweep.sweep_repeatedly(conf)
+        assert end.call_count == sweep.MAX_SWEEPS
+        end.reset_mock()
+        end.return_value = [one.process]
+        assert sweep.sweep_repeatedly(conf) == [one.process]
+        end.assert_called_once()
 
     def test_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A process looks once, and one that it forks looks for itself."""

@@ -62,6 +62,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(logger_name="supervisor")
 
+MAX_SWEEPS = 3
+"""At most this many sweeps in a row, because some orphans are not ours to end."""
+
 _swept_by: int | None = None
 """The PID of the process that has looked for orphans. A forked copy of it looks again."""
 
@@ -80,11 +83,29 @@ def sweep_once(conf: ConfigParser) -> None:
         if _swept_by == os.getpid():
             return
         try:
-            sweep(conf, find_orphans())
+            sweep_repeatedly(conf)
             _swept_by = os.getpid()
         except Exception:
             # Go on: the task that is about to start is not at fault.
             log.exception("Failed to look for tasks whose supervisors have died")
+
+
+def sweep_repeatedly(conf: ConfigParser) -> list[Process]:
+    """
+    End orphans until none is found; return the processes that are still there.
+
+    A task that supervises tasks may have been about to kill what these have started, and is ended itself first. The
+    processes that it has stopped are orphans only then.
+    """
+    survivors: list[Process] = []
+    for _ in range(MAX_SWEEPS):
+        orphans = find_orphans()
+        if not orphans:
+            break
+        survivors = sweep(conf, orphans)
+        if survivors:
+            break
+    return survivors
 
 
 def renew_lock() -> None:
@@ -170,15 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         orphans = find_orphans()
+        for orphan in orphans:
+            print(describe(orphan))
+        survivors = [] if options.dry_run or not orphans else sweep_repeatedly(airflow_conf)
     except OSError as error:
         parser.exit(
             1, f"Tasks without a supervisor could not be looked for: {error.strerror}. Run it again.\n"
         )
-    for orphan in orphans:
-        print(describe(orphan))
-    if options.dry_run or not orphans:
-        return 0
-    return 1 if sweep(airflow_conf, orphans) else 0
+    return 1 if survivors else 0
 
 
 def describe(orphan: Orphan) -> str:
