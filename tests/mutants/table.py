@@ -1506,8 +1506,8 @@ IN_ORPHANS = [
     Mutant(
         "sweep-ends-in-a-dry-run",
         "sweep.py",
-        "    if options.dry_run or not orphans:\n",
-        "    if not orphans:\n",
+        "[] if options.dry_run or not orphans else",
+        "[] if not orphans else",
         "who only wants to look ends tasks",
         ("test_sweep.py",),
     ),
