@@ -22,7 +22,8 @@ in a session with one. The mark is a soft ``RLIMIT_RTTIME`` that no other leader
 real-time scheduling alone, and its value is too high to be reached. It survives fork, exec, setsid,
 ``env -i`` and double forks (getrlimit(2)); an environment variable does not. Parent and child both compute
 the mark from the leader's PID and start time, so they agree on it without talking. Where they cannot, the one
-that sets it first decides. While the tree runs, this costs one system call whenever the supervisor looks for the leader's exit.
+that sets it first decides. While the tree runs, this costs one system call whenever the supervisor looks for
+the leader's exit.
 
 Where ``/proc`` hides a process of our own user (hidepid=1), the kernel still reports its session, its marks
 and whether it is alive, but not its parent. There, a process that has lost its mark and left the sessions of

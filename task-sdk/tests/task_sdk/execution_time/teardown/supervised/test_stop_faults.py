@@ -126,6 +126,17 @@ class TestSignals:
         assert outcome.seconds < GRACE_WITH_FAULTS + 1 + NOISE
 
 
+def stop_when_waiting(process: ActivitySubprocess) -> None:
+    """Have a thread tell this process, the supervisor, to stop while its loop waits."""
+
+    def stop() -> None:
+        while not process._exit_watch.is_waiting:
+            os.sched_yield()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+
+
 class TestHeartbeats:
     def test_loop_sends_none(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """Once the supervisor is told to stop, a thread does: the API server may be away, and keep who asks for a minute."""
@@ -139,16 +150,11 @@ class TestHeartbeats:
             def heartbeat(self, *args: Any, **kwargs: Any) -> None:
                 if not self.started:
                     self.started = True
-                    threading.Thread(target=self.stop_when_waiting, daemon=True).start()
+                    stop_when_waiting(self.process)
                 caught = stop_request.find_caught()
                 if caught and caught.signum and threading.current_thread() is threading.main_thread():
                     late.append("in the grace" if self.process._stop.kill_at else "before the task was told")
                 raise ConnectionError("away")
-
-            def stop_when_waiting(self) -> None:
-                while not self.process._exit_watch.is_waiting:
-                    os.sched_yield()
-                os.kill(os.getpid(), signal.SIGTERM)
 
         def main() -> dict[str, Any]:
             api = Away()
@@ -187,16 +193,11 @@ class TestHeartbeats:
                     os.kill(self.process.pid, signal.SIGWINCH)
                 return super().__call__(logger, method_name, event_dict)
 
-        def stop_when_waiting(process: ActivitySubprocess) -> None:
-            while not process._exit_watch.is_waiting:
-                os.sched_yield()
-            os.kill(os.getpid(), signal.SIGTERM)
-
         def main() -> dict[str, Any]:
             log = Ending()
             log.process = process = start_task(target, logger=log.logger)
             assert relay.hear() == "ready"
-            threading.Thread(target=stop_when_waiting, args=(process,), daemon=True).start()
+            stop_when_waiting(process)
             code = process.wait()
             relay.tell("ended")
             return {"code": code, "log": []}
