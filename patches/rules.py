@@ -270,7 +270,7 @@ def _find_places(insertion: Insertion, source: bytes) -> list[Edit]:
 def apply_edits(source: bytes, edits: Sequence[Edit]) -> bytes:
     """Return the text with the edits, in its order, made, without the blanks that a template leaves at line ends.
 
-    A line that a deletion has emptied goes altogether.
+    A line that a deletion has emptied goes altogether, and of two empty lines around it one.
     """
     # From the last one on: what comes before an edit keeps its offsets.
     for edit in reversed(edits):
@@ -279,7 +279,8 @@ def apply_edits(source: bytes, edits: Sequence[Edit]) -> bytes:
         line_end = len(source) if line_end < 0 else line_end
         touched = source[line_start : edit.start] + edit.text + source[edit.end : line_end]
         if not touched.strip() and not edit.text.strip():
-            source = source[:line_start] + source[line_end + 1 :]
+            before, after = source[:line_start], source[line_end + 1 :]
+            source = before + (after[1:] if before.endswith(b"\n\n") and after.startswith(b"\n") else after)
             continue
         stripped = b"\n".join(line.rstrip() for line in touched.split(b"\n"))
         source = source[:line_start] + stripped + source[line_end:]

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import structlog
-from task_sdk.execution_time.teardown.supervised.supervised_task import conflict
+from task_sdk.execution_time.teardown.supervised.supervised_task import MadeUpTask, conflict
 
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.api.datamodels._generated import TaskInstanceState
@@ -36,17 +36,15 @@ NUMBERS = [(), (7,)]
 """Of a request: none before 1.0.3, and what it is from then on."""
 
 
-class Supervised:
+class Supervised(MadeUpTask):
     """A supervised task that takes note of the answers to its requests."""
 
-    _new_session = True
-
     def __init__(self) -> None:
-        self._terminal_state: str | None = None
+        super().__init__(_new_session=True)
         self.answers: list[tuple[Any, dict[str, int]]] = []
 
-    def send_msg(self, msg: Any, error: Any = None, **request_id: int) -> None:
-        self.answers.append((error or msg, request_id))
+    def send_msg(self, msg: Any, *_: Any, **fields: Any) -> None:
+        self.answers.append((fields.pop("error", None) or msg, fields))
 
 
 def fail(process: Any, msg: Any, log: Any, *number: int, error: Exception) -> None:
@@ -66,7 +64,7 @@ class TestAnsweringFailures:
     def test_handled_request(self, log: Any, number: tuple[int, ...]) -> None:
         """What the supervisor handles it answers itself."""
         process = Supervised()
-        with answering_failures(process, FAILED, log, *number):  # type: ignore[arg-type]
+        with answering_failures(process, FAILED, log, *number):
             process._terminal_state = "failed"
         assert process._terminal_state == "failed"
         assert process.answers == log.calls == []

@@ -25,6 +25,7 @@ import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
+from unittest.mock import create_autospec
 
 import pytest
 import structlog
@@ -55,9 +56,6 @@ class Child:
     def exited(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def wait(self) -> None:
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-
     def close(self) -> None:
         os.close(self._writer)
         self.socket.close()
@@ -74,42 +72,49 @@ def child() -> Iterator[Child]:
 
 
 @pytest.fixture
-def selector() -> Iterator[selectors.BaseSelector]:
-    with selectors.DefaultSelector() as selector:
+def selector() -> Iterator[FinishingSelector]:
+    with FinishingSelector() as selector:
         yield selector
+
+
+class FinishingSelector(selectors.DefaultSelector):
+    """Has a child finish when it comes to wait."""
+
+    finishing: Child | None = None
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        child, self.finishing = self.finishing, None
+        if child is not None:
+            child.finish()
+        return super().select(timeout)
 
 
 def deny(monkeypatch: pytest.MonkeyPatch, pidfd: str) -> None:
     """Make the kernel one that has no pidfd, has none left, or a Python that does not know of it."""
-
-    def refuse(pid: int, flags: int = 0) -> int:
-        number = getattr(errno, pidfd)
-        raise OSError(number, os.strerror(number))
-
     if pidfd == "AttributeError":
         monkeypatch.delattr(os, "pidfd_open")
     else:
-        monkeypatch.setattr(os, "pidfd_open", refuse)
+        number = getattr(errno, pidfd)
+        error = OSError(number, os.strerror(number))
+        monkeypatch.setattr(os, "pidfd_open", create_autospec(os.pidfd_open, side_effect=error))
 
 
 class TestExitWatch:
     @pytest.mark.parametrize("pidfd", ["works", "ENOSYS", "EMFILE", "AttributeError"])
     def test_exit_ends_the_wait(
-        self, child: Child, selector: selectors.BaseSelector, monkeypatch: pytest.MonkeyPatch, pidfd: str
+        self, child: Child, selector: FinishingSelector, monkeypatch: pytest.MonkeyPatch, pidfd: str
     ) -> None:
         """The exit ends select() long before its timeout, also where there is no pidfd, and is no event itself."""
         if pidfd != "works":
             deny(monkeypatch, pidfd)
         watch = ExitWatch()
         watch.start(selector, child.pid)
-        timer = threading.Timer(0.1, child.finish)
-        timer.start()
+        selector.finishing = child
         deadline = time.monotonic() + PATIENCE
         assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
         while not child.exited():
             watch.select(selector, timeout=PATIENCE, exit_code=None)
         assert time.monotonic() < deadline
-        timer.join()
         watch.close(selector)
         assert not selector.get_map()
 
@@ -175,14 +180,14 @@ class TestExitWatch:
         watch = ExitWatch()
         watch.start(selector, child.pid)
         selector.close()
-        timer = threading.Timer(0.1, child.finish)
-        timer.start()
-        looks, began = 0, time.monotonic()
+        began = time.monotonic()
+        assert watch.select(selector, timeout=0.04, exit_code=None) == []
+        assert time.monotonic() - began >= 0.04
+        child.finish()
+        deadline = time.monotonic() + PATIENCE
         while not child.exited():
             assert watch.select(selector, timeout=PATIENCE, exit_code=None) == []
-            looks += 1
-        assert looks <= (time.monotonic() - began) / exit_event.IMMINENT_EXIT_POLL_INTERVAL + 2
-        timer.join()
+        assert time.monotonic() < deadline
         watch.close(selector)
 
     def test_close_twice(self, child: Child, selector: selectors.BaseSelector) -> None:
@@ -208,7 +213,22 @@ class TestExitWatch:
         assert watch.sockets_overdue(-15), "the grace runs from the first kill()"
         assert not watch.sockets_overdue(None), "a child that is there still is no socket's fault"
 
-    def test_wakes_at_a_time(self, child: Child, selector: selectors.BaseSelector) -> None:
+    def test_exit_that_a_signal_handler_announces(self, mocker: MockerFixture) -> None:
+        """The grace goes on for a while when the busy caller is back, unless that says how long it is; no kill is put off."""
+        clock = mocker.patch.object(exit_event.time, "monotonic", autospec=True, return_value=100.0)
+        watch = ExitWatch()
+        watch.announce_exit(60, least=5)
+        assert watch.exit_expected
+        assert watch.grace_ends(default=0) == 160
+        clock.return_value = 158.0
+        assert watch.grace_ends(default=0) == 163
+        watch.expect_exit(7)
+        assert watch.grace_ends(default=0) == 165
+        watch.announce_exit(1, least=30)
+        watch.expect_exit(8)
+        assert watch.grace_ends(default=0) == 165
+
+    def test_wakes_at_a_time(self, child: Child, selector: FinishingSelector) -> None:
         """The loop is woken for what is due besides the exit, once it is told of it; then no more."""
         # Instead of a wait without an end.
         awaken = threading.Timer(PATIENCE, child.finish)
@@ -221,12 +241,10 @@ class TestExitWatch:
         assert time.monotonic() >= due
         assert not child.exited()
         watch.wake_at(None)
-        timer = threading.Timer(0.1, child.finish)
-        timer.start()
+        selector.finishing = child
         watch.select(selector, timeout=PATIENCE, exit_code=None)
-        timer.join()
         awaken.cancel()
-        child.wait()
+        assert child.exited()
         watch.close(selector)
 
     def test_sockets_that_are_given_up(self) -> None:

@@ -16,16 +16,18 @@
 # under the License.
 from __future__ import annotations
 
+import enum
 import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
+from task_sdk.execution_time.teardown.supervised.supervised_task import MadeUpTask, make_up_process
 
+from airflow.sdk.execution_time.supervisor import WatchedSubprocess
 from airflow.sdk.execution_time.teardown.exit_status import (
     find_reported_state,
     has_reported,
@@ -40,8 +42,11 @@ def log() -> structlog.testing.CapturingLogger:
     return structlog.testing.CapturingLogger()
 
 
-def task(log: Any, reported: str | None) -> Any:
-    return SimpleNamespace(pid=4711, process_log=log, _terminal_state=reported)
+def task(log: structlog.testing.CapturingLogger, reported: Any) -> MadeUpTask:
+    return MadeUpTask(pid=4711, process_log=log, _terminal_state=reported)
+
+
+State = enum.Enum("State", {"UP_FOR_RETRY": "up_for_retry", "SERVER_TERMINATED": "server_terminated"})
 
 
 class TestSettleExitCode:
@@ -63,7 +68,7 @@ class TestSettleExitCode:
 
     def test_other_types(self) -> None:
         """A type that reports no terminal state gets what psutil said."""
-        assert settle_exit_code(SimpleNamespace(pid=4711), None) is None
+        assert settle_exit_code(WatchedSubprocess(**make_up_process()), None) is None
 
 
 class TestReportedState:
@@ -72,9 +77,9 @@ class TestReportedState:
         [
             (None, None),
             ("success", "success"),
-            (SimpleNamespace(value="up_for_retry"), "up_for_retry"),
+            (State.UP_FOR_RETRY, "up_for_retry"),
             ("SERVER_TERMINATED", None),
-            (SimpleNamespace(value="server_terminated"), None),
+            (State.SERVER_TERMINATED, None),
         ],
     )
     def test_task(self, log: structlog.testing.CapturingLogger, reported: Any, state: str | None) -> None:

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
+from unittest.mock import create_autospec
 
 import psutil
 import pytest
@@ -59,8 +60,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-    from airflow.sdk.execution_time.teardown.process_tree import Process
+    from pytest_mock import MockerFixture
 
+    from airflow.sdk.execution_time.teardown.process_tree import Process
 
 pytestmark = pytest.mark.usefixtures("list_left")
 
@@ -159,7 +161,7 @@ class TestSignal:
             assert relay.hear() == "handled"
             assert relay.hear() == [runner]
 
-    def test_supervisor_that_is_dead_before(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_supervisor_that_is_dead_before(self, relay: Relay, mocker: MockerFixture) -> None:
         """A runner whose supervisor has died before it could follow it ends at once, and starts nothing."""
 
         def lead_session_late() -> bool:
@@ -168,7 +170,7 @@ class TestSignal:
             return led()
 
         led = stop_request.lead_session
-        monkeypatch.setattr(stop_request, "lead_session", lead_session_late)
+        mocker.patch.object(stop_request, "lead_session", autospec=True, side_effect=lead_session_late)
         with contextlib.closing(Relay()) as gate:
             with supervising(lambda: relay.tell("started")) as supervisor:
                 runner = relay.hear()
@@ -205,13 +207,7 @@ class TestFaults:
         """What it says matters less than its end."""
 
         def target() -> None:
-            def fail(*_: Any, **__: Any) -> None:
-                raise OSError(error, call)
-
-            owner, name = {"socket.socket.shutdown": (socket.socket, "shutdown")}.get(
-                call, (os, call.rpartition(".")[2])
-            )
-            setattr(owner, name, fail)
+            misbehave(call, error)
             tell_when_told(relay)
 
         with supervising(target) as supervisor:
@@ -276,7 +272,7 @@ class TestFaults:
         def target() -> None:
             detach(lambda: be_polite(relay))
             signal.signal(signal.SIGALRM, lambda *_: os._exit(5))
-            lifeline.leave_sockets = interrupt
+            lifeline.leave_sockets = create_autospec(lifeline.leave_sockets, side_effect=interrupt)
             relay.tell("ready")
             pause_for_ever()
 
@@ -286,21 +282,20 @@ class TestFaults:
             wait_until_left(list_left)
 
     @pytest.mark.parametrize("missing", ["ctypes", "prctl", "handler"])
-    def test_signal_that_cannot_be_asked_for(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, missing: str
-    ) -> None:
+    def test_signal_that_cannot_be_asked_for(self, relay: Relay, mocker: MockerFixture, missing: str) -> None:
         """A task starts without it, too."""
-
-        def refuse(*_: Any) -> None:
-            raise ImportError(missing)
 
         def lack_means() -> None:
             if missing == "ctypes":
                 sys.modules["ctypes"] = None  # type: ignore[assignment]
             elif missing == "prctl":
-                monkeypatch.setattr(lifeline.importlib, "import_module", refuse)
+                mocker.patch.object(
+                    lifeline.importlib, "import_module", autospec=True, side_effect=ImportError
+                )
             else:
-                monkeypatch.setattr(lifeline.Lifeline, "handle", property(refuse))
+                mocker.patch.object(
+                    lifeline.Lifeline, "handle", new_callable=mocker.PropertyMock, side_effect=ImportError
+                )
 
         with supervising(lambda: relay.tell("started"), lack_means):
             assert relay.hear() == "started"
@@ -314,6 +309,11 @@ class TestFaults:
             assert logs == []
             policy.find_leftover_policy(conf)
             assert [log["value"] for log in logs] == ["nonsense"]
+
+
+def take_for_creator(pid: int) -> None:
+    """Take a process for the one that has made any socket."""
+    lifeline.find_creator = create_autospec(lifeline.find_creator, return_value=pid)
 
 
 class TestSpawner:
@@ -344,7 +344,7 @@ class TestSpawner:
         [
             lambda: None,
             in_turn(os.setsid, lambda: lack("socket.SO_PEERCRED")),
-            in_turn(os.setsid, lambda: setattr(lifeline, "find_creator", lambda _sock: os.getpid())),
+            in_turn(os.setsid, lambda: take_for_creator(os.getpid())),
         ],
         ids=["none", "unknown", "itself"],
     )
@@ -353,7 +353,9 @@ class TestSpawner:
 
         def prepare_and_tell() -> None:
             prepare()
-            lifeline.follow_supervisor = lambda *_: relay.tell("followed")
+            lifeline.follow_supervisor = create_autospec(
+                lifeline.follow_supervisor, side_effect=lambda *_: relay.tell("followed")
+            )
 
         with forked(lambda: self.follow(relay, prepare_and_tell)):
             assert isinstance(relay.hear(), int)
@@ -404,7 +406,7 @@ class TestWatchdog:
         os.kill(leader, signal.SIGUSR1)
         _, notes = process.communicate(timeout=PATIENCE)
         imported = {line.rpartition(b"|")[2].strip().decode() for line in notes.splitlines() if b"|" in line}
-        ours = {f"{watchdog.PACKAGE}.{name}" for name in ("orphans", "exit_status", "process_tree")}
+        ours = {f"{watchdog.PACKAGE}.{name}" for name in ("orphans", "ending", "exit_status", "process_tree")}
         assert {name for name in imported if name.startswith("airflow")} <= ours
         assert "psutil" in imported
         assert not {"site", "structlog", "attrs", "pydantic", "asyncio"} & imported

@@ -20,14 +20,15 @@ import contextlib
 import errno
 import os
 import resource
-import select
 import signal
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 from task_sdk.execution_time.teardown.supervised.faults import (
     NOBODY,
     become_nobody,
+    forbid_pidfd,
     lack,
     misbehave,
     mount_proc,
@@ -35,6 +36,7 @@ from task_sdk.execution_time.teardown.supervised.faults import (
     run_in_namespace,
 )
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
+    NEVER,
     PATIENCE,
     Relay,
     Tree,
@@ -47,23 +49,27 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     leave_others_alone,
     list_living,
     look_at_own_processes,
+    make_zombie,
     pause_for_ever,
 )
 
-from airflow.sdk.execution_time.teardown import orphans, process_tree
+from airflow.sdk.execution_time.teardown import ending, orphans, process_tree
 from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
 from airflow.sdk.execution_time.teardown.process_tree import (
     Process,
     ProcessTree,
     condemn,
+    is_alive,
     look_at,
     mark_process,
     read_origin,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
+
+    from pytest_mock import MockerFixture
 
 
 @pytest.fixture(autouse=True)
@@ -160,18 +166,10 @@ class TestFindOrphans:
             assert find() == [leader]
             assert not find_orphans()[0].condemned
 
-    def test_supervisor_that_nobody_collects(self) -> None:
-        """A supervisor that is a zombie is dead."""
-        with leading() as (supervisor, leader):
-            os.kill(supervisor, signal.SIGKILL)
-            os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOWAIT)
-            assert find() == [leader]
-
     def test_leader_that_is_dead(self) -> None:
         """What is left of a tree whose leader is gone, or a zombie, may be what a success has left."""
         leader, _ = orphan(fork_child)
-        os.kill(leader, signal.SIGKILL)
-        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+        make_zombie(leader)
         assert find() == []
         os.waitpid(leader, 0)
         assert find() == []
@@ -185,6 +183,15 @@ class TestFindOrphans:
             kill_child(leader)
             assert find() == [child]
             assert find_orphans()[0].condemned
+
+    def test_condemned_by_another(self) -> None:
+        """Who is about to be killed by one that lives is no orphan, though its own supervisor has died long ago."""
+        leader, child = orphan(fork_session)
+        tree = make_tree(leader)
+        kill_child(leader)
+        tree.condemn(tree.find())
+        assert read_origin(child)
+        assert find() == []
 
     def test_namesake_of_a_leader(self) -> None:
         """A process that has inherited a mark, and has got the number of the mark's leader since, leads nothing."""
@@ -220,7 +227,7 @@ class TestFindOrphans:
             assert relay.hear() == []
             assert find() == [leader]
 
-    def test_other_users(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_users(self) -> None:
         """Whoever looks finds the orphans of its own user alone, also if it is root and may read all limits."""
 
         def read_as_privileged(pid: int) -> int | None:
@@ -236,8 +243,7 @@ class TestFindOrphans:
         ours, *_ = orphan()
         condemned, *_ = orphan(supervisor=become_nobody)
         condemn(condemned)
-        with monkeypatch.context() as patching:
-            patching.setattr(orphans, "read_origin", read_as_privileged)
+        with mock.patch.object(orphans, "read_origin", autospec=True, side_effect=read_as_privileged):
             assert find() == [ours]
         assert orphans.is_ours(ours)
         assert not orphans.is_ours(others)
@@ -267,10 +273,11 @@ class TestFindOrphans:
 
         def main() -> dict[str, Any]:
             orphan()
-            orphans.list_pids = lambda: [(pid, None) for pid in range(1, 9)]
-            return {"found": find()}
+            numbers = [(pid, None) for pid in range(1, 9)]
+            orphans.list_pids = look = mock.create_autospec(process_tree.list_pids, return_value=numbers)
+            return {"found": find(), "looked": look.called}
 
-        assert run_in_namespace(main, own_proc=False) == {"found": []}
+        assert run_in_namespace(main, own_proc=False) == {"found": [], "looked": False}
 
 
 class TestMeansToFind:
@@ -313,7 +320,7 @@ class TestMeansToFind:
         def main() -> dict[str, Any]:
             leader, *_ = orphan(ignore_sigterm)
             tree = make_tree(leader)
-            orphans.KILL_TIME = 0.1
+            ending.KILL_TIME = 0.1
             misbehave("os.scandir", errno.EMFILE)
             left = end_orphans([tree], 0.1)
             return {"left": [process.pid for process in left], "leader": leader}
@@ -339,11 +346,7 @@ class TestMeansToFind:
         """The end of a process is polled for."""
 
         def end() -> dict[str, Any]:
-            if how == "absent":
-                lack("os.pidfd_open")
-                lack("signal.pidfd_send_signal")
-            else:
-                misbehave("os.pidfd_open", errno.ENOSYS)
+            forbid_pidfd(how)
             return {"left": end_orphans([make_tree(leader)], 0.2 if main is ignore_sigterm else PATIENCE)}
 
         leader, *_ = orphan(main)
@@ -352,29 +355,35 @@ class TestMeansToFind:
 
 
 class TestEndOrphans:
-    def test_runner_goes_first(self) -> None:
+    def test_runner_goes_first(self, mocker: MockerFixture) -> None:
         """What has left its group is asked to end when the runner has had its on_kill."""
 
         def lead_daemon() -> list[int]:
-            def tell_and_exit(*_: Any) -> None:
-                told.tell("daemon")
-                os._exit(0)
-
             def on_kill(*_: Any) -> None:
-                told.tell("on_kill")
-                select.select([], [], [], 0.3)
-                told.tell("end of on_kill")
+                awaited.hear()
                 os._exit(0)
 
-            signal.signal(signal.SIGTERM, tell_and_exit)
             started = fork_session()
             signal.signal(signal.SIGTERM, on_kill)
             return started
 
-        with contextlib.closing(Relay()) as told:
-            leader, _ = orphan(lead_daemon)
+        def tell_and_wait(processes: Sequence[Process], deadline: float) -> None:
+            awaited.tell("somebody is waited for")
+            wait(processes, deadline)
+
+        def look_and_send(process: Process, signals: Iterable[int]) -> bool | None:
+            sent.append((process.pid, is_alive(runner)))
+            return send(process, signals)
+
+        wait, send = orphans.wait_until_gone, process_tree.send_signals
+        sent: list[tuple[int, bool]] = []
+        with contextlib.closing(Relay()) as awaited:
+            leader, daemon = orphan(lead_daemon)
+            runner = read(leader)
+            mocker.patch.object(orphans, "wait_until_gone", autospec=True, side_effect=tell_and_wait)
+            mocker.patch.object(process_tree, "send_signals", autospec=True, side_effect=look_and_send)
             assert end_orphans([make_tree(leader)], PATIENCE) == []
-            assert [told.hear() for _ in range(3)] == ["on_kill", "end of on_kill", "daemon"]
+        assert sent == [(leader, True), (daemon, False)]
 
     def test_stopped_runner(self) -> None:
         """One that is stopped is continued, and ends by SIGTERM."""
@@ -383,6 +392,27 @@ class TestEndOrphans:
         os.waitid(os.P_PID, leader, os.WSTOPPED)
         assert end_orphans([make_tree(leader)], PATIENCE) == []
         assert ended_by(leader) == signal.SIGTERM
+
+    def test_death_in_the_grace(self) -> None:
+        """Who is killed while it ends a tree, whose runner has gone, leaves orphans that the next one kills."""
+
+        def lead_deaf_session() -> list[int]:
+            def main() -> None:
+                os.setsid()
+                signal.signal(signal.SIGTERM, lambda *_: told.tell("told to end"))
+                told.tell("ready")
+                pause_for_ever()
+
+            pid = fork(main)
+            assert told.hear() == "ready"
+            return [pid]
+
+        with contextlib.closing(Relay()) as told:
+            leader, deaf = orphan(lead_deaf_session)
+            with forked(lambda: end_orphans([make_tree(leader)], NEVER)):
+                assert told.hear() == "told to end"
+            assert find() == [deaf]
+            assert find_orphans()[0].condemned
 
     def test_deaf_trees(self) -> None:
         """All trees have one grace together, and nothing outlives it; nor is anybody else's process touched."""
@@ -411,14 +441,33 @@ class TestEndOrphans:
             assert held.gone(child) if choice == "ends" else held.runs(child)
             assert held.runs(daemon)
 
-    def test_survivor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_group_of_a_runner_that_ends(self, mocker: MockerFixture) -> None:
+        """Where leftovers are not ended, they are not killed because their supervisor has died, but asked to end."""
+
+        def fork_deaf() -> list[int]:
+            with contextlib.closing(Relay()) as ready:
+                deaf = fork(in_turn(ignore_sigterm, lambda: ready.tell("ready"), pause_for_ever))
+                ready.hear()
+                return [deaf]
+
+        leader, deaf = orphan(fork_deaf)
+        send = mocker.patch.object(
+            process_tree, "send_signals", autospec=True, side_effect=process_tree.send_signals
+        )
+        assert end_orphans([make_tree(leader, ends_leftovers=False)], PATIENCE) == []
+        assert ended_by(leader) == signal.SIGTERM
+        sent = {(call.args[0].pid, *call.args[1]) for call in send.mock_calls}
+        assert sent == {(leader, signal.SIGTERM), (deaf, signal.SIGTERM)}
+
+    def test_survivor(self, mocker: MockerFixture) -> None:
         """What does not end is returned, a second after the grace at the latest."""
         leader, child = orphan(fork_session)
         send = process_tree.send_signals
-        monkeypatch.setattr(
+        mocker.patch.object(
             process_tree,
             "send_signals",
-            lambda process, signals: process.pid == child or send(process, signals),
+            autospec=True,
+            side_effect=lambda process, signals: process.pid == child or send(process, signals),
         )
         assert [process.pid for process in end_orphans([make_tree(leader)], 0.1)] == [child]
 

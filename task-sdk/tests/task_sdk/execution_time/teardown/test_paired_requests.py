@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-from task_sdk.execution_time.test_interruption import Runner
+from task_sdk.execution_time.teardown.test_interruption import Runner
+from task_sdk.execution_time.teardown.test_task_requests import FAILED, Supervised
 
 from airflow.sdk.execution_time.comms import GetVariable, PutVariable
 from airflow.sdk.execution_time.task_runner import CommsDecoder
 from airflow.sdk.execution_time.teardown import interruption
 from airflow.sdk.execution_time.teardown.paired_requests import CommsLock, reads_answer, sends_request
+from airflow.sdk.execution_time.teardown.task_requests import handle_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,6 +125,15 @@ class TestPairs:
             signal.raise_signal(signal.SIGTERM)
 
         assert runner.run(execute) == ["read", "on_kill"]
+
+
+class TestReport:
+    def test_nobody_waits_for_a_refusal(self) -> None:
+        """A runner that reports reads no answer, which its next request would get."""
+        process = Supervised()
+        process._stop.server_ended = True
+        handle_request(process, FAILED, structlog.get_logger())
+        assert process.answers == process.handled == []
 
 
 class TestComms:

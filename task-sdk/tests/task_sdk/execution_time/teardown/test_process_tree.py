@@ -19,21 +19,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
+from unittest import mock
 
 import psutil
 import pytest
 from task_sdk.execution_time.teardown.supervised.faults import (
     become_nobody,
+    choose_next_pid,
     fork_as,
     lack,
     misbehave,
@@ -44,6 +45,7 @@ from task_sdk.execution_time.teardown.supervised.faults import (
 )
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
+    SLEEPER,
     Relay,
     Tree,
     ended_by,
@@ -53,6 +55,8 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     kill_child,
     lift_limit,
     limit_realtime,
+    list_pending,
+    make_zombie,
     pause_for_ever,
     set_name,
     waiting,
@@ -88,9 +92,6 @@ if TYPE_CHECKING:
     from pytest_mock import MockerFixture
 
 Started = TypeVar("Started")
-
-SLEEPER = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"]
-
 
 pytestmark = pytest.mark.usefixtures("list_left")
 
@@ -290,9 +291,10 @@ class TestFind:
             tree._oldest = 0
             assert tree._mark
             resource.prlimit(0, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
-            with pytest.MonkeyPatch.context() as patching:
-                marks = {1: (tree._mark,)}
-                patching.setattr(tree, "_read_marks", lambda pid: marks.get(pid, read_limits(pid)))
+            marks = {1: (tree._mark,)}
+            with mock.patch.object(
+                tree, "_read_marks", autospec=True, side_effect=lambda pid: marks.get(pid, read_limits(pid))
+            ):
                 told.tell(find(tree) == [child])
             pause_for_ever()
 
@@ -402,8 +404,7 @@ class TestFind:
     def test_session_is_known_until_the_leader_is_collected(self) -> None:
         """What has lost its mark is found by the session, if somebody looks when the leader has ended."""
         tree, leader, started = lead(lambda: start_orphan(lift_limit))
-        os.kill(leader, signal.SIGKILL)
-        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+        make_zombie(leader)
         tree.note_exit()
         os.waitpid(leader, 0)
         assert find(tree) == started
@@ -427,8 +428,7 @@ class TestFind:
     def test_leader_that_is_dead_before(self) -> None:
         """What a leader has left that is dead before it could be adopted, but not collected, belongs to it."""
         pid, [daemon] = start_waiting(os.setsid, mark_process, lambda: [start_daemon()])
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        make_zombie(pid)
         tree = ProcessTree()
         tree.set_leader(pid)
         assert find(tree) == [daemon]
@@ -446,10 +446,10 @@ class TestFind:
         """Where /proc tells of others under the numbers that are used here, nobody is looked for."""
 
         def main() -> dict[str, Any]:
+            number_there = int(os.readlink("/proc/self"))
+            choose_next_pid(number_there)
             tree, leader, _ = lead(start_child)
-            while not os.path.exists(f"/proc/{leader}"):  # nobody there could be taken for it
-                kill_child(leader)
-                tree, leader, _ = lead(start_child)
+            assert leader == number_there  # so somebody there could be taken for it
             assert find(tree) == []
             assert tree.look_failure
             assert not tree.signal_leader(signal.SIGKILL)
@@ -566,13 +566,9 @@ class TestNested:
         leader, _ = start_waiting(become_leader)
         assert read_limits(leader) == (compute_mark(read(leader)),)
 
-    def test_with_a_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_with_a_variable(self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> None:
         """Where the limit cannot be set the variable has the marks of all trees."""
-
-        def refuse(*args: Any) -> None:
-            raise PermissionError
-
-        monkeypatch.setattr(resource, "prlimit", refuse)
+        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
         monkeypatch.delenv(MARK_VARIABLE, raising=False)
         tree, leader, [[middle, [inner, daemon]]] = lead(lambda: supervise(lambda: supervise(start_daemon)))
         for runner in (middle, inner, leader):
@@ -678,8 +674,7 @@ class TestOrigin:
         pid = fork_child()
         origin = make_origin(read(pid))
         assert is_origin_alive(origin)
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        make_zombie(pid)
         assert not is_origin_alive(origin)
         os.waitpid(pid, 0)
         assert not is_origin_alive(origin)
@@ -828,8 +823,7 @@ class TestLook:
     def test_only_the_young_are_read_again(self, mocker: MockerFixture) -> None:
         """What ran before the leader, or is dead, is read once; what is the tree's, every time."""
         zombie, _ = start_waiting(lambda: None)
-        os.kill(zombie, signal.SIGKILL)
-        os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+        make_zombie(zombie)
         tree, leader, [child] = lead(start_child)
         assert find(tree) == [child]
         look = mocker.spy(process_tree, "look_at")
@@ -913,12 +907,55 @@ class TestFailingLook:
         tree, _, started = lead(*STARTS)
         send = process_tree.send_signals
 
-        def fail_and_send(process: Process, signals: Any) -> bool:
+        def fail_and_send(process: Process, signals: Any) -> bool | None:
             errors[:] = [errno.EMFILE] * process_tree.LOOK_TRIES
             return send(process, signals)
 
         mocker.patch.object(process_tree, "send_signals", autospec=True, side_effect=fail_and_send)
         assert sorted(process.pid for process in tree.stop(PATIENCE)) == sorted(started)
+
+
+class TestUnluckyReadings:
+    """What /proc says in the moment of a change."""
+
+    @pytest.mark.parametrize("state", [b"X", b"Z"])
+    def test_exec_of_another_thread(self, mocker: MockerFixture, state: bytes) -> None:
+        """A process one of whose threads calls execve() looks like one that is gone, and is there (fs/exec.c)."""
+
+        def read_unluckily(path: str) -> bytes:
+            stat = read_file(path)
+            if path == f"/proc/{child}/stat" and not unlucky:
+                unlucky.append(path)
+                name, _, rest = stat.rpartition(b")")
+                fields = rest.split()
+                fields[0], fields[17] = state, b"0"
+                return b"".join([name, b") ", b" ".join(fields)])
+            return stat
+
+        unlucky: list[str] = []
+        tree, _, [child] = lead(start_child)
+        read_file = process_tree._read_file
+        mocker.patch.object(process_tree, "_read_file", autospec=True, side_effect=read_unluckily)
+        assert find(tree) == [child]
+        assert unlucky
+        assert find(tree) == [child]
+
+    def test_relay(self, mocker: MockerFixture) -> None:
+        """One that ends after the list was read, and whose successor the list has not, is not the last of its line."""
+        tree, leader, [child] = lead(start_child)
+        gone, _ = start_waiting(lambda: None)
+        kill_child(gone)
+        lists = [[(leader, None), (gone, None)], [(leader, None), (child, None)]]
+        mocker.patch.object(process_tree, "list_pids", autospec=True, side_effect=lists)
+        assert find(tree) == [child]
+
+    def test_relay_without_end(self, mocker: MockerFixture) -> None:
+        """Where numbers vanish all the time, a look has an end."""
+        tree, leader, _ = lead()
+        listings = mocker.patch.object(process_tree, "list_pids", autospec=True)
+        listings.side_effect = ([(leader, None), (2**22 + number, None)] for number in itertools.count())
+        assert find(tree) == []
+        assert listings.call_count == process_tree.MAX_LISTINGS
 
 
 class TestSpared:
@@ -1024,7 +1061,7 @@ class TestStop:
     def test_member_that_another_continues(self, mocker: MockerFixture) -> None:
         """Another program of the tree continues it, as a watchdog does before it is stopped itself: it is stopped again."""
 
-        def stop_and_continue(process: Process, signals: list[int]) -> bool:
+        def stop_and_continue(process: Process, signals: list[int]) -> bool | None:
             sent = send_signals(process, signals)
             if process.pid == child and not continued:
                 os.kill(child, signal.SIGCONT)
@@ -1058,7 +1095,7 @@ class TestStop:
 
             return fork(main)
 
-        def start_another_and_send(process: Process, signals: Any) -> bool:
+        def start_another_and_send(process: Process, signals: Any) -> bool | None:
             if not started_meanwhile:
                 order.tell("start another")
                 started_meanwhile.append(told.hear())
@@ -1074,6 +1111,28 @@ class TestStop:
             stopped = tree.stop(PATIENCE)
         assert sorted(process.pid for process in stopped) == sorted([child, *started_meanwhile])
         assert all(read(process.pid).stopped for process in stopped)
+
+    @pytest.mark.parametrize("spared", [frozenset(), frozenset({"somebody"})])
+    def test_stopped_when_it_is_read(self, mocker: MockerFixture, spared: frozenset[str]) -> None:
+        """What is gone after a look, and has started another, is stopped before, unless it may have to be spared."""
+        tree, _, [child] = lead(start_child)
+        tree.spared = spared
+        order: list[Any] = []
+
+        def note_and_send(process: Process, signals: Any) -> bool | None:
+            order.append(process.pid)
+            return send_signals(process, signals)
+
+        def note_and_find(*args: Any) -> Any:
+            order.append("looked")
+            return find_members(*args)
+
+        find_members = ProcessTree._find_members
+        mocker.patch.object(process_tree, "send_signals", autospec=True, side_effect=note_and_send)
+        mocker.patch.object(ProcessTree, "_find_members", autospec=True, side_effect=note_and_find)
+        tree.stop(PATIENCE)
+        assert order[0] == ("looked" if spared else child)
+        assert read(child).stopped
 
     def test_no_time_at_all(self) -> None:
         """All are sent SIGSTOP once in any case."""
@@ -1133,7 +1192,7 @@ class TestKillAll:
         send = process_tree.send_signals
         stopped: list[bool] = []
 
-        def look_and_send(process: Process, signals: Any) -> bool:
+        def look_and_send(process: Process, signals: Any) -> bool | None:
             if signal.SIGKILL in signals and not stopped:
                 stopped.extend(read(pid).stopped for pid in started)
             return send(process, signals)
@@ -1166,14 +1225,10 @@ class TestFallbacks:
         kill_child(leader)
         assert find(tree) == started
 
-    def test_without_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_the_limit(self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> None:
         """Where the limit cannot be set a variable marks whatever keeps its environment."""
-
-        def refuse(*args: Any) -> None:
-            raise PermissionError
-
-        monkeypatch.setattr(resource, "setrlimit", refuse)
-        monkeypatch.setattr(resource, "prlimit", refuse)
+        for call in ("setrlimit", "prlimit"):
+            mocker.patch.object(resource, call, autospec=True, side_effect=PermissionError)
         monkeypatch.delenv(MARK_VARIABLE, raising=False)
         tree, leader, [daemon, _] = lead(start_daemon, start_daemon_without_environment)
         kill_child(leader)
@@ -1233,8 +1288,7 @@ class TestFallbacks:
             return original(path, *args, **kwargs)
 
         original = os.open
-        with pytest.MonkeyPatch.context() as patching:
-            patching.setattr(os, "open", refuse)
+        with mock.patch.object(os, "open", autospec=True, side_effect=refuse):
             yield
 
 
@@ -1325,7 +1379,7 @@ class TestHidden:
             process = read(child)
             assert is_alive(process)
             assert not is_alive(replace(process, start=process.start - 1))
-            assert send_signals(replace(process, start=process.start - 1), [signal.SIGKILL])
+            assert send_signals(replace(process, start=process.start - 1), [signal.SIGKILL]) is None
             assert all(read_process(pid) for pid in (child, other, *others))
             assert read_process(1) is None, "it is another user's"
 
@@ -1394,8 +1448,7 @@ class TestReadProcess:
         """A zombie is dead, whether or not somebody collects it."""
         pid, _ = start_waiting(lambda: None)
         assert read_process(pid) is not None
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        make_zombie(pid)
         assert read_process(pid) is None
         zombie = look_at(pid)
         assert zombie
@@ -1418,21 +1471,12 @@ class TestReadProcess:
         assert read_process(pid) is not None
 
 
-def list_pending(pid: int) -> int:
-    """Return the signals that wait for a process that blocks them, as proc_pid_status(5) has them."""
-    with open(f"/proc/{pid}/status") as status:
-        [pending] = [int(line.split()[1], 16) for line in status if line.startswith("ShdPnd:")]
-    return pending
-
-
 class TestSendSignal:
     @pytest.mark.parametrize("pidfd", ["works", errno.ENOSYS, errno.EMFILE, None])
-    def test_process_gets_it(self, monkeypatch: pytest.MonkeyPatch, pidfd: Any) -> None:
+    def test_process_gets_it(
+        self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, pidfd: Any
+    ) -> None:
         """It does so with and without a pidfd."""
-
-        def refuse(pid: int, flags: int = 0) -> int:
-            raise OSError(pidfd, "refused")
-
         pid, _ = start_waiting(lambda: None)
         process = read(pid)
         with contextlib.closing(Tree()) as held:
@@ -1440,11 +1484,11 @@ class TestSendSignal:
             if pidfd is None:
                 monkeypatch.delattr(os, "pidfd_open")
             elif pidfd != "works":
-                monkeypatch.setattr(os, "pidfd_open", refuse)
+                mocker.patch.object(os, "pidfd_open", autospec=True, side_effect=OSError(pidfd, "refused"))
             assert send_signals(process, [signal.SIGTERM])
             assert held.gone(pid)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
-        assert send_signals(process, [signal.SIGTERM]), "it is gone, which nobody needs to hear of"
+        assert send_signals(process, [signal.SIGTERM]) is None
         assert not is_alive(process)
 
     @pytest.mark.parametrize("pidfd", [True, False])
@@ -1454,7 +1498,7 @@ class TestSendSignal:
         present = read(pid)
         if not pidfd:
             monkeypatch.delattr(os, "pidfd_open")
-        assert send_signals(replace(present, start=present.start - 1), [signal.SIGTERM])
+        assert send_signals(replace(present, start=present.start - 1), [signal.SIGTERM]) is None
         assert list_pending(pid) == 0
         assert send_signals(present, [signal.SIGTERM])
         assert list_pending(pid) == 1 << signal.SIGTERM - 1
@@ -1469,7 +1513,18 @@ class TestSendSignal:
             autospec=True,
             side_effect=PermissionError,
         )
-        assert not send_signals(read(os.getpid()), [signal.SIGCONT])
+        assert send_signals(read(os.getpid()), [signal.SIGCONT]) is False
+
+    def test_record(self) -> None:
+        """Who has ended before its signal is not among those that were ended by it."""
+        tree, _, [child, other] = lead(start_child, start_child)
+        members = tree.find()
+        with contextlib.closing(Tree()) as held:
+            held.add(child)
+            os.kill(child, signal.SIGKILL)
+            assert held.gone(child)
+        tree.signal(members, signal.SIGTERM)
+        assert [process.pid for process in tree.end_signals] == [other]
 
     def test_every_signal(self) -> None:
         """A stopped process is told to end, and continued so that it can."""
@@ -1517,6 +1572,13 @@ class TestSudo:
         write_sudo(folder, script)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
+    def install_sudo_that_fails_late(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, pid: int, says: str
+    ) -> None:
+        """Have sudo say something and fail when one of the processes has ended."""
+        wait = f"until grep -q '^State:.Z' /proc/{pid}/status; do :; done"
+        self.install_sudo(monkeypatch, folder, f"kill -9 {pid}; {wait}; echo {says} >&2; exit 1")
+
     @contextlib.contextmanager
     def hanging_sudo(self, folder: Path, says: str) -> Iterator[list[Any]]:
         """Have sudo say something and hang, from when on it is timed; yields the list of what its calls have said."""
@@ -1554,12 +1616,26 @@ class TestSudo:
     def test_process_that_ends_meanwhile(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Kill fails when one of many is gone; that is no refusal, and sudo is asked again for the rest."""
         tree, _, [polite, _] = lead(start_child, start_child)
-        wait = f"until grep -q '^State:.Z' /proc/{polite}/status; do :; done"
-        self.install_sudo(
-            monkeypatch, tmp_path, f"kill -9 {polite}; {wait}; echo No such process >&2; exit 1"
-        )
+        self.install_sudo_that_fails_late(monkeypatch, tmp_path, polite, "kill: No such process")
         tree.signal(tree.find(), signal.SIGTERM)
         assert tree.sudo_failures == {}
+
+    def test_refusal_while_one_ends(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A sudo that does not permit it has refused, also if one of the processes has ended meanwhile."""
+        tree, _, [polite, _] = lead(start_child, start_child)
+        self.install_sudo_that_fails_late(monkeypatch, tmp_path, polite, "a password is required")
+        tree.signal(tree.find(), signal.SIGTERM)
+        assert tree.sudo_failures == {os.geteuid(): "a password is required"}
+        assert tree.end_signals == {}, "nobody was signalled"
+
+    def test_nobody_is_stopped(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A sudo that takes its time to stop them could leave too little of it to kill them."""
+        self.install_sudo(monkeypatch, tmp_path, f'printf "%s\\n" "$*" >>{tmp_path}/calls')
+        tree, _, [child] = lead(start_child)
+        began = time.monotonic()
+        assert [process.pid for process in tree.kill_all(PATIENCE)] == [child]
+        assert time.monotonic() - began < PATIENCE, "nobody is waited for to stop"
+        assert (tmp_path / "calls").read_text() == f"-n -u #{os.geteuid()} kill -9 {child}\n"
 
     def test_failure_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """What sudo says when it does not permit it is there to be logged."""
@@ -1668,7 +1744,7 @@ class TestGroupByOwner:
     def test_effective_user(self, mocker: MockerFixture) -> None:
         """It is the effective user whom sudo is asked to signal as, for a set-user-ID program has another real one."""
         process = read(start_child())
-        ids = SimpleNamespace(real=1, effective=2, saved=3)
+        ids = psutil.Process().uids()._replace(real=1, effective=2, saved=3)
         mocker.patch.object(psutil.Process, "uids", autospec=True, return_value=ids)
         assert group_by_owner([process]) == {2: [process]}
 
@@ -1707,7 +1783,7 @@ class TestMark:
 
 class TestInterrupted:
     @pytest.mark.parametrize("look", [2, 3])
-    def test_nothing_stays_stopped(self, monkeypatch: pytest.MonkeyPatch, look: int) -> None:
+    def test_nothing_stays_stopped(self, mocker: MockerFixture, look: int) -> None:
         """An exception between SIGSTOP and SIGKILL does not keep those from being killed that were stopped."""
 
         def lead() -> None:
@@ -1726,7 +1802,7 @@ class TestInterrupted:
             tree = ProcessTree()
             tree.set_leader(pid)
             find = tree.find
-            monkeypatch.setattr(tree, "find", interrupt)
+            mocker.patch.object(tree, "find", autospec=True, side_effect=interrupt)
             with pytest.raises(KeyboardInterrupt):
                 tree.kill_all(PATIENCE, with_leader=True)
             assert held.gone(child)

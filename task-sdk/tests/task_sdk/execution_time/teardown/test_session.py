@@ -19,22 +19,23 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
+    MadeUpTask,
     Relay,
     ended_by,
     fork,
     in_turn,
+    kill_child,
+    make_zombie,
     pause_for_ever,
     waiting,
 )
 
-from airflow.sdk.execution_time.teardown.session import lead_session, signal_session, signal_task
-from airflow.sdk.execution_time.teardown.stop_request import StopRequest
+from airflow.sdk.execution_time.teardown.session import lead_session, signal_led_group, signal_task
 
 if TYPE_CHECKING:
     from pytest_mock import MockerFixture
@@ -77,17 +78,13 @@ class TestLeadSession:
             assert os.getsid(pid) == os.getpgid(pid) == pid
             assert psutil.Process(pid).children() == []
 
-    def test_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_refused(self, mocker: MockerFixture) -> None:
         """A kernel that refuses leaves the child where it is, and the child is told."""
-
-        def refuse() -> None:
-            raise PermissionError
-
-        monkeypatch.setattr(os, "setsid", refuse)
 
         def stay() -> None:
             assert not lead_session()
 
+        mocker.patch("os.setsid", autospec=True, side_effect=PermissionError)
         with waiting(stay) as pid:
             assert os.getsid(pid) == os.getsid(0)
 
@@ -96,7 +93,7 @@ class TestSignalSession:
     def test_group_is_signalled(self) -> None:
         """The leader, as one of its group, gets the signal."""
         with waiting(lead_session) as pid:
-            assert signal_session(pid, signal.SIGTERM)
+            assert signal_led_group(pid, signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
     @pytest.mark.parametrize("call", ["getpgid", "killpg"])
@@ -105,35 +102,32 @@ class TestSignalSession:
         """A group that is not there, or may not be signalled, is reported, so that the caller signals the PID."""
         with waiting(lead_session) as pid:
             mocker.patch(f"os.{call}", autospec=True, side_effect=error)
-            assert not signal_session(pid, signal.SIGTERM)
+            assert not signal_led_group(pid, signal.SIGTERM)
 
     @pytest.mark.parametrize("pid", [-1, 0, 1])
     def test_everybody_and_init_are_refused(self, killpg: Any, pid: int) -> None:
         """What kill(2) takes for everybody, for our own group or for init is not signalled."""
-        assert not signal_session(pid, signal.SIGTERM)
+        assert not signal_led_group(pid, signal.SIGTERM)
         killpg.assert_not_called()
 
     def test_own_group_is_refused(self, killpg: Any) -> None:
         """Before the child has opened its session it shares our group."""
         with waiting(lambda: None) as pid:
-            assert not signal_session(pid, signal.SIGTERM)
+            assert not signal_led_group(pid, signal.SIGTERM)
         killpg.assert_not_called()
 
-    def test_own_group_that_the_child_leads_is_refused(
-        self, killpg: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_own_group_that_the_child_leads_is_refused(self, killpg: Any, mocker: MockerFixture) -> None:
         """Our own group is not signalled, even where the child leads it."""
         with waiting(lead_session) as pid:
-            monkeypatch.setattr(os, "getpgrp", lambda: pid)
-            assert not signal_session(pid, signal.SIGTERM)
+            mocker.patch("os.getpgrp", autospec=True, return_value=pid)
+            assert not signal_led_group(pid, signal.SIGTERM)
         killpg.assert_not_called()
 
     def test_reaped_child_is_refused(self, killpg: Any) -> None:
         """The number of a child that was collected may belong to somebody else by now."""
         with waiting(lead_session) as pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            assert not signal_session(pid, signal.SIGTERM)
+            kill_child(pid)
+            assert not signal_led_group(pid, signal.SIGTERM)
         killpg.assert_not_called()
 
     def test_somebody_elses_child_is_refused(self, killpg: Any) -> None:
@@ -146,7 +140,7 @@ class TestSignalSession:
         with contextlib.closing(told), waiting(start_leader):
             [stranger] = [pid for pid in (told.hear(), told.hear()) if pid != "leads"]
             assert os.getpgid(stranger) == stranger
-            assert not signal_session(stranger, signal.SIGTERM)
+            assert not signal_led_group(stranger, signal.SIGTERM)
             os.kill(stranger, signal.SIGKILL)
         killpg.assert_not_called()
 
@@ -154,19 +148,18 @@ class TestSignalSession:
         """On a Python that has no waitid() the group is guarded by its number alone."""
         monkeypatch.delattr(os, "waitid")
         with waiting(lead_session) as pid:
-            assert signal_session(pid, signal.SIGTERM)
+            assert signal_led_group(pid, signal.SIGTERM)
             assert ended_by(pid) == signal.SIGTERM
 
     def test_dead_leader(self) -> None:
         """The group of a leader that is dead, and not collected yet, is still signalled."""
         with waiting(lead_session) as pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            assert signal_session(pid, signal.SIGTERM)
+            make_zombie(pid)
+            assert signal_led_group(pid, signal.SIGTERM)
 
 
-def task(pid: int, *, new_session: bool = True) -> Any:
-    return SimpleNamespace(pid=pid, _new_session=new_session, _stop=StopRequest())
+def task(pid: int, *, new_session: bool = True) -> MadeUpTask:
+    return MadeUpTask(pid=pid, _new_session=new_session)
 
 
 class TestSignalTask:

@@ -31,6 +31,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Relay,
     fork,
     hear_in_popen,
+    kill_child,
     pause_for_ever,
 )
 
@@ -44,6 +45,8 @@ from airflow.sdk.execution_time.teardown.spawn import spawn_leader
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pytest_mock import MockerFixture
 
 # Starts a daemon, which tells its PID, and stays.
 PROGRAM = """
@@ -151,8 +154,7 @@ class TestSpawnLeader:
             tree = ProcessTree()
             tree.set_leader(outer)
             started = told.hear()
-            os.kill(outer, signal.SIGKILL)
-            os.waitpid(outer, 0)
+            kill_child(outer)
             assert sorted(process.pid for process in tree.find()) == sorted(started)
 
     @pytest.mark.parametrize("allowed", [False, True])
@@ -175,16 +177,10 @@ class TestSpawnLeader:
             assert told.hear() == [True, not allowed, False]
 
     @pytest.mark.parametrize("error", [PermissionError, AttributeError])
-    def test_without_the_limit(
-        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-    ) -> None:
+    def test_without_the_limit(self, relay: Relay, mocker: MockerFixture, error: type[Exception]) -> None:
         """Where a sandbox refuses the limit, or there is none, a variable marks it."""
-
-        def refuse(*_: Any) -> None:
-            raise error
-
-        monkeypatch.setattr(resource, "setrlimit", refuse)
-        monkeypatch.setattr(resource, "prlimit", refuse)
+        for call in ("setrlimit", "prlimit"):
+            mocker.patch.object(resource, call, autospec=True, side_effect=error)
         tree = ProcessTree()
         leader = spawn(tree, relay)
         daemon = relay.hear()

@@ -28,41 +28,46 @@ import sys
 import threading
 import time
 from configparser import ConfigParser
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import create_autospec
 
 import pytest
 import structlog
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
+    MadeUpTask,
     Relay,
     Tree,
+    conflict,
     ended_by,
+    find_http_library,
     fork,
     forked,
     in_turn,
+    kill_child,
+    list_descriptors,
     pause_for_ever,
     waiting,
 )
 
-from airflow.sdk.api.client import TaskInstanceOperations
+from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.teardown import stop_request
-from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
 from airflow.sdk.execution_time.teardown.policy import STOP_GRACE, StopPolicy
 from airflow.sdk.execution_time.teardown.session import lead_session, signal_task
 from airflow.sdk.execution_time.teardown.stop_request import (
+    KILL_INTERVAL,
     RUNNER_FAILED,
     STOP_SIGNALS,
-    StopRequest,
     _CaughtSignals,
     begin_runner,
     catch_stop_signals,
     find_caught,
+    heed_refusal,
     heed_stop_signals,
     note_failed_heartbeats,
     note_overtime,
     note_server_ended,
+    send_heartbeat,
+    send_heartbeat_if_due,
     signal_pid,
     watch_stop_signals,
 )
@@ -83,8 +88,17 @@ import airflow.sdk.execution_time.task_runner
 """
 """A program that imports the supervisor where what Windows lacks is not there."""
 
+
 FORKS = 5
 """Who runs first after a fork, parent or child, is not always the same."""
+
+
+def conflict_of_proxy() -> Exception:
+    """Return what the client raises for a page of HTML."""
+    http = find_http_library()
+    request = http.Request("PUT", "http://127.0.0.1/")
+    error: Exception = http.HTTPStatusError("not found", request=request, response=http.Response(404))
+    return error
 
 
 @pytest.fixture
@@ -96,8 +110,8 @@ def conf(monkeypatch: pytest.MonkeyPatch) -> ConfigParser:
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Begin with the handlers of a fresh process, and leave to other tests what they had."""
-    former = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOP_SIGNALS}
+    """Begin with handlers that end no test, and leave to other tests what they had."""
+    former = {signum: signal.signal(signum, lambda *_: None) for signum in STOP_SIGNALS}
     descriptor = signal.set_wakeup_fd(-1)
     yield
     for signum, handler in former.items():
@@ -116,36 +130,29 @@ def list_handlers() -> list[Any]:
     return [signal.getsignal(signum) for signum in STOP_SIGNALS]
 
 
-class Supervised(SimpleNamespace):
-    """What stop_request needs of a supervised task; its selector watches the signals alone."""
+class Supervised(MadeUpTask):
+    """A task whose selector watches the signals alone; ``killed`` says how it was killed instead of killing it."""
 
     def __init__(
         self, pid: int = 0, policy: StopPolicy = StopPolicy.STOP, *, new_session: bool = True
     ) -> None:
         super().__init__(
-            pid=pid,
-            selector=selectors.DefaultSelector(),
-            process_log=structlog.testing.CapturingLogger(),
-            failed_heartbeats=0,
-            killed=[],
-            client=SimpleNamespace(task_instances=create_autospec(TaskInstanceOperations, instance=True)),
-            id="the task instance's",
-            _last_heartbeat_attempt=0.0,
-            _last_successful_heartbeat=1.0,
-            _task_end_time_monotonic=None,
-            _exit_code=None,
-            _exit_watch=ExitWatch(),
-            _new_session=new_session,
-            _stop=StopRequest(),
-            _stop_policy=policy,
+            pid=pid, _last_successful_heartbeat=1.0, _new_session=new_session, _stop_policy=policy
         )
+        self.killed: list[tuple[signal.Signals, bool]] = []
 
-    def kill(self, signal_to_send: signal.Signals, *, force: bool) -> None:
+    def kill(
+        self,
+        signal_to_send: signal.Signals = signal.SIGINT,
+        escalation_delay: float = 5.0,
+        force: bool = False,
+    ) -> None:
         self.killed.append((signal_to_send, force))
 
     def say(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Return what the task's log says: level, event and fields of each entry."""
-        return [(call.method_name, call.args[0], call.kwargs) for call in self.process_log.calls]
+        log: Any = self.process_log
+        return [(call.method_name, call.args[0], call.kwargs) for call in log.calls]
 
 
 class Sent(list[int]):
@@ -285,15 +292,46 @@ class TestCatchStopSignals:
             thread.join()
         assert seen == [None]
 
-    def test_forked_copy(self) -> None:
-        """A runner that gets a signal before it comes to begin_runner() dies of it, and tells its supervisor nothing."""
-        ready = Relay()
+    @pytest.mark.parametrize("policy", StopPolicy)
+    def test_signal_that_is_late(self, policy: StopPolicy) -> None:
+        """One that comes when the task to be stopped has ended is for the process, when all is done."""
+        handled: list[int] = []
+        signal.signal(signal.SIGHUP, lambda signum, _: handled.append(signum))
         with catch_stop_signals():
-            with forked(in_turn(lambda: ready.tell("ready"), pause_for_ever)) as pid:
-                assert ready.hear() == "ready"
-                os.kill(pid, signal.SIGTERM)
-                assert ended_by(pid) == signal.SIGTERM
-            assert get_caught().signum is None
+            with watch_stop_signals(Supervised(policy=policy), ConfigParser()):
+                pass
+            signal.raise_signal(signal.SIGHUP)
+            assert handled == []
+        assert handled == ([signal.SIGHUP] if policy is StopPolicy.STOP else [])
+
+    def test_signal_that_has_stopped_a_task(self, conf: ConfigParser) -> None:
+        """It does not end the process as well, which may go on to its next task; nor do those that follow it."""
+        handled: list[int] = []
+        signal.signal(signal.SIGTERM, lambda signum, _: handled.append(signum))
+        with catch_stop_signals():
+            process = Supervised()
+            with watch_stop_signals(process, conf):
+                process._exit_watch.is_waiting = True
+                signal.raise_signal(signal.SIGTERM)
+                heed_stop_signals(process, conf, send=Sent())
+            signal.raise_signal(signal.SIGTERM)
+        assert handled == []
+
+    def test_signal_without_a_task(self) -> None:
+        """One that comes when no task has started is not sent again: nobody has said yet what it means."""
+        handled: list[int] = []
+        signal.signal(signal.SIGTERM, lambda signum, _: handled.append(signum))
+        with catch_stop_signals():
+            signal.raise_signal(signal.SIGTERM)
+        assert handled == []
+
+    def test_forked_copy(self) -> None:
+        """A runner that gets a signal before it comes to begin_runner() dies of it."""
+        ready = Relay()
+        with catch_stop_signals(), forked(in_turn(lambda: ready.tell("ready"), pause_for_ever)) as pid:
+            assert ready.hear() == "ready"
+            os.kill(pid, signal.SIGTERM)
+            assert ended_by(pid) == signal.SIGTERM
         ready.close()
 
 
@@ -375,6 +413,31 @@ class TestBusyLoop:
         assert sent == []
         assert process._stop.kill_at == received_at + STOP_GRACE
 
+    @pytest.mark.parametrize(
+        ("option", "busy", "left"), [(None, 30, 30), (None, 58, 5), (None, 90, 5), ("2", 1, 2), ("2", 90, 2)]
+    )
+    def test_grace_that_is_over_when_the_loop_is_back(
+        self, conf: ConfigParser, mocker: MockerFixture, option: str | None, busy: float, left: float
+    ) -> None:
+        """A task that prints could not run its ``on_kill``, for which it then has some seconds, as its leftovers have."""
+        if option:
+            conf.read_dict({"core": {"killed_task_cleanup_time": option}})
+        clock = mocker.patch.object(stop_request.time, "monotonic", autospec=True, return_value=100.0)
+        mocker.patch.object(stop_request, "signal_task", autospec=True, return_value=True)
+        process = Supervised()
+        with watch_stop_signals(process, conf):
+            signal.raise_signal(signal.SIGTERM)
+            clock.return_value += busy
+            assert process._exit_watch.grace_ends(default=0) == clock.return_value + left
+            for seconds in (0, left - 0.1):
+                clock.return_value = 100.0 + busy + seconds
+                heed_stop_signals(process, conf, send=Sent())
+            assert process._exit_watch.grace_ends(default=0) == 100 + busy + left
+            assert process.killed == []
+            clock.return_value = 100.0 + busy + left
+            heed_stop_signals(process, conf, send=Sent())
+            assert process.killed == [(signal.SIGKILL, True)]
+
     def test_loop_that_has_told_the_task(self, conf: ConfigParser) -> None:
         """When the task answers, the handler's second try does not tell it again."""
         process, sent = Supervised(), Sent()
@@ -397,10 +460,14 @@ class TestBusyLoop:
             with watch_stop_signals(process, conf):
                 assert process.selector.select(0)
 
-    def test_task_that_ends_before_the_loop_comes_to_it(self, conf: ConfigParser) -> None:
-        """The log tells of the signal, and nobody takes its end for a success."""
+    @pytest.mark.parametrize("stopped", [False, True])
+    def test_task_that_ends_before_the_loop_comes_to_it(self, conf: ConfigParser, *, stopped: bool) -> None:
+        """The log tells of the signal, and nobody takes its end for a success; a stopped task hears of it, too."""
         with waiting(lead_session) as pid:
             process = Supervised(pid)
+            if stopped:
+                os.kill(pid, signal.SIGSTOP)
+                os.waitid(os.P_PID, pid, os.WSTOPPED)
             with watch_stop_signals(process, conf):
                 signal.raise_signal(signal.SIGTERM)
                 process._exit_code = 0
@@ -439,7 +506,8 @@ class TestBusyLoop:
         process._stop.spares_group_members = spares
         with watch_stop_signals(process, conf):
             signal.raise_signal(signal.SIGTERM)
-        assert (group.called, alone.called) == (not spares, spares)
+        told_alone = [call.args for call in alone.mock_calls if signal.SIGCONT not in call.args]
+        assert (group.called, bool(told_alone)) == (not spares, spares)
 
     def test_signal_between_wait_and_events(self, conf: ConfigParser) -> None:
         """The handler takes a loop for waiting that has just returned with a request, which may take a minute."""
@@ -464,7 +532,7 @@ class TestBusyLoop:
             process._exit_watch.close(selector)
 
     def test_heartbeat_that_hangs(self, conf: ConfigParser) -> None:
-        """While a task has its grace the loop sends none, which may take longer than the grace: a thread does."""
+        """While a task has its grace the loop sends none, which may take longer than the grace: a thread does, one at a time."""
         process, asked, answer = Supervised(), threading.Event(), threading.Event()
         process._stop.kill_at = time.monotonic() + PATIENCE
         process._last_successful_heartbeat = -stop_request.HEARTBEAT_INTERVAL
@@ -475,12 +543,73 @@ class TestBusyLoop:
 
         process.client.task_instances.heartbeat.side_effect = hang
         for _ in "ab":
+            process._stop.heartbeat_sent_at = -stop_request.HEARTBEAT_INTERVAL
             heed_stop_signals(process, conf, send=Sent())
         assert asked.wait(PATIENCE)
         answer.set()
+        assert process._stop.heartbeat
         process._stop.heartbeat.join()
         process.client.task_instances.heartbeat.assert_called_once()
         assert process._last_heartbeat_attempt == math.inf, "none is ever due"
+
+
+class TestSendHeartbeatIfDue:
+    @pytest.mark.parametrize(
+        ("state", "is_sent"), [(None, True), ("failed", True), ("success", False), ("deferred", False)]
+    )
+    def test_task_that_has_reported(self, state: str | None, *, is_sent: bool) -> None:
+        """The server refuses the heartbeats of a task whose state it knows; of a failure it hears when all is over."""
+        process = Supervised()
+        process._last_successful_heartbeat = -stop_request.HEARTBEAT_INTERVAL
+        process._terminal_state = state
+        send_heartbeat_if_due(process)
+        assert (process._stop.heartbeat is not None) is is_sent
+        if process._stop.heartbeat:
+            process._stop.heartbeat.join()
+
+
+class TestHeedRefusal:
+    """The server has answered to a heartbeat of a thread that the task is not to run any more."""
+
+    @pytest.fixture
+    def process(self) -> Supervised:
+        process = Supervised()
+        process.client.task_instances.heartbeat.side_effect = conflict()
+        send_heartbeat(process)
+        return process
+
+    def test_task_is_ended(self, process: Supervised) -> None:
+        """The log says so once, and the state is that of a task whose heartbeat the loop has sent."""
+        for _ in "ab":
+            heed_refusal(process)
+        [(level, _, fields)] = process.say()
+        assert (level, fields["status"], fields["state"]) == ("warning", 409, "failed")
+        assert process._stop.server_ended
+        assert process._terminal_state == supervisor.SERVER_TERMINATED
+
+    def test_loop(self, process: Supervised, conf: ConfigParser) -> None:
+        """The loop notes it while the task has its grace period."""
+        process._stop.kill_at = time.monotonic() + PATIENCE
+        heed_stop_signals(process, conf, send=Sent())
+        assert process._stop.server_ended
+
+    def test_task_that_has_succeeded(self, process: Supervised) -> None:
+        """The server then refuses heartbeats because of that."""
+        process._terminal_state = "success"
+        heed_refusal(process)
+        assert process.say() == []
+        assert not process._stop.server_ended
+        assert process._terminal_state == "success"
+
+    @pytest.mark.parametrize("error", [ConnectionError("away"), conflict(503), conflict_of_proxy()])
+    def test_other_errors(self, error: Exception) -> None:
+        """A server that is away, or a proxy that knows nothing of it, does not end a task."""
+        process = Supervised()
+        process.client.task_instances.heartbeat.side_effect = error
+        send_heartbeat(process)
+        heed_refusal(process)
+        assert not process._stop.server_ended
+        assert process._stop.refusal is None
 
 
 class TestBeginRunner:
@@ -507,13 +636,13 @@ class TestBeginRunner:
 
         assert self.run(fail) == RUNNER_FAILED == 124
 
-    def test_never_raises_without_stderr(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_never_raises_without_stderr(self, mocker: MockerFixture) -> None:
         """Also where it cannot say so."""
 
         def fail() -> None:
             raise OSError
 
-        monkeypatch.setattr("traceback.print_exc", fail)
+        mocker.patch("traceback.print_exc", autospec=True, side_effect=OSError)
         assert self.run(fail) == RUNNER_FAILED
 
     def test_handlers_of_the_supervisor_are_dropped(self) -> None:
@@ -529,6 +658,15 @@ class TestBeginRunner:
             assert self.run(tell) == 0
         assert told.hear() == [signum != signal.SIGINT for signum in STOP_SIGNALS]
         assert told.hear() == [-1, True]
+        told.close()
+
+    def test_descriptors_of_the_supervisor_are_closed(self) -> None:
+        """A task starts with as many as without the sockets that wake its supervisor."""
+        told = Relay()
+        for around in (contextlib.nullcontext, catch_stop_signals):
+            with around():
+                assert self.run(lambda: told.tell(list_descriptors())) == 0
+        assert told.hear() == told.hear()
         told.close()
 
     def test_handler_that_was_inherited(self) -> None:
@@ -611,6 +749,26 @@ class TestHeedStopSignals:
         assert process.killed == [(signal.SIGKILL, True)]
         assert sent == [signal.SIGTERM]
 
+    def test_kill_in_vain(self, conf: ConfigParser, clock: Any) -> None:
+        """A task that could not be killed is killed again, and until then the server hears that it still runs."""
+        process, sent = Supervised(), Sent()
+        signal.raise_signal(signal.SIGTERM)
+        heed_stop_signals(process, conf, send=sent)
+        clock.return_value += STOP_GRACE
+        for kills in (1, 2):
+            heed_stop_signals(process, conf, send=sent)
+            assert process.killed == [(signal.SIGKILL, True)] * kills
+            process.client.task_instances.heartbeat.reset_mock()
+            clock.return_value += KILL_INTERVAL - 1
+            heed_stop_signals(process, conf, send=sent)
+            assert process._stop.heartbeat
+            process._stop.heartbeat.join()
+            process.client.task_instances.heartbeat.assert_called_once()
+            clock.return_value += 1
+        process._exit_code = -signal.SIGKILL
+        heed_stop_signals(process, conf, send=sent)
+        assert process._stop.kill_at is None
+
     def test_finish(self, conf: ConfigParser) -> None:
         """Where the task is to finish, both logs say so, once, and it is sent nothing."""
         process, sent = Supervised(policy=StopPolicy.FINISH), Sent()
@@ -674,8 +832,7 @@ class TestSignalPid:
     def test_reaped_child(self, mocker: MockerFixture) -> None:
         """The number of a child that was collected may be another's."""
         with waiting(lambda: None) as pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            kill_child(pid)
         kill = mocker.patch("os.kill", autospec=True)
         signal_pid(pid)
         kill.assert_not_called()
@@ -705,7 +862,8 @@ class TestNotes:
     def test_server(self, detail: Any, reason: str | None, state: str | None) -> None:
         """The API server, with its status, and with reason and state where it gives them, in whatever form."""
         process = Supervised()
-        error: Any = SimpleNamespace(detail=detail, response=SimpleNamespace(status_code=409))
+        error = conflict()
+        error.detail = detail
         note_server_ended(process, error)
         [(level, _, fields)] = process.say()
         assert (level, fields) == ("warning", {"status": 409, "reason": reason, "state": state})

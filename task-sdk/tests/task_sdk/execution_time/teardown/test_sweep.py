@@ -23,7 +23,7 @@ import functools
 import io
 import itertools
 import os
-import select
+import queue
 import signal
 import subprocess
 import sys
@@ -81,22 +81,16 @@ if TYPE_CHECKING:
 
 MUTEX_BYTES = 64
 
-OVERTAKING = 0.2
-"""Seconds in which a start that does not wait has returned."""
-
-POLL_INTERVAL = 0.01
-"""Seconds between looks at another thread."""
-
 STARTING = 120
 """Seconds that an interpreter which imports Airflow may take on a busy machine."""
 
 
 @pytest.fixture(autouse=True)
-def list_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
+def list_left(monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> Iterator[Callable[[], list[int]]]:
     """End every process that a test has started, and no other; gives a function that lists those that live."""
     leave_others_alone(monkeypatch)
     look_at_own_processes(monkeypatch)
-    monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
+    mocker.patch.object(ActivitySubprocess, "_upload_logs", autospec=True)
     monkeypatch.setattr(sweep, "end_orphans", functools.partial(end_orphans, grace=PATIENCE))
     with ending_all() as list_left:
         yield list_left
@@ -141,7 +135,7 @@ def be_runner_in_c(tell: Callable[[], None]) -> None:
 def tell_when_waiting(mutex: int, tell: Callable[[], None]) -> None:
     """Run ``tell`` once the main thread waits for a mutex, whose address is the first argument of its futex(2)."""
     while not is_within(mutex, Path(f"/proc/self/task/{os.getpid()}/syscall").read_text().split()):
-        select.select([], [], [], POLL_INTERVAL)
+        os.sched_yield()
     tell()
 
 
@@ -261,6 +255,7 @@ class TestSweep:
         self,
         relay: Relay,
         monkeypatch: pytest.MonkeyPatch,
+        mocker: MockerFixture,
         list_left: Callable[[], list[int]],
         way: str,
         *,
@@ -284,7 +279,7 @@ class TestSweep:
             send(tree, processes, *signals, **kwargs)
 
         def supervise() -> None:
-            monkeypatch.setattr(ProcessTree, "signal", die_before_it_kills)
+            mocker.patch.object(ProcessTree, "signal", autospec=True, side_effect=die_before_it_kills)
             api = Api()
             # What the runner starts is to have its origin.
             process = start_task(in_turn(start.hear, target), api)
@@ -314,7 +309,7 @@ class TestSweep:
     def test_death_in_the_grace(
         self,
         relay: Relay,
-        monkeypatch: pytest.MonkeyPatch,
+        mocker: MockerFixture,
         list_left: Callable[[], list[int]],
         limits: str | None,
     ) -> None:
@@ -330,7 +325,7 @@ class TestSweep:
             os.kill(os.getpid(), signal.SIGKILL)
 
         def supervise() -> None:
-            monkeypatch.setattr(ProcessTree, "signal", ask_and_die)
+            mocker.patch.object(ProcessTree, "signal", autospec=True, side_effect=ask_and_die)
             process = start_task(in_turn(leave_two, lambda: wait_to_end(relay)))
             order.hear()
             end_task("failed", process, Api())
@@ -440,7 +435,7 @@ class TestSweepOnce:
         """It is an orphan only when that one has ended; but nobody is swept for ever, or again who survives."""
         own = process_tree.read_process(os.getpid())
         assert own
-        one, other = (orphans.Orphan(own, origin) for origin in (1, 2))
+        one, other = (orphans.Orphan(own, (), origin) for origin in (1, 2))
         find = mocker.patch.object(sweep, "find_orphans", autospec=True)
         end = mocker.patch.object(sweep, "sweep", autospec=True, return_value=[])
         find.side_effect = [[one], [other], []]
@@ -455,7 +450,16 @@ class TestSweepOnce:
         assert sweep.sweep_repeatedly(conf) == [one.process]
         end.assert_called_once()
 
-    def test_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_number_that_is_used_again(self) -> None:
+        """The tree of an orphan is what its own marks tell, not those of whoever has got its number since."""
+        own = process_tree.read_process(os.getpid())
+        assert own
+        mark, origin = process_tree.MARK_FLAG | 1, process_tree.MARK_FLAG | 2
+        tree = sweep.make_tree(orphans.Orphan(own, (mark,), origin), conf)
+        assert tree._mark == mark
+        assert {mark, origin} <= tree._marks
+
+    def test_once(self, mocker: MockerFixture) -> None:
         """A process looks once, and one that it forks looks for itself."""
 
         def note_look() -> list[Any]:
@@ -463,7 +467,7 @@ class TestSweepOnce:
             return []
 
         looks: list[int] = []
-        monkeypatch.setattr(sweep, "find_orphans", note_look)
+        mocker.patch.object(sweep, "find_orphans", autospec=True, side_effect=note_look)
 
         def look_twice() -> dict[str, Any]:
             sweep.sweep_once(conf)
@@ -478,32 +482,46 @@ class TestSweepOnce:
         assert set(map(str, run_in_fork(fork_between).values())) == {"{'looks': 1, 'own': True}"}
 
     @pytest.mark.parametrize("forks", [False, True])
-    def test_threads(self, monkeypatch: pytest.MonkeyPatch, *, forks: bool) -> None:
+    def test_threads(self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, *, forks: bool) -> None:
         """The start of another thread waits until orphans are ended; that of a process which is forked meanwhile does not."""
+
+        class TellingLock(contextlib.AbstractContextManager[None]):
+            def __init__(self) -> None:
+                self._lock = threading.Lock()
+
+            def __enter__(self) -> None:
+                if not self._lock.acquire(blocking=False):
+                    events.put("waits")
+                    self._lock.acquire()
+
+            def __exit__(self, *_: object) -> None:
+                self._lock.release()
 
         def look() -> list[Any]:
             if threading.current_thread() is not threading.main_thread():
                 looking.set()
-                returned.append(overtaken.wait(OVERTAKING))
+                first.append(events.get(timeout=PATIENCE))
             return []
 
-        def sweep_apart() -> dict[str, Any]:
+        def sweep_here() -> dict[str, Any]:
             sweep.sweep_once(conf)
-            overtaken.set()
             return {}
 
         def start() -> dict[str, Any]:
+            monkeypatch.setattr(sweep, "_sweeping", TellingLock())
             thread = threading.Thread(target=sweep.sweep_once, args=(conf,))
             thread.start()
             looking.wait()
-            run_in_fork(sweep_apart) if forks else sweep_apart()
+            run_in_fork(sweep_here) if forks else sweep_here()
+            events.put("returns")
             thread.join()
-            return {"returned": returned}
+            return {"first": first}
 
-        looking, overtaken = threading.Event(), threading.Event()
-        returned: list[bool] = []
-        monkeypatch.setattr(sweep, "find_orphans", look)
-        assert run_in_fork(start)["returned"] == [False]
+        looking = threading.Event()
+        events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        first: list[str] = []
+        mocker.patch.object(sweep, "find_orphans", autospec=True, side_effect=look)
+        assert run_in_fork(start)["first"] == ["returns" if forks else "waits"]
 
     def test_failure(self) -> None:
         """A task starts also where orphans cannot be looked for, which the log says."""
@@ -549,19 +567,24 @@ class TestSweepCommand:
         assert list_left() == []
         assert run() == (0, [])
 
-    def test_survivors(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_survivors(self, relay: Relay, mocker: MockerFixture) -> None:
         """It fails if something could not be ended."""
         leave(relay)
-        monkeypatch.setattr(
-            sweep, "end_orphans", lambda trees: [tree.leader for tree in trees if tree.leader]
+        mocker.patch.object(
+            sweep,
+            "end_orphans",
+            autospec=True,
+            side_effect=lambda trees: [tree.leader for tree in trees if tree.leader],
         )
         assert run()[0] == 1
 
-    def test_unknown_argument(self) -> None:
+    def test_unknown_argument(self, mocker: MockerFixture) -> None:
         """It is refused, and nothing is looked for."""
+        find = mocker.patch.object(sweep, "find_orphans", autospec=True, return_value=[])
         with pytest.raises(SystemExit) as refused:
             sweep.main(["--unknown"])
         assert refused.value.code == 2
+        find.assert_not_called()
 
     def test_program(self, relay: Relay, tmp_path: Path) -> None:
         """It runs as a program, with no more than an Airflow home."""

@@ -17,21 +17,18 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import structlog
-from task_sdk.execution_time.teardown.supervised.supervised_task import conflict
+from task_sdk.execution_time.teardown.supervised.supervised_task import MadeUpTask, conflict
 
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.api.datamodels._generated import TaskInstanceState
 from airflow.sdk.exceptions import ErrorType
-from airflow.sdk.execution_time import comms
-from airflow.sdk.execution_time.comms import GetVariable, TaskState
+from airflow.sdk.execution_time import comms, supervisor
+from airflow.sdk.execution_time.comms import GetVariable, RetryTask, SucceedTask, TaskState
 from airflow.sdk.execution_time.teardown.exit_event import ExitWatch
-from airflow.sdk.execution_time.teardown.stop_request import StopRequest
 from airflow.sdk.execution_time.teardown.task_requests import (
     STATE_REPORTS,
     deny_silent_success,
@@ -39,21 +36,18 @@ from airflow.sdk.execution_time.teardown.task_requests import (
     tell_state,
 )
 
-FAILED = TaskState(state=TaskInstanceState.FAILED, end_date=datetime(2026, 1, 1, tzinfo=timezone.utc))
+SOME_DAY = datetime(2026, 1, 1, tzinfo=timezone.utc)
+FAILED = TaskState(state=TaskInstanceState.FAILED, end_date=SOME_DAY)
 
 
-class Supervised(SimpleNamespace):
+class Supervised(MadeUpTask):
     """A supervised task whose requests are handled, or fail, as ``handle`` does."""
 
     def __init__(self, handle: Any = lambda: None) -> None:
-        super().__init__(
-            handled=[],
-            answers=[],
-            _handle=handle,
-            _new_session=True,
-            _stop=StopRequest(),
-            _terminal_state=None,
-        )
+        super().__init__(_new_session=True)
+        self._handle = handle
+        self.handled: list[Any] = []
+        self.answers: list[Any] = []
 
     def _handle_request(self, msg: Any, _log: Any, *request_id: int) -> None:
         self.handled.append((msg, request_id))
@@ -61,8 +55,8 @@ class Supervised(SimpleNamespace):
             self._terminal_state = msg.state
         self._handle()
 
-    def send_msg(self, msg: Any, error: Any = None, **request_id: int) -> None:
-        self.answers.append((error or msg, request_id))
+    def send_msg(self, msg: Any, *_: Any, **fields: Any) -> None:
+        self.answers.append((fields.pop("error", None) or msg, fields))
 
 
 def fail(error: Exception) -> Any:
@@ -117,10 +111,14 @@ class TestEndedByServer:
         assert request_id == {"request_id": 7}
         assert process.handled == []
 
-    def test_nobody_waits(self, log: Any, process: Supervised) -> None:
-        """Before 1.0.3 a runner that reports reads no answer, which its next request would get."""
-        handle_request(process, FAILED, log)
-        assert process.answers == process.handled == []
+    def test_heartbeat_that_was_refused(self, log: Any) -> None:
+        """The server has answered to a heartbeat of a thread, which the loop has not come to yet."""
+        process = Supervised()
+        process._stop.refusal = conflict()
+        handle_request(process, FAILED, log, 7)
+        assert process.handled == []
+        assert len(process.answers) == 1
+        assert process._terminal_state == supervisor.SERVER_TERMINATED
 
     def test_other_requests(self, log: Any, process: Supervised) -> None:
         """An ``on_kill`` may ask for the connection of what it removes."""
@@ -130,10 +128,10 @@ class TestEndedByServer:
 
 class TestDenySilentSuccess:
     @pytest.fixture
-    def stopped(self) -> Any:
-        watch = ExitWatch()
-        watch.expect_exit(1)
-        return SimpleNamespace(_exit_watch=watch, _terminal_state=None)
+    def stopped(self) -> MadeUpTask:
+        task = MadeUpTask()
+        task._exit_watch.expect_exit(1)
+        return task
 
     def test_stopped_task(self, stopped: Any) -> None:
         """A runner that was told to stop, and exits with 0 without a word, has not succeeded."""
@@ -144,6 +142,12 @@ class TestDenySilentSuccess:
         """A state that was told, or that the server has chosen, is not silence."""
         stopped._terminal_state = state
         assert deny_silent_success(stopped, 0) == 0
+
+    @pytest.mark.parametrize(("message", "code"), [(SucceedTask, 0), (RetryTask, 1)])
+    def test_untold_state(self, stopped: Any, message: type, code: int) -> None:
+        """A success that the server could not be told yet is none either; a failure is no success."""
+        stopped._pending_terminal_state_msg = message(end_date=SOME_DAY)  # which not every release has
+        assert deny_silent_success(stopped, 0) == code
 
     @pytest.mark.parametrize("code", [1, -9])
     def test_other_codes(self, stopped: Any, code: int) -> None:
@@ -156,27 +160,30 @@ class TestDenySilentSuccess:
         assert deny_silent_success(stopped, 0) == 0
 
 
-class TestTellState:
-    def supervised(self, final_state: str, told: str | None = None, **fields: Any) -> Any:
-        process = SimpleNamespace(
-            id=uuid4(),
-            updates=0,
-            retries=[],
-            final_state=final_state,
-            _rendered_map_index="a map index",
-            _terminal_state=told,
-            **fields,
+class Ended(MadeUpTask):
+    """A task that has ended in a state of our choice, and counts how often that is told in upstream's own way."""
+
+    final_state: Any = None
+
+    def __init__(self, final_state: str, told: str | None = None, **attributes: Any) -> None:
+        super().__init__(
+            final_state=final_state, _rendered_map_index="a map index", _terminal_state=told, **attributes
         )
-        process.client = SimpleNamespace(task_instances=self.record(process))
-        process.update_task_state_if_needed = lambda: setattr(process, "updates", process.updates + 1)
-        return process
+        self.updates = 0
 
-    def record(self, process: Any) -> Any:
-        return SimpleNamespace(retry=lambda **fields: process.retries.append(fields))
+    def update_task_state_if_needed(self) -> None:
+        self.updates += 1
 
+    @property
+    def retries(self) -> list[dict[str, Any]]:
+        """What the server was told of retries."""
+        return [call.kwargs for call in self.client.task_instances.retry.call_args_list]
+
+
+class TestTellState:
     def test_inferred_retry(self) -> None:
         """The server learns at once, not by the heartbeat timeout, that a task whose runner was killed can be retried."""
-        process = self.supervised("up_for_retry")
+        process = Ended("up_for_retry")
         tell_state(process)
         [retry] = process.retries
         assert retry.pop("end_date").tzinfo is not None
@@ -184,31 +191,31 @@ class TestTellState:
         assert process.updates == 1
 
     @pytest.mark.parametrize(
-        ("state", "told"), [("up_for_retry", "up_for_retry"), ("failed", None), ("success", "success")]
+        ("state", "told"),
+        [
+            ("up_for_retry", "up_for_retry"),
+            ("failed", None),
+            ("success", "success"),
+            ("server_terminated", "SERVER_TERMINATED"),
+        ],
     )
     def test_told_state(self, state: str, told: str | None) -> None:
         """What the task has told itself, or upstream tells, is not told again."""
-        process = self.supervised(state, told)
+        process = Ended(state, told)
         tell_state(process)
         assert (process.retries, process.updates) == ([], 1)
 
-    def test_server_terminated(self) -> None:
-        """A task that the server has ended is told to nobody."""
-        process = self.supervised("server_terminated", "SERVER_TERMINATED")
-        tell_state(process)
-        assert process.retries == []
-
     def test_state_that_upstream_tells_again(self) -> None:
         """A retry that could not be told at first is upstream's to repeat."""
-        process = self.supervised("up_for_retry", _pending_terminal_state_msg=object())
+        process: Any = Ended("up_for_retry")
+        process._pending_terminal_state_msg = RetryTask(end_date=SOME_DAY)  # which not every release has
         tell_state(process)
         assert process.retries == []
 
     @pytest.mark.parametrize("status", [404, 409, 410])
     def test_ended_meanwhile(self, log: Any, status: int) -> None:
         """The server refuses the state of a task that a user has ended just before; the task's log tells it."""
-        process = self.supervised("up_for_retry", process_log=log)
-        process.update_task_state_if_needed = fail(conflict(status))
+        process = Ended("up_for_retry", process_log=log, update_task_state_if_needed=fail(conflict(status)))
         tell_state(process)
         [call] = log.calls
         assert call.method_name == "warning"
@@ -222,7 +229,6 @@ class TestTellState:
 
     def test_other_answers(self) -> None:
         """Any other answer stays a failure of the supervisor."""
-        process = self.supervised("failed")
-        process.update_task_state_if_needed = fail(conflict(403))
+        process = Ended("failed", update_task_state_if_needed=fail(conflict(403)))
         with pytest.raises(ServerResponseError):
             tell_state(process)

@@ -77,6 +77,8 @@ class ExitWatch:
         self._polls = False
         self._sockets_at_start = 0
         self._kill_ends: float | None = None
+        self._least_grace: float | None = None
+        """Seconds from :meth:`announce_exit`, as long as it stands; None otherwise."""
         self._wake_at = math.inf
         self._sockets_given_up = False
         self.is_waiting = False
@@ -134,16 +136,33 @@ class ExitWatch:
 
     def grace_ends(self, default: float) -> float:
         """Return when the grace period ends, by time.monotonic(); without one, in ``default`` seconds."""
-        return time.monotonic() + default if self._kill_ends is None else self._kill_ends
+        now = time.monotonic()
+        if self._kill_ends is None:
+            return now + default
+        return self._kill_ends if self._least_grace is None else max(self._kill_ends, now + self._least_grace)
 
     def expect_exit(self, grace: float) -> None:
         """
         Note that the child has been asked to end, and has ``grace`` seconds for it.
 
-        If called several times, the earliest end counts.
+        If called several times, the earliest end counts. What a signal handler has announced does not count
+        any more.
         """
         ends = time.monotonic() + grace
+        if self._least_grace is not None:
+            self._kill_ends = self._least_grace = None
         self._kill_ends = ends if self._kill_ends is None else min(self._kill_ends, ends)
+
+    def announce_exit(self, grace: float, least: float) -> None:
+        """
+        Note the same in a signal handler that has asked the child to end while the caller of :meth:`select` is busy.
+
+        A child that needs its caller, because it writes to a socket that is full, cannot end before the
+        caller is back. So the grace period lasts ``least`` seconds from then on, even if ``grace`` is over.
+        """
+        if self._kill_ends is None:
+            self._kill_ends = time.monotonic() + grace
+            self._least_grace = least
 
     def give_up_sockets(self) -> None:
         """Do not wait for open sockets any longer, once the child is gone."""

@@ -27,7 +27,7 @@ Nothing here imports Airflow.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import subprocess
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 SERVER_TERMINATED = "server_terminated"
 """The state that the supervisor itself notes for a task that the server has ended."""
+
+FAILURES = ("failed", "up_for_retry")
+"""States that a task reports after an exception. Its process then exits with 0."""
 
 UNKNOWN_BUT_REPORTED = 0
 """The task reported a terminal state; use it."""
@@ -77,6 +80,21 @@ def find_reported_state(process: TaskProcess) -> str | None:
     state = process._terminal_state
     name = None if state is None else str(getattr(state, "value", state)).lower()
     return None if name == SERVER_TERMINATED else name
+
+
+def find_sent_state(process: TaskProcess) -> str | None:
+    """
+    Return the terminal state that a task process has sent, even if the API server has not taken it yet.
+
+    From 1.2 on the supervisor keeps a message that the server could not be told, and sends it again at the end.
+    """
+    message = find_untold_message(process)
+    return find_reported_state(process) or (message.state if message else None)
+
+
+def find_untold_message(process: TaskProcess) -> Any:
+    """Return the message with the terminal state of a task that the API server is still to be told, if any."""
+    return getattr(process, "_pending_terminal_state_msg", None)
 
 
 def is_server_terminated(process: TaskProcess) -> bool:

@@ -39,8 +39,10 @@ The interruption waits for the end of
 Python ignores an exception that a finalizer or a weak reference's callback raises. If the interruption is
 lost there, it is repeated.
 
-If the signal comes before ``execute()``, ``on_kill`` runs, because the task may have prepared something, and
-``execute()`` does not begin. After ``execute()`` the signal changes nothing: the result stands.
+``pre_execute()`` is interrupted like ``execute()``. If the signal comes before either, ``on_kill`` runs,
+because the task may have prepared something, and neither begins. After ``execute()`` the signal changes
+nothing: the result stands. Where the task triggers another Dag's run, the runner's wait for it counts as part
+of ``execute()``.
 
 Imports nothing of Airflow but exceptions.
 """
@@ -49,10 +51,11 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import contextvars
 import enum
 import functools
 import importlib
-import inspect
+import io
 import os
 import signal
 import sys
@@ -88,11 +91,13 @@ LOG_WRITER = "structlog._output"
 REASON = "The task was told to stop (SIGTERM) before it had finished"
 
 # Not by two imports: mypy finds fault with one of them on each release.
-AirflowTaskTerminated: type[BaseException] = (
+_exceptions = (
     exceptions
     if hasattr(exceptions, "AirflowTaskTerminated")
     else importlib.import_module("airflow.exceptions")  # before 1.2
-).AirflowTaskTerminated
+)
+AirflowTaskTerminated: type[BaseException] = _exceptions.AirflowTaskTerminated
+DagRunTriggerException: type[Exception] = _exceptions.DagRunTriggerException
 
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
@@ -137,9 +142,9 @@ class Interruption:
         return self._phase is Phase.EXECUTING
 
     @property
-    def is_put_off(self) -> bool:
-        """Whether the task was told to stop, and its interruption is put off."""
-        return self._requested and not self._delivered
+    def is_requested(self) -> bool:
+        """Whether the task was told to stop."""
+        return self._requested
 
     def handle(self, _signum: int, frame: FrameType | None) -> None:
         """Handle SIGTERM."""
@@ -159,19 +164,16 @@ class Interruption:
         """
         if not self._requested or self._delivered or _requests_in_flight or os.getpid() != self._pid:
             return
-        if is_writing_log(frame):
-            sys.setprofile(self._deliver_after_log_call)
-            return
-        if is_writing_output():
+        if is_writing(frame):
             # A task that prints all the time is hardly ever met between two writes by a signal, and one that computes
             # after the write calls nothing, which from Python 3.12 on no profile function notices.
             sys.setprofile(self._deliver_after_write)
             signal_soon(self)
             return
-        self._delivered = True
         # Cancel the task's timeout, which would interrupt on_kill. The grace period is the only limit from
-        # now on.
+        # now on. If the timeout comes here and now, on_kill runs when execute() has ended.
         signal.setitimer(signal.ITIMER_REAL, 0)
+        self._delivered = True
         self._run_on_kill()
         if self.is_executing:
             if self._unraisable_hook is None:
@@ -179,17 +181,12 @@ class Interruption:
                 sys.unraisablehook = self._handle_unraisable
             interrupt()
 
-    def _deliver_after_log_call(self, frame: FrameType, event: str, _value: object) -> None:
-        """Deliver when the log call returns. Python calls this profile function at every call and return."""
-        if event == "return" and not is_writing_log(frame.f_back):
+    def _deliver_after_write(self, frame: FrameType, event: str, _value: object) -> None:
+        """Deliver when a write is over. Python calls this profile function at every call and return."""
+        left = frame.f_back if event == "return" else frame
+        if not is_writing(left):
             sys.setprofile(None)
-            self.deliver(frame.f_back)
-
-    def _deliver_after_write(self, frame: FrameType, _event: str, _value: object) -> None:
-        """Deliver when a write is over; a profile function, too."""
-        if not is_writing_output():
-            sys.setprofile(None)
-            self.deliver(frame)
+            self.deliver(left)
 
     def _run_on_kill(self) -> None:
         if self._on_kill_called:
@@ -212,23 +209,29 @@ class Interruption:
         if self._unraisable_hook is not None and sys.unraisablehook == self._handle_unraisable:
             sys.unraisablehook = self._unraisable_hook
 
-    def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, after: Phase, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """
-        Run ``execute()`` so that it can be interrupted.
+        Run ``execute()``, or a part of what is around it, so that it can be interrupted.
 
+        :param after: how far the task has come when that has returned.
         :raises TaskInterrupted: if the task was told to stop before it had returned, however it ended.
         """
         result = None
+        come_to = Phase.FINISHED
         try:
             try:
                 self._phase = Phase.EXECUTING
                 if not self._requested:
                     result = call(*args, **kwargs)
+                come_to = after
+            except DagRunTriggerException:
+                come_to = Phase.PREPARING  # of trigger_interruptibly()
+                raise
             except Exception:
                 self._await_order()
                 raise
             finally:
-                self._finish()
+                self._finish(come_to)
         except BaseException as error:
             if not self._requested:
                 raise
@@ -237,10 +240,11 @@ class Interruption:
             self._end()
         return result
 
-    def _finish(self) -> None:
-        self._phase = Phase.FINISHED
+    def _finish(self, phase: Phase = Phase.FINISHED) -> None:
+        self._phase = phase
         self._restore_unraisable_hook()
-        restore_outer(self._outer)
+        if phase is Phase.FINISHED:
+            restore_outer(self._outer)
 
     def _await_order(self) -> None:
         """If SIGTERM is on its way, wait for it: ``on_kill`` must run even if ``execute()`` has failed."""
@@ -267,6 +271,9 @@ _current: Interruption | None = None
 
 _requests_in_flight = 0
 """Number of requests of the main thread to the supervisor whose answers have not arrived."""
+
+_asking: set[int] = set()
+"""Identifiers of the threads that complete the requests of coroutines."""
 
 
 def interrupt_on_sigterm(ti: RuntimeTaskInstance, is_ordered: Callable[[], bool] | None = None) -> None:
@@ -302,9 +309,43 @@ def run_interruptibly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
     :raises TaskInterrupted: if the task was told to stop before ``call`` had returned, however it ended.
     """
+    return run_until(Phase.FINISHED, call, *args, **kwargs)
+
+
+def prepare_interruptibly(call: Callable[..., Any], *args: Any) -> Any:
+    """
+    Run ``call``, which is ``pre_execute()``, so that SIGTERM interrupts it.
+
+    :raises TaskInterrupted: if the task was told to stop before ``call`` had returned, however it ended.
+    """
+    return run_until(Phase.PREPARING, call, *args)
+
+
+def run_until(after: Phase, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a part of the task, which has come so far when that has returned."""
     if _current is None or threading.current_thread() is not threading.main_thread():
         return call(*args, **kwargs)
-    return _current.run(call, *args, **kwargs)
+    return _current.run(after, call, *args, **kwargs)
+
+
+def trigger_interruptibly(
+    fail: Callable[[BaseException], tuple[Any, Any]], trigger: Callable[..., tuple[Any, Any]], *args: Any
+) -> tuple[Any, Any, BaseException | None]:
+    """
+    Trigger another Dag's run, and wait for its end, so that SIGTERM interrupts it.
+
+    ``TriggerDagRunOperator.execute()`` leaves both to the runner, by an exception. The runner's other clauses
+    do not see what is raised while it handles that one.
+
+    :param fail: makes a failure of the exception; returns the message to the supervisor, and the state.
+    :param trigger: triggers and waits; returns the same.
+    :return: message, state, and the exception if the task was told to stop.
+    """
+    try:
+        return (*run_interruptibly(trigger, *args), None)
+    except TaskInterrupted as error:
+        log.exception("Task failed with exception")
+        return (*fail(error), error)
 
 
 def uninterrupted(method: _Method) -> _Method:
@@ -312,18 +353,49 @@ def uninterrupted(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def complete(*args: Any, **kwargs: Any) -> Any:
+        allow_waiting(*args[:1])
         with request_in_flight():
             return method(*args, **kwargs)
 
-    @functools.wraps(method)
-    async def acomplete(*args: Any, **kwargs: Any) -> Any:
-        # If requests of many coroutines overlap, they would put off the interruption for ever.
-        if _current is not None and _current.is_put_off:
-            raise AirflowTaskTerminated(REASON)
-        with request_in_flight():
-            return await method(*args, **kwargs)
+    return complete  # type: ignore[return-value]
 
-    return acomplete if inspect.iscoroutinefunction(method) else complete  # type: ignore[return-value]
+
+def allow_waiting(comms: Any = None) -> None:
+    """
+    Have a request wait for that of a coroutine that has been cancelled, or whose task was told to stop.
+
+    From SDK 1.3 on ``send()`` refuses to, in the thread of the event loop. But ask_in_thread() needs no loop to
+    complete that one. Nobody knows when the answer to a cancelled one comes, and an ``on_kill`` or a ``finally``
+    block cannot choose its moment.
+    """
+    if not hasattr(comms, "_loop_thread_id"):
+        return
+    told_to_stop = _current is not None and _current.is_requested
+    given_up = _asking and not comms._async_lock.locked()
+    if told_to_stop or given_up:
+        comms._loop_thread_id = None
+
+
+async def ask_in_thread(send: Callable[[Any], Any], msg: object) -> Any:
+    """
+    Send a request of a coroutine in a thread, which completes it, whatever becomes of the coroutine and its loop.
+
+    A coroutine that is cancelled, or whose loop stops, would leave the lock of the socket taken, and the answer unread.
+    """
+    loop = sys.modules["asyncio"].get_running_loop()
+    with request_in_flight():  # nor may the interruption come while the thread starts
+        answer = loop.run_in_executor(None, contextvars.copy_context().run, ask, send, msg)
+    return await answer
+
+
+def ask(send: Callable[[Any], Any], msg: object) -> Any:
+    """Send a request in a thread of its own, which ``_asking`` has meanwhile."""
+    thread = threading.get_ident()
+    _asking.add(thread)
+    try:
+        return send(msg)
+    finally:
+        _asking.discard(thread)
 
 
 @contextlib.contextmanager
@@ -410,6 +482,11 @@ def cancel_all(loop: AbstractEventLoop) -> None:
         task.cancel()
 
 
+def is_writing(frame: FrameType | None) -> bool:
+    """Whether this thread, which is in a frame, holds a lock of the log or of the output."""
+    return is_writing_log(frame) or is_writing_output()
+
+
 def is_writing_log(frame: FrameType | None) -> bool:
     """Whether a frame, or one of its callers, is a function that holds the lock of a log's file."""
     while frame is not None:
@@ -422,12 +499,15 @@ def is_writing_log(frame: FrameType | None) -> bool:
 def is_writing_output() -> bool:
     """Return whether this thread is in a write to stdout or stderr, whose buffer it may not enter again."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.buffer.write(b"")
-        except RuntimeError:
-            return True
-        except (AttributeError, ValueError):  # it has no buffer, or is closed
-            continue
+        buffer = None
+        with contextlib.suppress(Exception):  # a task may have put anything in its place
+            buffer = stream.buffer
+        if isinstance(buffer, (io.BufferedWriter, io.BufferedRandom)):
+            try:
+                with contextlib.suppress(ValueError):  # it is closed
+                    buffer.write(b"")
+            except RuntimeError:
+                return True
     return False
 
 

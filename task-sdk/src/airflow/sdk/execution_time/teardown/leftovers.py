@@ -38,9 +38,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
+from airflow.sdk.execution_time.teardown.ending import Ending
 from airflow.sdk.execution_time.teardown.exit_event import MAX_DRAIN_READS
 from airflow.sdk.execution_time.teardown.exit_status import (
+    FAILURES,
     find_reported_state,
+    find_sent_state,
     has_reported,
     is_server_terminated,
     is_unreaped_child,
@@ -55,13 +58,12 @@ from airflow.sdk.execution_time.teardown.policy import (
 )
 from airflow.sdk.execution_time.teardown.process_tree import (
     KILL_TIME,
-    KILL_WAIT,
-    LOOK_INTERVAL,
     POLL_INTERVAL,
     Process,
     ProcessTree,
     group_by_owner,
     is_alive,
+    look_at,
 )
 from airflow.sdk.execution_time.teardown.session import signal_task
 from airflow.sdk.execution_time.teardown.stop_request import (
@@ -71,12 +73,13 @@ from airflow.sdk.execution_time.teardown.stop_request import (
     hear_stop_signal,
     is_task,
     send_heartbeat_if_due,
+    server_knows_state,
     signal_pid,
 )
 from airflow.sdk.execution_time.teardown.task_requests import STATE_REPORTS, handle_request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence, Set as AbstractSet
     from configparser import ConfigParser
 
     import typing_extensions
@@ -91,14 +94,8 @@ MAX_GRACE_UNASKED = 60.0
 RETRY_TOLD_GRACE = 1.0
 """Seconds of grace if the server knows already of a retry, which it may start at any moment."""
 
-FAILURES = ("failed", "up_for_retry")
-"""States that a task reports after an exception. Its process then exits with 0."""
-
 SIGSTOP_WAIT = 0.2
 """Seconds that kill() waits for the processes of a task to stop before it sends SIGKILL."""
-
-LAST_LOOKS = 3
-"""At most this many last looks for processes that were started meanwhile, when the time is up."""
 
 LEFTOVER_TRIES = 2
 """A signal handler that raises, like that of Celery's soft time limit, may interrupt the first try."""
@@ -179,9 +176,22 @@ def signal_tree(process: ProcessWithTree, sig: int) -> bool:
     elif sig != signal.SIGKILL:
         # A descendant that has lost its mark can only be found while its parent is alive.
         tree.remember()
-    if tree.spared and tree.signal_group(sig):
-        return True
-    return signal_task(process, sig) or tree.signal_leader(sig)
+    if tree.spared and tree.leader:
+        # Its group may contain programs to spare.
+        signalled = tree.signal_group(sig) or tree.signal_leader(sig)
+    else:
+        signalled = signal_task(process, sig) or tree.signal_leader(sig)
+    if sig == signal.SIGTERM and is_stopped(process.pid):
+        tree.signal_leader(signal.SIGCONT)
+    return signalled
+
+
+def is_stopped(runner: int) -> bool:
+    """Whether a runner, a child of ours, is stopped; it heeds no signal before it is continued."""
+    with contextlib.suppress(OSError):
+        now = look_at(runner)
+        return now is not None and now.stopped and now.start >= 0 and is_unreaped_child(runner)
+    return False
 
 
 def handle_request_of_tree(
@@ -224,10 +234,10 @@ def ended_well(process: TaskWithTree, exit_code: int) -> bool:
         hear_out(process)
     if process._stop.server_ended or is_server_terminated(process):
         return False
-    state = find_reported_state(process)
+    state = find_sent_state(process)
     if state is None:
         return exit_code == 0 and not process._exit_watch.exit_expected
-    # A reported state stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
+    # A state stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
     return state not in FAILURES
 
 
@@ -268,88 +278,37 @@ def find_deadline(process: TaskWithTree, conf: ConfigParser) -> float:
     return process._exit_watch.grace_ends(default=grace)
 
 
-def server_knows_state(process: TaskWithTree) -> bool:
-    """Whether the server knows the state that the task has reported; from 1.4 on it hears of a retry last."""
-    return getattr(process, "_pending_terminal_state_msg", None) is None
+class Teardown(Ending):
+    """Ends the leftovers of one task, and serves its sockets meanwhile."""
 
-
-class Teardown:
-    """Ends the leftovers of one task."""
+    with_leader = False
 
     def __init__(self, process: TaskWithTree, conf: ConfigParser, deadline: float) -> None:
+        super().__init__([process._tree], deadline)
         self._process = process
-        self._tree: ProcessTree = process._tree
         self._conf = conf
-        self._deadline = deadline
 
-    def terminate(self) -> None:
-        """Send SIGTERM to leftovers, and to those they start, until none is left or the grace is over."""
-        asked: set[Process] = set()
-        # Without a leader no look can succeed.
-        while self._tree.leader is not None and time.monotonic() < self._deadline:
-            members = self._tree.find()
-            if not members and self._tree.look_failure:
-                # The look failed, so there may be leftovers all the same.
-                serve_sockets(self._process, POLL_INTERVAL)
-                continue
-            if not members:
-                return
-            fresh = [member for member in members if member not in asked]
-            # If this supervisor dies, a sweep could not distinguish this tree, whose runner is gone, from the
-            # leftovers of a success. So mark its processes.
-            self._tree.condemn(fresh)
-            self._tree.signal(fresh, signal.SIGTERM, signal.SIGCONT, deadline=self._deadline)
-            asked.update(fresh)
-            self._wait_for(members, LOOK_INTERVAL, hurries=True)
-
-    def kill(self) -> list[Process]:
-        """Kill leftovers until none is left; return those that are still there when the time is up."""
-        self._deadline = max(self._deadline, time.monotonic()) + KILL_TIME
-        while members := self._tree.kill_all(
-            max(0, self._deadline - KILL_WAIT - time.monotonic()), deadline=self._deadline
-        ):
-            self._wait_for(members, KILL_WAIT)
-            if time.monotonic() >= self._deadline:
-                members = self._kill_fresh(members)
-                break
-        # A failed look has found nobody, so suspect all that were signalled.
-        suspects = self._tree.end_signals if self._tree.look_failure else members
-        return [member for member in suspects if is_alive(member)]
-
-    def _kill_fresh(self, members: Sequence[Process]) -> list[Process]:
-        """Kill processes that unstopped members have started since the look; return these and the members."""
-        found = list(members)
-        # On a busy machine, these may have started others before they were killed.
-        for _ in range(LAST_LOOKS):
-            fresh = [member for member in self._tree.find() if member not in found]
-            if not fresh:
-                break
-            self._tree.signal(fresh, signal.SIGKILL)
-            self._deadline = time.monotonic() + POLL_INTERVAL
-            self._wait_for(fresh, POLL_INTERVAL)
-            found += fresh
-        return found
-
-    def _wait_for(self, members: Sequence[Process], seconds: float, *, hurries: bool = False) -> None:
-        """
-        Serve the task's sockets until all members have ended, for ``seconds`` or until the time is up.
-
-        :param hurries: whether the time is up, too, when the supervisor is told to stop.
-        """
+    def wait_for(self, members: Sequence[Process], seconds: float) -> None:
+        """Serve the task's sockets until all members have ended, for ``seconds`` or until the time is up."""
         ends = time.monotonic() + seconds
         # Begin with the one that was signalled last: when it has ended, most others have, too.
         for member in reversed(members):
             watched = self._process._exit_watch.follow(self._process.selector, member.pid)
             while is_alive(member) and (left := min(ends, self._deadline) - time.monotonic()) > 0:
-                serve_sockets(self._process, left if watched else min(left, POLL_INTERVAL))
-                if hurries:
-                    self._hurry_if_told_to_stop()
+                self.pause(left if watched else min(left, POLL_INTERVAL))
         # It may have taken the last file descriptor, which the next look needs.
         self._process._exit_watch.close(self._process.selector)
 
-    def _hurry_if_told_to_stop(self) -> None:
-        """End the grace period if the supervisor is told to stop: the sender may soon kill it."""
-        if hear_stop_signal(self._process, self._conf):
+    def pause(self, seconds: float) -> None:
+        """Serve the task's sockets; end the grace period if the supervisor is told to stop."""
+        serve_sockets(self._process, seconds)
+        # Whoever stops the supervisor may soon kill it. But the signal that has ended the task does not end
+        # this period as well.
+        if (
+            self._in_grace
+            and hear_stop_signal(self._process, self._conf)
+            and not self._process._stop.sigterm_sent
+        ):
             self._deadline = min(self._deadline, time.monotonic())
 
 
@@ -424,7 +383,9 @@ def end_unless_started() -> Iterator[ProcessTree]:
 def report(process: TaskWithTree, survivors: list[Process]) -> None:
     """Say in the task's log which processes were ended, and which could not be."""
     tree = process._tree
-    gone = {member: sig for member, sig in tree.end_signals.items() if member not in survivors}
+    there = set(survivors)
+    gone = {member: sig for member, sig in tree.end_signals.items() if member not in there}
+    killed = {member for member, sig in tree.end_signals.items() if sig == "SIGKILL"}
     tree.end_signals.clear()
     if gone:
         process.process_log.warning(
@@ -440,12 +401,17 @@ def report(process: TaskWithTree, survivors: list[Process]) -> None:
             "Processes of the task could not be ended",
             count=len(survivors),
             processes=name_processes(survivors),
-            reason=explain_survival(survivors, tree.sudo_failures),
+            reason=explain_survival(survivors, killed, tree.sudo_failures),
         )
-    if tree.look_failure:
+    report_failed_look(process)
+
+
+def report_failed_look(process: TaskWithTree) -> None:
+    """Say in the task's log that the last look for processes has failed, if so."""
+    if process._tree.look_failure:
         process.process_log.error(
             "Processes that the task may have left running could not be looked for",
-            reason=tree.look_failure,
+            reason=process._tree.look_failure,
         )
 
 
@@ -457,6 +423,7 @@ def report_left(process: TaskWithTree, left: Sequence[Process]) -> None:
             count=len(left),
             processes=name_processes(left),
         )
+    report_failed_look(process)
 
 
 def name_processes(processes: Sequence[Process]) -> list[dict[str, Any]]:
@@ -464,11 +431,20 @@ def name_processes(processes: Sequence[Process]) -> list[dict[str, Any]]:
     return [{"pid": process.pid, "name": process.name} for process in processes[:NAMED_IN_LOG]]
 
 
-def explain_survival(survivors: Sequence[Process], sudo_failures: Mapping[int, str]) -> str:
-    """Return why processes are still there."""
+def explain_survival(
+    survivors: Sequence[Process], killed: AbstractSet[Process], sudo_failures: Mapping[int, str]
+) -> str:
+    """
+    Return why processes are still there.
+
+    :param killed: those that have got SIGKILL.
+    """
     failures = [sudo_failures[uid] for uid in group_by_owner(survivors) if uid in sudo_failures]
-    if not failures:
-        return "they did not end after SIGKILL"
-    return (
-        f"they belong to another user, and the sudoers must permit `sudo -n kill`, which said: {failures[0]}"
-    )
+    if failures:
+        return (
+            "they belong to another user, and the sudoers must permit `sudo -n kill`, which said: "
+            f"{failures[0]}"
+        )
+    if killed.isdisjoint(survivors):
+        return "they were sent no SIGKILL, because no look has found them since SIGTERM"
+    return "they did not end after SIGKILL"

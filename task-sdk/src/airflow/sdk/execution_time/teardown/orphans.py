@@ -31,9 +31,7 @@ Imports nothing of Airflow outside this package, and no third party's module but
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
 import signal
 import time
 from dataclasses import dataclass
@@ -41,13 +39,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from airflow.sdk.execution_time.teardown.ending import Ending, wait_until_gone
 from airflow.sdk.execution_time.teardown.process_tree import (
     CONDEMNED,
-    KILL_TIME,
-    KILL_WAIT,
-    LOOK_INTERVAL,
     PID_MASK,
-    POLL_INTERVAL,
     Process,
     ProcessTree,
     compute_mark,
@@ -58,6 +53,7 @@ from airflow.sdk.execution_time.teardown.process_tree import (
     is_origin_alive,
     is_origin_of,
     is_own_proc,
+    list_given_marks,
     list_pids,
     look_at,
     read_limits,
@@ -82,12 +78,19 @@ class Orphan:
     """A process whose supervisor has died."""
 
     process: Process
+    marks: tuple[int, ...]
+    """The marks that it carried when it was found: soon another process may have its PID."""
     origin: int
 
     @property
     def condemned(self) -> bool:
         """Whether its supervisor was about to kill it."""
         return is_condemned(self.origin)
+
+    @property
+    def given_marks(self) -> set[int]:
+        """The marks of the processes that it has started."""
+        return list_given_marks(self.process, self.marks, self.origin)
 
 
 def find_orphans() -> list[Orphan]:
@@ -126,7 +129,7 @@ def find_orphan(pid: int) -> Iterator[Orphan]:
         return
     # Where /proc hides the start, the mark contains only the PID.
     if condemned or (leads if process.start < 0 else is_leader(process, marks[0], origin)):
-        yield Orphan(process, origin)
+        yield Orphan(process, marks, origin)
 
 
 def is_leader(process: Process, mark: int, origin: int) -> bool:
@@ -157,16 +160,17 @@ def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> li
         tell_runner(tree)
     wait_until_gone([tree.leader for tree in trees if tree.leader], deadline)
     for tree in trees:
-        if not tree.ends_leftovers:
+        # As kill() does, which spares what a runner that has ended in time has left.
+        if not tree.ends_leftovers and tree.leader and is_alive(tree.leader):
             tree.signal_group(signal.SIGKILL)
-    ending = [tree for tree in trees if tree.ends_leftovers]
-    terminate(ending, deadline)
-    return kill(ending, max(deadline, time.monotonic()) + KILL_TIME)
+    ending = Ending([tree for tree in trees if tree.ends_leftovers], deadline)
+    ending.terminate()
+    return ending.kill()
 
 
 def kill_condemned(trees: Sequence[ProcessTree]) -> list[Process]:
     """Kill stopped processes that their supervisor was about to kill; return those that are still there."""
-    return kill(trees, time.monotonic() + KILL_TIME)
+    return Ending(trees, time.monotonic()).kill()
 
 
 def tell_runner(tree: ProcessTree) -> None:
@@ -176,71 +180,3 @@ def tell_runner(tree: ProcessTree) -> None:
     if not tree.signal_group(signal.SIGTERM):
         tree.signal_leader(signal.SIGTERM)
     tree.signal(stopped, signal.SIGCONT)
-
-
-def terminate(trees: Sequence[ProcessTree], deadline: float) -> None:
-    """Send SIGTERM to leftovers, and to those that they start, until none is left or the time is up."""
-    asked: set[Process] = set()
-    while time.monotonic() < deadline:
-        members = []
-        for tree in trees:
-            found = tree.find(with_leader=True)
-            tree.signal(
-                [member for member in found if member not in asked],
-                signal.SIGTERM,
-                signal.SIGCONT,
-                deadline=deadline,
-            )
-            members += found
-        if not members and not any(tree.look_failure for tree in trees):
-            return
-        if not members:
-            # The look failed, so there may be leftovers all the same.
-            time.sleep(POLL_INTERVAL)
-        asked.update(members)
-        wait_until_gone(members, min(deadline, time.monotonic() + LOOK_INTERVAL))
-
-
-def kill(trees: Sequence[ProcessTree], deadline: float) -> list[Process]:
-    """Kill the trees until none is left, or the time is up; return the processes that are still there."""
-    killed: list[Process] = []
-    for tree in trees:
-        while True:
-            members = tree.kill_all(
-                max(0, deadline - KILL_WAIT - time.monotonic()), with_leader=True, deadline=deadline
-            )
-            killed += members
-            wait_until_gone(members, deadline)
-            if time.monotonic() >= deadline or not (members or tree.look_failure):
-                break
-            if not members:
-                time.sleep(POLL_INTERVAL)
-        killed += [tree.leader] if tree.leader and tree.look_failure else []
-    return [process for process in killed if is_alive(process)]
-
-
-def wait_until_gone(processes: Sequence[Process], deadline: float) -> None:
-    """Wait until all processes have ended, or the time is up."""
-    for process in processes:
-        with watching(process.pid) as poll:
-            while is_alive(process) and (left := deadline - time.monotonic()) > 0:
-                if poll is None:
-                    time.sleep(min(left, POLL_INTERVAL))
-                else:
-                    poll.poll(left * 1000)
-
-
-@contextlib.contextmanager
-def watching(pid: int) -> Iterator[select.poll | None]:
-    """Yield a poll object that is ready when a process ends; None if there is no pidfd for it."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except (AttributeError, OSError):  # before Linux 5.3, or no descriptor is left, or it is gone
-        yield None
-        return
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        yield poll
-    finally:
-        os.close(pidfd)

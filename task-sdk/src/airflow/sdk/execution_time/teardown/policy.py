@@ -51,7 +51,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger(logger_name="supervisor")
 
 GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL unless the deployment sets them; the default of kill()."""
+"""
+Seconds between SIGTERM and SIGKILL, the default of kill().
+
+The option counts instead where the server has ended the task, and for leftovers of a task that nobody has ended.
+"""
 
 STOP_GRACE = 60.0
 """The same for a supervisor that was told to stop: the option's documented default, which Airflow 2 used."""

@@ -107,12 +107,18 @@ SOFT_LIMIT = re.compile(r"^Max (realtime timeout|file locks|resident set) +(\d+)
 MARK_VARIABLE = "_AIRFLOW_PROCESS_TREE"
 """Carries the mark where the limit cannot be set."""
 
+MARK_TEXT = re.compile("[0-9]{1,20}")
+"""A mark in that variable, which whoever starts a process may have set to anything."""
+
 ENDING_SIGNALS = ("SIGTERM", "SIGKILL")
 
 DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 STAT_MAX_BYTES = 4096
+
+STAT_TRIES = 10
+"""How often a process is read again that has no thread."""
 
 NAME_MAX_BYTES = 15
 """The kernel keeps this much of the name of a program (prctl(2), PR_SET_NAME)."""
@@ -123,6 +129,9 @@ LEADER_NOT_SEEN = "the task's own process cannot be seen: /proc hides it, or is 
 
 TRANSIENT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """A look that fails with one of these may succeed soon: other threads or processes may free the resource."""
+
+MAX_LISTINGS = 10
+"""At most this many listings of /proc in one look, while listed processes are gone before they are read."""
 
 LOOK_TRIES = 5
 LOOK_RETRY_INTERVAL = 0.002
@@ -198,6 +207,7 @@ class ProcessTree:
         self.end_signals: dict[Process, str] = {}
         """Processes that got an ending signal since the last report, with the last such signal; no leader."""
         self._stopped: list[Process] = []
+        self._stops_at_once = False
         self.look_failure: str | None = None
         """Why the last look failed; None if it did not."""
 
@@ -326,37 +336,59 @@ class ProcessTree:
         """Return the members by PID; raises OSError if all tries fail, or a retry is of no use."""
         for _ in range(LOOK_TRIES - 1):
             try:
-                return self._find_members(self._read_candidates(), leader)
+                return self._find_members(*self._read_candidates(), leader)
             except OSError as error:
                 if error.errno not in TRANSIENT_ERRORS:
                     raise
             time.sleep(LOOK_RETRY_INTERVAL)
-        return self._find_members(self._read_candidates(), leader)
+        return self._find_members(*self._read_candidates(), leader)
 
-    def _read_candidates(self) -> dict[int, Process]:
+    def _read_candidates(self) -> tuple[dict[int, Process], dict[int, tuple[int, ...]]]:
         """
-        Return the living processes that are not older than the leader, as far as their age is known.
+        Return the living processes that are not older than the leader, as far as their age is known, and their marks.
 
         Dead and older processes are read only once. That makes a look cheap on a machine with many processes.
         """
-        candidates, settled = {}, {}
-        for pid, identity in list_pids():
-            if identity is not None and self._settled.get(pid) == identity:
-                settled[pid] = identity
-            elif process := look_at(pid, since=self._oldest):
-                if not process.dead:
-                    candidates[pid] = process
-                elif identity is not None:
+        candidates: dict[int, Process] = {}
+        marks: dict[int, tuple[int, ...]] = {}
+        settled: dict[int, int] = {}
+        seen: set[int] = set()
+        for _ in range(MAX_LISTINGS):
+            fresh = [entry for entry in list_pids() if entry[0] not in seen]
+            vanished = False
+            # The highest numbers first: these are most often the youngest, which may soon be gone.
+            for pid, identity in reversed(fresh):
+                if identity is not None and self._settled.get(pid) == identity:
                     settled[pid] = identity
+                elif process := look_at(pid, since=self._oldest):
+                    if not process.dead:
+                        candidates[pid], marks[pid] = process, self._read_marks(pid)
+                        if self._stops_at_once and not self._marks.isdisjoint(marks[pid]):
+                            self._stop_at_once(process)
+                    elif identity is not None:
+                        settled[pid] = identity
+                else:
+                    vanished = True
+            if not vanished:
+                break
+            # It may have started a successor before it went.
+            seen.update(pid for pid, _ in fresh)
         self._settled = settled
-        return candidates
+        return candidates, marks
 
-    def _find_members(self, processes: dict[int, Process], leader: Process) -> dict[int, Process]:
+    def _stop_at_once(self, process: Process) -> None:
+        """Stop a member: when the look is over, it may be gone, and a successor be here."""
+        if not process.stopped and process != self._leader and process.pid != os.getpid():
+            self._stopped.append(process)
+            self.condemn([process])
+            send_signals(process, (signal.SIGSTOP,))
+
+    def _find_members(
+        self, processes: dict[int, Process], marks: Mapping[int, Sequence[int]], leader: Process
+    ) -> dict[int, Process]:
         """Return the members by PID: processes that are known to belong, and all that are tied to these."""
         for nobodys in (0, 1, os.getpid()):
             processes.pop(nobodys, None)
-
-        marks = {pid: self._read_marks(pid) for pid in processes}
 
         def is_known(process: Process) -> bool:
             if process == leader or self._remembered.get(process.pid) == process.start:
@@ -404,7 +436,10 @@ class ProcessTree:
         orphaned, and the kernel continues its stopped members (setpgid(2)). Those could fork until it is
         their turn to be killed.
 
-        There are three races:
+        Processes of other users are not stopped: sudo may be slow, and the time may then be too short for a
+        second sudo, which kills them.
+
+        There are four races:
 
         1. A process is listed, starts a successor, and exits before the look reads it. The look then sees
            nobody. So the tree is empty only if two looks in a row find nobody.
@@ -413,14 +448,24 @@ class ProcessTree:
            stopped.
         3. Another process continues what was stopped: a watchdog of the same tree does so before it is stopped
            itself. So who runs again is stopped again.
+        4. A process starts its successor, and exits, faster than a look takes. So a look stops whatever
+           carries a mark of the tree when it reads it, unless a program is to be spared: who descends from
+           one is known only after the look.
 
         :param time_limit: seconds to wait for processes that a busy machine does not let run, or that do not
             stop because they are in an uninterruptible sleep.
         """
-        sent: set[Process] = set()
         self._stopped.clear()
+        self._stops_at_once = not self.spared
+        try:
+            return self._stop(time.monotonic() + time_limit, with_leader=with_leader)
+        finally:
+            self._stops_at_once = False
+
+    def _stop(self, deadline: float, *, with_leader: bool) -> list[Process]:
+        sent: set[Process] = set()
+        unstoppable: set[Process] = set()
         all_stopped = False
-        deadline = time.monotonic() + time_limit
         # Race 1: look twice.
         while members := self.find(with_leader=with_leader) or self.find(with_leader=with_leader):
             fresh = [member for member in members if member not in sent]
@@ -428,15 +473,19 @@ class ProcessTree:
             overdue = bool(sent) and time.monotonic() > deadline
             if overdue or (all_stopped and not fresh):
                 return sort_to_kill(members)
-            running = [member for member in members if member in sent and not member.stopped]
+            running = [
+                member
+                for member in members
+                if member in sent and not member.stopped and member not in unstoppable
+            ]
             all_stopped = not fresh and not running
             sent.update(fresh)
             self._stopped.extend(fresh)
             self.condemn(fresh)
-            self._send(fresh, signal.SIGSTOP, deadline=deadline)
-            # Race 3. Not through sudo, which would be asked every millisecond.
-            for member in running:
-                send_signals(member, (signal.SIGSTOP,))
+            # Race 3: not only the fresh ones.
+            unstoppable.update(
+                member for member in fresh + running if send_signals(member, (signal.SIGSTOP,)) is False
+            )
             if not fresh and not all_stopped:
                 # Give the processes time to stop.
                 time.sleep(STOP_POLL_INTERVAL)
@@ -445,9 +494,13 @@ class ProcessTree:
         return sort_to_kill(sent) if self.look_failure else []
 
     def condemn(self, processes: Iterable[Process]) -> None:
-        """Mark each process as about to be killed, so that a sweep kills it if this supervisor dies first."""
+        """Mark each process as about to be killed, so that a sweep kills it if this process dies first."""
+        own = _read_self(os.getpid())
+        origin = compute_origin(own, self._mark) if own and own.start >= 0 and self._mark else None
+        if origin:
+            self._marks.add(origin)
         for process in processes:
-            condemn(process.pid)
+            condemn(process.pid, origin)
 
     def kill_all(
         self, time_limit: float, *, with_leader: bool = False, deadline: float = math.inf
@@ -487,23 +540,28 @@ class ProcessTree:
 
     def signal(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
         """
-        Send the signals to each process whose PID was not reused, and record the ending signals in ``ended``.
+        Send the signals to each process whose PID was not reused, and record the ending signals in ``end_signals``.
 
         :param deadline: when to give up waiting for sudo, by time.monotonic().
         """
-        processes = list(processes)
+        delivered = self._send(processes, *signals, deadline=deadline)
         for sig in map(signal.Signals, signals):
             if sig.name in ENDING_SIGNALS:
                 self.end_signals.update(
-                    (process, sig.name) for process in processes if process != self._leader
+                    (process, sig.name) for process in delivered if process != self._leader
                 )
-        self._send(processes, *signals, deadline=deadline)
 
-    def _send(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> None:
-        """Send the signals to each process whose PID was not reused; through sudo if it is another user's."""
-        denied = [process for process in processes if not send_signals(process, signals)]
+    def _send(self, processes: Iterable[Process], *signals: int, deadline: float = math.inf) -> list[Process]:
+        """
+        Send the signals to each process whose PID was not reused; through sudo if it is another user's.
+
+        :returns: the processes that have got them.
+        """
+        sent = {process: send_signals(process, signals) for process in processes}
+        delivered = [process for process, outcome in sent.items() if outcome]
+        denied = [process for process, outcome in sent.items() if outcome is False]
         if not denied:
-            return
+            return delivered
         by_owner = group_by_owner(denied)
         for sig in signals:
             asked = {uid: owned for uid, owned in by_owner.items() if self._is_sudo_worth_asking(uid, sig)}
@@ -511,6 +569,9 @@ class ProcessTree:
                 self.sudo_failures.pop(uid, None)
                 if failure:
                     self.sudo_failures[uid] = failure
+        return delivered + [
+            process for uid, owned in by_owner.items() if uid not in self.sudo_failures for process in owned
+        ]
 
     def _is_sudo_worth_asking(self, uid: int, sig: int) -> bool:
         # sudo mails the administrator about every refusal, so do not ask again. A timeout may be transient:
@@ -755,12 +816,17 @@ def is_there(pid: int) -> bool:
     return True
 
 
-def condemn(pid: int) -> None:
-    """Mark a process as about to be killed. If its supervisor dies before it kills it, a sweep does."""
+def condemn(pid: int, origin: int | None = None) -> None:
+    """
+    Mark a process as about to be killed. If whoever is about to kill it dies first, a sweep does.
+
+    :param origin: identifies who is about to kill it; None for its own supervisor. That may have died long
+        ago: a task within a task has succeeded, and left the process behind.
+    """
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        origin, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
-        if is_mark(origin) and not is_condemned(origin):
-            resource.prlimit(pid, resource.RLIMIT_RSS, (origin | CONDEMNED, hard))
+        former, hard = resource.prlimit(pid, resource.RLIMIT_RSS)
+        if is_mark(former):
+            resource.prlimit(pid, resource.RLIMIT_RSS, ((origin or former) | CONDEMNED, hard))
 
 
 def lift_marks() -> None:
@@ -874,7 +940,9 @@ def read_variable(pid: int) -> tuple[int, ...]:
 
 def parse_variable(env: Mapping[str, str]) -> tuple[int, ...]:
     """Return the marks that an environment has, the innermost tree's first."""
-    return tuple(int(mark) for mark in reversed(env.get(MARK_VARIABLE, "").split(",")) if mark.isdigit())
+    return tuple(
+        int(mark) for mark in reversed(env.get(MARK_VARIABLE, "").split(",")) if MARK_TEXT.fullmatch(mark)
+    )
 
 
 def list_pids() -> list[tuple[int, int | None]]:
@@ -927,16 +995,18 @@ def look_at(pid: int, *, since: float = 0) -> Process | None:
     :raises OSError: if a file descriptor or memory is lacking.
     """
     try:
-        stat = _read_file(f"{PROC}/{pid}/stat")
+        name, state, parent, session, *others = _read_stat(pid)
+        for _ in range(STAT_TRIES):
+            if int(others[13]):
+                break
+            # It is gone, or a thread other than its first is calling execve(): then it looks so for a moment.
+            name, state, parent, session, *others = _read_stat(pid)
     except (FileNotFoundError, NotADirectoryError):
         return None if os.path.exists(f"{PROC}/self/stat") else _ask_psutil(pid, since)
     except ProcessLookupError:  # gone between open and read
         return None
     except PermissionError:
         return _ask_kernel(pid)
-    # The name may contain anything, even parentheses and spaces.
-    name, _, rest = stat.partition(b"(")[2].rpartition(b")")
-    state, parent, _, session, *others = rest.split(None, 21)
     start = int(others[15])
     if start < since:
         return OLDER
@@ -950,6 +1020,15 @@ def look_at(pid: int, *, since: float = 0) -> Process | None:
         # A process whose first thread has ended looks like a zombie as long as the others run.
         dead=state in b"ZXx" and int(others[13]) <= 1,
     )
+
+
+def _read_stat(pid: int) -> list[bytes]:
+    """Return the name, state, parent, session and the fields from the seventh on of /proc/PID/stat."""
+    stat = _read_file(f"{PROC}/{pid}/stat")
+    # The name may contain anything, even parentheses and spaces.
+    name, _, rest = stat.partition(b"(")[2].rpartition(b")")
+    state, parent, _, session, *others = rest.split(None, 21)
+    return [name, state, parent, session, *others]
 
 
 def _read_file(path: str) -> bytes:
@@ -1038,8 +1117,8 @@ def is_alive(process: Process) -> bool:
     return now is not None and now.start == process.start
 
 
-def send_signals(process: Process, signals: Iterable[int]) -> bool:
-    """Signal a process, but not one that has reused its PID; False if that is not allowed."""
+def send_signals(process: Process, signals: Iterable[int]) -> bool | None:
+    """Signal a process; None if it has ended, and another may have its PID, False if that is not allowed."""
     pidfd = None
     with contextlib.suppress(AttributeError, OSError):  # no pidfd, none left, or the process is gone
         pidfd = os.pidfd_open(process.pid)
@@ -1047,14 +1126,14 @@ def send_signals(process: Process, signals: Iterable[int]) -> bool:
         # With a pidfd, a process that passes this check is the one that is signalled. Without one, the PID
         # may still be reused between the check and the signal, which is unlikely.
         if not is_alive(process):
-            return True
+            return None
         for sig in signals:
             if pidfd is None:
                 os.kill(process.pid, sig)
             else:
                 signal.pidfd_send_signal(pidfd, sig)
     except ProcessLookupError:
-        return True
+        return None
     except PermissionError:
         return False
     finally:
@@ -1083,11 +1162,16 @@ def send_by_sudo(
     failures = run_all({uid: [sudo, "-n", "-u", f"#{uid}", *kill] for uid, kill in kills.items()}, deadline)
     refused = [uid for uid, failure in failures.items() if uid and failure not in (None, SUDO_TIMED_OUT)]
     failures.update(run_all({uid: [sudo, "-n", *kills[uid]] for uid in refused}, deadline))
-    # kill also fails if one of the processes has ended meanwhile; it has signalled the others in this case.
     return {
-        uid: failure if failure and all(map(is_alive, by_owner[uid])) else None
+        uid: failure if failure and not is_harmless(failure, by_owner[uid]) else None
         for uid, failure in failures.items()
     }
+
+
+def is_harmless(failure: str, processes: Sequence[Process]) -> bool:
+    """Whether sudo has run kill, which fails if one process has ended meanwhile, but signals the others."""
+    ended = [not is_alive(process) for process in processes]
+    return any(ended) if failure.startswith("kill: ") else all(ended)
 
 
 def group_by_owner(processes: Iterable[Process]) -> dict[int, list[Process]]:

@@ -42,7 +42,7 @@ def lead_session() -> bool:
     Become the leader of a new session and process group; to be called by the child, first thing.
 
     :returns: False if the kernel refused. The child then shares its parent's group, and
-        :func:`signal_session` leaves it to the caller to signal the PID alone.
+        :func:`signal_led_group` leaves it to the caller to signal the PID alone.
     """
     try:
         os.setsid()
@@ -91,7 +91,7 @@ def join_group_of_child() -> None:
             os.waitpid(child, 0)
 
 
-def signal_session(leader: int, sig: int) -> bool:
+def signal_led_group(leader: int, sig: int) -> bool:
     """
     Send ``sig`` to the process group that ``leader``, a child of ours, leads since :func:`lead_session`.
 
@@ -112,6 +112,6 @@ def signal_session(leader: int, sig: int) -> bool:
 
 
 def signal_task(process: StoppableProcess, sig: int) -> bool:
-    """Send a signal of ``kill()`` to the session of a task, if it has one; see :func:`signal_session`."""
+    """Send a signal of ``kill()`` to the process group of a task, if it leads one; see :func:`signal_led_group`."""
     process._stop.sigkill_sent |= sig == signal.SIGKILL
-    return process._new_session and signal_session(process.pid, sig)
+    return process._new_session and signal_led_group(process.pid, sig)

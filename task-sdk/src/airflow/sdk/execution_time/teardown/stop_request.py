@@ -28,13 +28,14 @@ rest. Two things must not happen:
 - A wakeup descriptor that was inherited, for example from an asyncio loop, reports our signals to the
   parent's loop, which never got them: https://github.com/apache/airflow/issues/65830.
 
-Nothing here imports Airflow outside this package.
+Nothing here imports Airflow outside this package, but for ``heed_refusal()``, which imports the supervisor.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
 import os
 import selectors
@@ -48,8 +49,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from airflow.sdk.execution_time.teardown.exit_event import unregister
-from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
-from airflow.sdk.execution_time.teardown.policy import STOP_GRACE, StopPolicy, find_grace, find_stop_policy
+from airflow.sdk.execution_time.teardown.exit_status import (
+    find_reported_state,
+    find_untold_message,
+    is_unreaped_child,
+)
+from airflow.sdk.execution_time.teardown.policy import (
+    GRACE,
+    STOP_GRACE,
+    StopPolicy,
+    find_grace,
+    find_stop_policy,
+)
 from airflow.sdk.execution_time.teardown.session import lead_session, signal_task
 from airflow.sdk.execution_time.teardown.supervised import TaskProcess, WatchedProcess
 
@@ -85,6 +96,12 @@ CONFLICT = 409
 ENDED_STATUSES = (404, CONFLICT, 410)
 """The server's answers about a task that is not to run any more, or that it does not know."""
 
+STATES_TOLD_AT_ONCE = ("success", "deferred", "up_for_reschedule", "up_for_retry", "awaiting_input")
+"""States of which the server hears when the task reports them, and not when its process has ended."""
+
+KILL_INTERVAL = 60.0
+"""Seconds between SIGKILLs for a task that has not ended: we may not signal it, or it is in the kernel (state D)."""
+
 RUNNER_FAILED = 124
 """Exit status of a forked runner that could not begin, as upstream has it."""
 
@@ -109,8 +126,8 @@ class StopRequest:
         """The thread that has sent the last heartbeat of a task that is being ended."""
         self.heartbeat_sent_at = 0.0
         """When it was sent, by time.monotonic()."""
-        self.heartbeat_refused = False
-        """Whether the server has answered it that the task is not to run any more."""
+        self.refusal: ServerResponseError | None = None
+        """The server's answer to such a heartbeat that the task is not to run any more."""
 
 
 class StoppableProcess(WatchedProcess, Protocol):
@@ -144,6 +161,10 @@ class _CaughtSignals:
         """By time.monotonic()."""
         self.on_signal: Callable[[], None] | None = None
         """The handler calls this once."""
+        self.is_heard = False
+        """Whether a task has been told of the signal, or its log has."""
+        self.is_sent_again = False
+        """Whether a signal that was not heard is for this process itself: it has supervised a task that it would stop."""
         self._pid = os.getpid()
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
@@ -173,6 +194,11 @@ class _CaughtSignals:
         if self.signum is not None and self.on_signal is not None:
             self.on_signal()
 
+    def send_again(self) -> None:
+        """Have the signal reach the former handler if it came too late for a task, while its state was told."""
+        if self.signum is not None and self.is_sent_again and not self.is_heard:
+            signal.raise_signal(self.signum)
+
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
@@ -187,9 +213,9 @@ def catch_stop_signals() -> Iterator[None]:
     """
     Take note of stop signals for the duration, and then restore the former handlers.
 
-    A signal that is ignored stays ignored: Celery's pool and LocalExecutor ignore SIGINT, so that Ctrl-C lets
-    their tasks finish. This does nothing if it is nested, or in a thread other than the main one, which
-    cannot set handlers.
+    A signal that comes when the task to stop has ended is sent again after that. A signal that is ignored
+    stays ignored: Celery's pool and LocalExecutor ignore SIGINT, so that Ctrl-C lets their tasks finish. This
+    does nothing if it is nested, or in a thread other than the main one, which cannot set handlers.
     """
     global _caught  # one per process, like the signal handlers
     if _caught is not None or threading.current_thread() is not threading.main_thread():
@@ -197,6 +223,7 @@ def catch_stop_signals() -> Iterator[None]:
         return
     with contextlib.ExitStack() as restoring:
         caught = _CaughtSignals()
+        restoring.callback(caught.send_again)
         restoring.callback(caught.close)
         former_descriptor = signal.set_wakeup_fd(caught.writer.fileno(), warn_on_full_buffer=False)
         restoring.callback(restore_wakeup_descriptor, former_descriptor)
@@ -286,6 +313,7 @@ def watch_stop_signals(process: StoppableTask, conf: ConfigParser) -> Iterator[N
         if find_stop_policy(conf, process._stop_policy) is StopPolicy.STOP:
             caught.on_signal = functools.partial(tell_if_busy, process, find_grace(conf, default=STOP_GRACE))
             process._exit_watch.before_handlers = caught.repeat
+            caught.is_sent_again = True
         try:
             yield
         finally:
@@ -302,13 +330,14 @@ def tell_if_busy(process: StoppableTask, grace: float) -> None:
     Tell the task to stop at once if the loop is not waiting.
 
     The loop may be in a request to an API server that is away, which it retries for a minute and more. The
-    signal handler calls this, so it must use nothing but system calls.
+    signal handler calls this, so it must neither log nor take a lock.
     """
     if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.sigterm_sent:
         process._stop.sigterm_sent = True
-        process._exit_watch.expect_exit(grace)
+        process._exit_watch.announce_exit(grace, least=min(grace, GRACE))
         if process._stop.spares_group_members or not signal_task(process, signal.SIGTERM):
             signal_pid(process.pid)
+        signal_pid(process.pid, signal.SIGCONT)  # if it is stopped, it is to hear of it
 
 
 def begin_runner(*steps: Callable[[], object]) -> None:
@@ -330,8 +359,10 @@ def begin_runner(*steps: Callable[[], object]) -> None:
 
 
 def drop_stop_handlers() -> None:
-    """Have stop signals end this process, a forked copy of a supervisor, without writing to its wakeup descriptor."""
+    """Have stop signals end this process, a forked copy of a supervisor, and close the copies of its descriptors."""
     signal.set_wakeup_fd(-1)
+    if _caught is not None:
+        _caught.close()
     for signum in STOP_SIGNALS:
         if callable(signal.getsignal(signum)):
             signal.signal(signum, signal.SIG_DFL)
@@ -352,10 +383,15 @@ def heed_stop_signals(
     """
     request = process._stop
     if request.kill_at is not None:
+        heed_refusal(process)
         if time.monotonic() >= request.kill_at:
             request.kill_at = None
             process._exit_watch.wake_at(None)
             process.kill(signal.SIGKILL, force=True)
+            if process._exit_code is None:
+                # Nobody else sends the heartbeats of a task that still runs, or tries again.
+                request.kill_at = time.monotonic() + KILL_INTERVAL
+                process._exit_watch.wake_at(request.kill_at)
         else:
             put_off_heartbeat(process)
     elif process._exit_code is not None:
@@ -364,15 +400,25 @@ def heed_stop_signals(
             process._exit_watch.give_up_sockets()
     elif hear_stop_signal(process, conf):
         put_off_heartbeat(process)
-        grace = find_grace(conf, default=STOP_GRACE)
-        caught = find_caught()
-        request.kill_at = (caught.received_at if caught else time.monotonic()) + grace
+        request.kill_at = find_kill_time(find_grace(conf, default=STOP_GRACE))
         process._exit_watch.expect_exit(request.kill_at - time.monotonic())
         process._exit_watch.wake_at(request.kill_at)
         if not request.sigterm_sent:
             request.sigterm_sent = True
             if not send(process, signal.SIGTERM):
                 signal_pid(process.pid)
+
+
+def find_kill_time(grace: float) -> float:
+    """
+    Return when the grace period of the signal that has come ends, by time.monotonic().
+
+    The loop may have been in a request for all of it. Meanwhile a task that logs, prints, or has sent a
+    request waits for the loop, and cannot run its ``on_kill``.
+    """
+    now = time.monotonic()
+    caught = find_caught()
+    return max((caught.received_at if caught else now) + grace, now + min(grace, GRACE))
 
 
 def put_off_heartbeat(process: StoppableTask) -> None:
@@ -386,7 +432,8 @@ def send_heartbeat_if_due(process: StoppableTask) -> None:
     request = process._stop
     if (
         request.server_ended
-        or request.heartbeat_refused
+        or request.refusal is not None
+        or refuses_heartbeats(process)
         or (request.heartbeat is not None and request.heartbeat.is_alive())
         # The server has not let the task start.
         or not process._last_successful_heartbeat
@@ -410,20 +457,52 @@ def send_heartbeat(process: StoppableTask) -> None:
     try:
         process.client.task_instances.heartbeat(process.id, pid=process.pid)
     except Exception as error:  # as in the supervisor's own loop; the next one may succeed
-        response = getattr(error, "response", None)
-        process._stop.heartbeat_refused = getattr(response, "status_code", None) in ENDED_STATUSES
+        if is_refusal(error):
+            process._stop.refusal = error
         log.info("Heartbeat failed for a task that is being ended", error=str(error))
     else:
         process._last_successful_heartbeat = time.monotonic()
+
+
+def refuses_heartbeats(process: StoppableTask) -> bool:
+    """Whether the server refuses heartbeats because of the state that the task has reported."""
+    return find_reported_state(process) in STATES_TOLD_AT_ONCE and server_knows_state(process)
+
+
+def server_knows_state(process: StoppableTask) -> bool:
+    """Whether the server knows the state that the task has reported; from 1.4 on it hears of a retry last."""
+    return find_untold_message(process) is None
+
+
+def is_refusal(error: Exception) -> typing_extensions.TypeGuard[ServerResponseError]:
+    """Whether an error is the API server's answer that a task is not to run any more."""
+    # The error page of a proxy has no detail.
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in ENDED_STATUSES and hasattr(error, "detail")
+
+
+def heed_refusal(process: StoppableTask) -> None:
+    """
+    If the server has refused a heartbeat of a thread, take the task as ended by the server, as the loop does.
+
+    To be called before a state that the task reports is handled. Afterwards the server refuses heartbeats
+    because of this state.
+    """
+    request = process._stop
+    if request.refusal is not None and not request.server_ended and process._terminal_state is None:
+        note_server_ended(process, request.refusal)
+        # That module imports this one. The value is not the same in all releases.
+        supervisor = importlib.import_module("airflow.sdk.execution_time.supervisor")
+        process._terminal_state = supervisor.SERVER_TERMINATED
 
 
 def hear_stop_signal(process: StoppableTask, conf: ConfigParser) -> bool:
     """Log a new stop signal in both logs; return whether the supervisor is to stop its task."""
     caught = find_caught()
     signum = caught.signum if caught else None
-    if signum is None or process._stop.signal_heard:
+    if caught is None or signum is None or process._stop.signal_heard:
         return False
-    process._stop.signal_heard = True
+    process._stop.signal_heard = caught.is_heard = True
     policy = find_stop_policy(conf, process._stop_policy)
     stops = policy is StopPolicy.STOP
     what_now = "stopping the task" if stops else "it lets the task finish"

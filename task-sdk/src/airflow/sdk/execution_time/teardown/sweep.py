@@ -41,7 +41,6 @@ from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphan
 from airflow.sdk.execution_time.teardown.policy import find_spared_names
 from airflow.sdk.execution_time.teardown.process_tree import (
     ProcessTree,
-    list_given_marks,
     look_at,
     read_limits,
     shorten_name,
@@ -139,8 +138,11 @@ def sweep(conf: ConfigParser, orphans: Sequence[Orphan]) -> list[Process]:
 def is_around(orphan: Orphan) -> bool:
     """Whether this process is in the orphan's tree itself, like the supervisor of a task within a task."""
     pid = orphan.process.pid
-    given = list_given_marks(orphan.process, read_limits(pid), orphan.origin)
-    return os.getsid(0) == pid or not given.isdisjoint(read_limits(os.getpid())) or pid in list_ancestors()
+    return (
+        os.getsid(0) == pid
+        or not orphan.given_marks.isdisjoint(read_limits(os.getpid()))
+        or pid in list_ancestors()
+    )
 
 
 def list_ancestors() -> list[int]:
@@ -159,13 +161,13 @@ def pick_oldest(orphans: Iterable[Orphan]) -> list[Orphan]:
     tree there may be two.
     """
     by_age = sorted(orphans, key=lambda orphan: (orphan.process.start, orphan.process.pid), reverse=True)
-    return list({(orphan.origin, *read_limits(orphan.process.pid)[:1]): orphan for orphan in by_age}.values())
+    return list({(orphan.origin, *orphan.marks[:1]): orphan for orphan in by_age}.values())
 
 
 def make_tree(orphan: Orphan, conf: ConfigParser) -> ProcessTree:
     """Return the tree that an orphan leads, or is part of."""
     tree = ProcessTree()
-    tree.set_orphaned_leader(orphan.process.pid, orphan.process.start)
+    tree.set_orphaned_leader(orphan.process.pid, orphan.process.start, orphan.marks, orphan.origin)
     configure_tree(tree, conf)
     tree.ends_leftovers = orphan.condemned or tree.ends_leftovers
     return tree

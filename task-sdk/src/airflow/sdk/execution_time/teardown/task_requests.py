@@ -32,8 +32,14 @@ import structlog
 from airflow.sdk.api.client import ServerResponseError
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time.comms import ErrorResponse
-from airflow.sdk.execution_time.teardown.exit_status import FAILURE, has_reported
-from airflow.sdk.execution_time.teardown.stop_request import CONFLICT, ENDED_STATUSES, find_detail, is_task
+from airflow.sdk.execution_time.teardown.exit_status import FAILURE, FAILURES, find_sent_state
+from airflow.sdk.execution_time.teardown.stop_request import (
+    CONFLICT,
+    ENDED_STATUSES,
+    find_detail,
+    heed_refusal,
+    is_task,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,10 +77,12 @@ def handle_request(
     :param process: a ``WatchedSubprocess``. Types that lead no session of their own are served as before.
     :param request_id: none before 1.0.3.
     """
-    if is_task(process) and process._stop.server_ended and type(msg).__name__ in STATE_REPORTS:
-        refuse(process, *request_id)
-    else:
-        process._handle_request(msg, log, *request_id)
+    if is_task(process) and type(msg).__name__ in STATE_REPORTS:
+        heed_refusal(process)
+        if process._stop.server_ended:
+            refuse(process, *request_id)
+            return
+    process._handle_request(msg, log, *request_id)
 
 
 def refuse(process: WatchedProcess, *request_id: int) -> None:
@@ -87,12 +95,13 @@ def refuse(process: WatchedProcess, *request_id: int) -> None:
 
 def deny_silent_success(process: StoppableTask, exit_code: int) -> int:
     """
-    Replace the 0 of a task process that was told to stop and has reported no state: it has not succeeded.
+    Replace the 0 of a task process that was told to stop and has sent no state: it has not succeeded.
 
     :param process: an ``ActivitySubprocess`` that has ended.
     """
-    silent = process._exit_watch.exit_expected and process._terminal_state is None
-    return FAILURE if exit_code == 0 and silent else exit_code
+    if exit_code != 0 or not process._exit_watch.exit_expected or process._terminal_state is not None:
+        return exit_code
+    return FAILURE if find_sent_state(process) in (None, *FAILURES) else exit_code
 
 
 def tell_state(process: TaskProcess) -> None:
@@ -103,8 +112,7 @@ def tell_state(process: TaskProcess) -> None:
     """
     with tolerate_refusal(process):
         process.update_task_state_if_needed()
-        untold = getattr(process, "_pending_terminal_state_msg", None)
-        if process.final_state == UP_FOR_RETRY and not has_reported(process) and untold is None:
+        if process.final_state == UP_FOR_RETRY and find_sent_state(process) is None:
             tell_retry(process)
 
 

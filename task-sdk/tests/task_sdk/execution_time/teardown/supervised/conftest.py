@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +27,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Tree,
     leave_others_alone,
     set_grace,
+    set_of_teardown,
     set_stop_policy,
 )
 
@@ -37,6 +37,8 @@ from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from pytest_mock import MockerFixture
 
 
 @pytest.fixture
@@ -81,13 +83,11 @@ def pytest_runtest_call() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def quick_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ActivitySubprocess, "_upload_logs", lambda self: None)
+def quick_supervisor(monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> None:
+    mocker.patch.object(ActivitySubprocess, "_upload_logs", autospec=True)
     monkeypatch.setattr(supervisor, "SOCKET_CLEANUP_TIMEOUT", 0.1)
     monkeypatch.setattr(supervisor, "MIN_HEARTBEAT_INTERVAL", 0.1)
-    # An unfixed supervisor does not have it.
-    if stop_request := sys.modules.get("airflow.sdk.execution_time.teardown.stop_request"):
-        monkeypatch.setattr(stop_request, "HEARTBEAT_INTERVAL", 0.1)
+    set_of_teardown(monkeypatch, "stop_request", "HEARTBEAT_INTERVAL", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +98,7 @@ def harmless_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def patient_teardown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let killed processes take as long to die as a busy machine takes; otherwise they are named as survivors."""
-    # An unfixed supervisor does not have it.
-    if teardown := sys.modules.get("airflow.sdk.execution_time.teardown.leftovers"):
-        monkeypatch.setattr(teardown, "KILL_TIME", PATIENCE / 3)
+    set_of_teardown(monkeypatch, "leftovers", "KILL_TIME", PATIENCE / 3)
 
 
 @pytest.fixture

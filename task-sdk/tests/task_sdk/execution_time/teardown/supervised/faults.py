@@ -24,10 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import itertools
 import os
+import pkgutil
 import signal
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -232,13 +235,12 @@ def misbehave(
     """
     Have a call fail from now on, in this process.
 
-    :param call: such as "os.kill".
+    :param call: such as "os.kill" or "socket.socket.shutdown".
     :param times: which calls fail, counted from 1; None for all of them.
     :param spares_children: False if it fails in what this process forks, too.
     :param concerns: tells by its arguments whether a call counts.
     """
-    module, _, name = call.rpartition(".")
-    owner = importlib.import_module(module)
+    owner, name = find_owner(call)
     original = getattr(owner, name)
     pid, count = os.getpid(), itertools.count(1)
 
@@ -261,8 +263,25 @@ def refuse_sigterm(error: int) -> None:
 
 def lack(call: str) -> None:
     """Be a Python that does not have a call."""
-    module, _, name = call.rpartition(".")
-    delattr(importlib.import_module(module), name)
+    delattr(*find_owner(call))
+
+
+def find_owner(call: str) -> tuple[Any, str]:
+    """Return the module or class that has a call, and the name that it has there."""
+    owner, _, name = call.rpartition(".")
+    return pkgutil.resolve_name(owner), name
+
+
+def forbid_pidfd(how: str) -> None:
+    """Be on a kernel, or in a sandbox, that fails with an error, or a Python that knows of no pidfd: "absent"."""
+    # psutil has one of its own, and remembers whether it works.
+    if can_use_pidfd := getattr(psutil._psposix, "can_use_pidfd_open", None):
+        can_use_pidfd.cache_clear()
+    if how == "absent":
+        lack("os.pidfd_open")
+        lack("signal.pidfd_send_signal")
+    else:
+        misbehave("os.pidfd_open", getattr(errno, how))
 
 
 def be_deaf_runner() -> None:
@@ -295,18 +314,33 @@ def mount_proc(options: bytes = b"") -> None:
 def become_nobody() -> None:
     """Give up all privileges, if there are any; whoever does is not dumpable any more (prctl(2))."""
     if os.geteuid() == 0:
-        # Nobody may be forbidden to import what a task imports.
-        importlib.import_module("logging.config")
-        start_task(lambda: os._exit(1)).wait()
+        import_what_tasks_import()
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+def import_what_tasks_import() -> None:
+    """Have all of it in this process, for nobody may be forbidden to read it."""
+
+    def tell_imported() -> None:
+        told.tell(sorted(set(sys.modules) - known))
+        os._exit(1)
+
+    known = set(sys.modules)
+    with contextlib.closing(Relay()) as told:
+        process = start_task(tell_imported)
+        for name in told.hear():
+            # Not everything there can be imported by its name.
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        process.wait()
+
+
 def fork_as(pid: int, then: Callable[[], Any] = pause_for_ever) -> int:
     """
-    Start a process that has a number of our choice, and leads a session, in a namespace of ours (proc_sys_kernel(5)).
+    Start a process that has a number of our choice, and leads a session, in a namespace of ours.
 
     :param then: what it does before it ends. SIGTERM ends it, whatever this process does at one.
     """
@@ -318,9 +352,17 @@ def fork_as(pid: int, then: Callable[[], Any] = pause_for_ever) -> int:
         then()
 
     leads = Relay()
-    with open("/proc/sys/kernel/ns_last_pid", "w") as last:
-        last.write(str(pid - 1))
+    choose_next_pid(pid)
     stranger = fork(be_stranger)
     with contextlib.closing(leads):
         assert leads.hear() == stranger == pid
     return stranger
+
+
+def choose_next_pid(pid: int) -> None:
+    """Have the next process of this PID namespace, which is ours, get a number (proc_sys_kernel(5))."""
+    try:
+        with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+            last.write(str(pid - 1))
+    except OSError as error:  # a container's /proc/sys may be read-only
+        raise RefusedError(f"no process number of our choice: {error}") from error

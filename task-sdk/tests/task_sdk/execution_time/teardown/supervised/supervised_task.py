@@ -26,27 +26,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
+import inspect
 import json
 import logging
 import os
 import resource
 import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 import traceback
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from unittest import mock
 from uuid import uuid4
 
 import psutil
 import structlog
 
-from airflow.sdk.api.client import ServerResponseError
-from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
-from airflow.sdk.execution_time import supervisor
+from airflow.sdk import exceptions
+from airflow.sdk.api.client import Client, ServerResponseError, TaskInstanceOperations
+from airflow.sdk.api.datamodels._generated import BundleInfo, TaskInstance, TIRunContext
+from airflow.sdk.execution_time import comms, supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
 
 if TYPE_CHECKING:
@@ -72,7 +76,7 @@ GRACE_WITH_FAULTS = 0.1
 NEVER = 3600
 """Seconds to wait for what must not be waited for."""
 
-SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
+SLEEPER = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"]
 
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -181,7 +185,7 @@ class Api:
     def tell(self, state: Any) -> None:
         if self.terminated:
             raise conflict()
-        self.told.append(str(getattr(state, "value", state)))
+        self.told.append(name_state(state))
 
 
 class SteppingApi(Api):
@@ -204,7 +208,7 @@ def stop_supervisor() -> None:
 
 def conflict(status: int = 409) -> ServerResponseError:
     """Return what the client raises when the server says that the task should not be running any more."""
-    http = sys.modules[ServerResponseError.__base__.__module__.partition(".")[0]]
+    http = find_http_library()
     request = http.Request("PUT", "http://127.0.0.1/")
     error = ServerResponseError("conflict", request=request, response=http.Response(status, request=request))
     error.detail = {"reason": "not_running", "current_state": "failed"}
@@ -240,15 +244,38 @@ def describe_task(client: Any = None, **kwargs: Any) -> dict[str, Any]:
         "pool_slots": 1,
         "priority_weight": 1,
     }
-    what = TaskInstance.model_construct(**{k: v for k, v in fields.items() if k in TaskInstance.model_fields})
     return {
-        "what": what,
+        "what": TaskInstance.model_construct(**keep_known_fields(fields)),
         "dag_rel_path": "d.py",
-        "bundle_info": SimpleNamespace(name="b", version=None),
+        "bundle_info": BundleInfo(name="b"),
         "client": client or Api(),
         "logger": Log().logger,
         **kwargs,
     }
+
+
+def make_up_process() -> dict[str, Any]:
+    """Return what the supervisor's class is made from for a process that was not started."""
+    return {
+        "id": uuid4(),
+        "pid": 4711,
+        "stdin": mock.NonCallableMock(spec=socket.socket),
+        "process": mock.NonCallableMock(spec=psutil.Process),
+        "process_log": structlog.testing.CapturingLogger(),
+        **make_up_descriptors(),
+    }
+
+
+class MadeUpTask(ActivitySubprocess):
+    """A supervised task that was not started, with a client that reaches no server, and some attributes of our choice."""
+
+    def __init__(self, **attributes: Any) -> None:
+        operations = mock.create_autospec(TaskInstanceOperations, instance=True)
+        client = mock.NonCallableMock(spec=Client, task_instances=operations)
+        super().__init__(**make_up_process(), client=client)
+        for name, value in attributes.items():
+            assert hasattr(self, name), f"a supervised task has no {name}"
+            setattr(self, name, value)
 
 
 @contextlib.contextmanager
@@ -279,6 +306,13 @@ def set_name(name: bytes) -> None:
 
 def pause_for_ever() -> NoReturn:
     while True:
+        select.select([], [], [], SLICE)
+
+
+def wait_for_interruption() -> None:
+    """Wait for a signal whose handler raises; return if none has come when it should have."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
         select.select([], [], [], SLICE)
 
 
@@ -352,6 +386,13 @@ def is_living(process: psutil.Process) -> bool:
     return False
 
 
+def list_pending(pid: int) -> int:
+    """Return the signals that wait for a process that blocks them, as proc_pid_status(5) has them."""
+    with open(f"/proc/{pid}/status") as status:
+        [pending] = [int(line.split()[1], 16) for line in status if line.startswith("ShdPnd:")]
+    return pending
+
+
 def wait_to_end(relay: Relay) -> None:
     """Be a runner that can be told to fail."""
     # Not a handler and a pause(): a signal that comes just before it would be missed.
@@ -361,10 +402,14 @@ def wait_to_end(relay: Relay) -> None:
     os._exit(1)
 
 
-def hear_ready(relay: Relay, processes: int = 1) -> list[Any]:
-    """Wait until a runner is ready, and as many of its processes have told their PID or more; return what they told."""
+def hear_ready(relay: Relay, processes: int = 1, ready: str = "ready") -> list[Any]:
+    """
+    Wait until a runner is ready, and as many of its processes have told their PID or more; return what they told.
+
+    :param ready: what tells that; "monitoring" where the supervisor does so, and not the runner.
+    """
     told = [relay.hear() for _ in range(processes + 1)]
-    told.remove("ready")
+    told.remove(ready)
     return told
 
 
@@ -378,12 +423,6 @@ def order_end(way: str, process: ActivitySubprocess, api: Api) -> None:
         api.terminate = True
     elif way != "signalled":
         os.kill(process.pid, {"killed": signal.SIGKILL, "failed": signal.SIGUSR1}[way])
-
-
-def set_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", str(seconds))
-    # From 1.4 on it is read at import.
-    monkeypatch.setattr(supervisor, "KILLED_TASK_CLEANUP_TIME", seconds, raising=False)
 
 
 def set_stop_policy(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
@@ -449,6 +488,12 @@ def supervising(target: Callable[[], Any], prepare: Callable[[], Any] = lambda: 
         yield pid
 
 
+def make_zombie(pid: int) -> None:
+    """End a child, which nobody has collected by then."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
 def kill_child(pid: int, signum: int = signal.SIGKILL) -> None:
     """End a child alone, and collect it: what it has supervised is told of its end by then."""
     os.kill(pid, signum)
@@ -463,12 +508,6 @@ def wait_until_left(list_left: Callable[[], list[int]], expected: Iterable[int] 
                 assert tree.gone(tree.add(min(others))), f"{others} are left"
 
 
-def leave_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no supervisor look for what others on this machine have left, which is not for a test to end."""
-    # An unfixed one does not.
-    monkeypatch.setattr(supervisor, "sweep_once", lambda _conf: None, raising=False)
-
-
 def look_at_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Find no orphans but what this process has started: those of others are not for a test to end."""
     test = psutil.Process()
@@ -476,7 +515,8 @@ def look_at_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def list_own() -> list[tuple[int, None]]:
         return [(process.pid, None) for process in test.children(recursive=True)]
 
-    monkeypatch.setattr("airflow.sdk.execution_time.teardown.orphans.list_pids", list_own)
+    orphans = importlib.import_module("airflow.sdk.execution_time.teardown.orphans")
+    monkeypatch.setattr(orphans, "list_pids", mock.create_autospec(orphans.list_pids, side_effect=list_own))
 
 
 @contextlib.contextmanager
@@ -537,3 +577,77 @@ def tell_when_monitoring(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         return service(process, *args, **kwargs)
 
     monkeypatch.setattr(ActivitySubprocess, "_service_subprocess", tell_and_service)
+
+
+# What differs between releases of the SDK, and between a supervisor that is fixed and one that is not.
+
+
+def set_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME", str(seconds))
+    # From 1.4 on it is read at import.
+    monkeypatch.setattr(supervisor, "KILLED_TASK_CLEANUP_TIME", seconds, raising=False)
+
+
+def leave_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no supervisor look for what others on this machine have left, which is not for a test to end."""
+    # An unfixed one does not.
+    if sweep := getattr(supervisor, "sweep_once", None):
+        monkeypatch.setattr(supervisor, "sweep_once", mock.create_autospec(sweep))
+
+
+def set_of_teardown(monkeypatch: pytest.MonkeyPatch, module: str, name: str, value: object) -> None:
+    """Set an attribute of a module of the teardown, which an unfixed supervisor has not imported."""
+    if imported := sys.modules.get(f"airflow.sdk.execution_time.teardown.{module}"):
+        monkeypatch.setattr(imported, name, value)
+
+
+def keep_known_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the fields of a task instance that it has."""
+    return {name: value for name, value in fields.items() if name in TaskInstance.model_fields}
+
+
+def make_up_descriptors() -> dict[str, int]:
+    """Return the file descriptors that the supervisor's class is made from: one before 1.0.3, which is nobody's here."""
+    return {"requests_fd": -1} if "requests_fd" in inspect.signature(WatchedSubprocess).parameters else {}
+
+
+def find_http_library() -> Any:
+    """Return the library whose exceptions the client's are."""
+    return sys.modules[ServerResponseError.__base__.__module__.partition(".")[0]]
+
+
+def name_state(state: object) -> str:
+    """Return the name of a state, which is a string or a member of one of several enumerations."""
+    return str(getattr(state, "value", state))
+
+
+def name_failure(*, should_retry: bool) -> str:
+    """Return the state of a task that fails by itself; before 1.1 its supervisor knows of no retries."""
+    knows_retries = hasattr(ActivitySubprocess, "_should_retry")
+    return "up_for_retry" if should_retry and knows_retries else "failed"
+
+
+def tells_again() -> bool:
+    """Whether a supervisor tells a state again that the server could not be told; before 1.2 none does."""
+    return "_pending_terminal_state_msg" in ActivitySubprocess.__annotations__
+
+
+def find_entry_point() -> Callable[..., int]:
+    """Return what executors call to supervise a task; older releases have it by the shorter name alone."""
+    entry: Callable[..., int] = getattr(supervisor, "supervise_task", None) or supervisor.supervise
+    return entry
+
+
+def find_exception(name: str) -> type[BaseException]:
+    """Return an exception of the SDK; before 1.2 some are those of Airflow."""
+    module = exceptions if hasattr(exceptions, name) else importlib.import_module("airflow.exceptions")
+    found: type[BaseException] = getattr(module, name)
+    return found
+
+
+def list_request_methods() -> list[str]:
+    """Return the methods that send a request and read its answer; before 1.0.3 no single one does."""
+    decoder = getattr(comms, "CommsDecoder", None)
+    if decoder is None:
+        return []
+    return ["send", "asend"] if "_async_lock" in decoder.__annotations__ else ["send"]

@@ -34,6 +34,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Relay,
     keep_open,
     leave_holder,
+    make_zombie,
     pause_for_ever,
     set_grace,
     start_task,
@@ -107,8 +108,7 @@ class TestSockets:
         log = Log()
         process = start_task(target, logger=log.logger)
         relay.hear()
-        os.kill(process.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        make_zombie(process.pid)
         process.wait()
         assert log.find("line") == lines
 

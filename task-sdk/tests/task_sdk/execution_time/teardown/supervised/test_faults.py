@@ -34,7 +34,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import psutil
 import pytest
 from task_sdk.execution_time.teardown.supervised.faults import (
     NOISE,
@@ -42,6 +41,7 @@ from task_sdk.execution_time.teardown.supervised.faults import (
     be_deaf_runner,
     become_nobody,
     end_supervised,
+    forbid_pidfd,
     fork_as,
     lack,
     misbehave,
@@ -64,9 +64,11 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     hear_ready,
     in_turn,
     keep_open,
+    kill_child,
     lift_limit,
     list_descriptors,
     list_living,
+    make_zombie,
     pause_for_ever,
     start_task,
     wait_to_end,
@@ -154,7 +156,7 @@ class TestCalls:
         def spare(_: ActivitySubprocess, pid: int) -> None:
             send = process_tree.send_signals
 
-            def drop(process: process_tree.Process, signals: Iterable[int]) -> bool:
+            def drop(process: process_tree.Process, signals: Iterable[int]) -> bool | None:
                 return process.pid == pid or send(process, signals)
 
             process_tree.send_signals = mock.create_autospec(send, side_effect=drop)
@@ -168,22 +170,12 @@ class TestCalls:
 class TestPidfd:
     """No pidfd: a kernel before 5.3, a sandbox that does not know of it, or a Python without it."""
 
-    def forbid(self, how: str) -> None:
-        # psutil has one of its own, and remembers whether it works.
-        if can_use_pidfd := getattr(psutil._psposix, "can_use_pidfd_open", None):
-            can_use_pidfd.cache_clear()
-        if how == "absent":
-            lack("os.pidfd_open")
-            lack("signal.pidfd_send_signal")
-        else:
-            misbehave("os.pidfd_open", getattr(errno, how))
-
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("daemon", [be_polite, be_deaf], ids=lambda daemon: daemon.__name__)
     @pytest.mark.parametrize("how", ["absent", "ENOSYS"])
     def test_nothing_is_left(self, relay: Relay, daemon: Callable[[Relay], None], way: str, how: str) -> None:
         """Processes are signalled by their PID, and their ends are polled for."""
-        outcome = end_supervised(relay, way, daemon, before=lambda: self.forbid(how))
+        outcome = end_supervised(relay, way, daemon, before=lambda: forbid_pidfd(how))
         assert outcome.left == []
         assert not outcome.find("error", "could not be ended")
 
@@ -200,7 +192,7 @@ class TestPidfd:
             os._exit(3)
 
         def main() -> dict[str, Any]:
-            self.forbid(how)
+            forbid_pidfd(how)
             process = start_task(target)
             while len(process._open_sockets):
                 process._service_subprocess(max_wait_time=0.05)
@@ -369,8 +361,7 @@ class TestStolenStatus:
 
         def look_too_early(child: int) -> bool:
             process_tree.is_unreaped_zombie = is_unreaped_zombie
-            os.kill(child, signal.SIGKILL)
-            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            make_zombie(child)
             return False
 
         def prepare() -> None:
@@ -389,8 +380,7 @@ class TestStolenStatus:
 
         class Slow(Api):
             def heartbeat(self, _id: Any, pid: int) -> None:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                kill_child(pid)
                 raise conflict()
 
         outcome = end_supervised(relay, "conflict", api=Slow())
@@ -432,7 +422,9 @@ class TestKill:
                 return events
 
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            patching = mock.patch.object(process.selector, "select", select_and_kill)
+            patching = mock.patch.object(
+                process.selector, "select", autospec=True, side_effect=select_and_kill
+            )
             patching.start()
 
         outcome = end_supervised(relay, "failed", after=interrupt)
@@ -469,7 +461,7 @@ class TestRecycledNumber:
         def main() -> dict[str, Any]:
             send = process_tree.send_signals
 
-            def replace_and_send(victim: process_tree.Process, signals: Iterable[int]) -> bool:
+            def replace_and_send(victim: process_tree.Process, signals: Iterable[int]) -> bool | None:
                 process_tree.send_signals = send
                 os.kill(daemon, signal.SIGKILL)
                 os.waitpid(daemon, 0)  # the first process of a namespace adopts its orphans
@@ -494,8 +486,7 @@ class TestRecycledNumber:
         def main() -> dict[str, Any]:
             class Slow(Api):
                 def heartbeat(self, _id: Any, pid: int) -> None:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
+                    kill_child(pid)
                     # Not a child of ours, for then psutil would collect it.
                     fork(in_turn(lambda: fork_as(pid), lambda: relay.tell("replaced"), pause_for_ever))
                     assert relay.hear() == "replaced"

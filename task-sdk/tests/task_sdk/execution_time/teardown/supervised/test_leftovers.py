@@ -51,6 +51,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     leave_holder,
     lift_limit,
     limit_realtime,
+    list_pending,
     pause_for_ever,
     set_grace,
     start_task,
@@ -202,25 +203,41 @@ class TestLeftovers:
     ) -> None:
         """The runner has the grace for its on_kill, in which its daemons are left alone."""
         set_grace(monkeypatch, PATIENCE)
-        api = Api()
+        api, gate = Api(), Relay()
+
+        class Waiting(Log):
+            def __call__(self, logger: Any, method_name: str, event_dict: Any) -> Any:
+                # The supervisor waits for the runner by now.
+                if event_dict["event"] == "on_kill":
+                    gate.tell("go on")
+                return super().__call__(logger, method_name, event_dict)
 
         def target() -> None:
+            def be_daemon() -> None:
+                # What it is told stays to be seen as long as the runner is there.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+                be_polite(started)
+                assert tree.gone(runner)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
             def on_kill(*_: Any) -> None:
-                relay.tell("on_kill")
-                relay.tell(not tree.gone(daemon, timeout=0.5))
+                os.write(1, b"on_kill\n")
+                gate.hear()
+                relay.tell(["on_kill", list_pending(daemon)])
                 os._exit(1)
 
-            started = Relay()
-            detach(lambda: be_polite(started))
-            daemon = tree.add(started.hear())
+            runner, started = tree.add(os.getpid()), Relay()
+            detach(be_daemon)
+            daemon = started.hear()
             signal.signal(signal.SIGTERM, on_kill)
             relay.tell("ready")
             pause_for_ever()
 
-        process = start_task(target, api)
-        assert relay.hear() == "ready"
-        end_task("conflict", process, api)
-        assert [relay.hear(), relay.hear()] == ["on_kill", True]
+        with contextlib.closing(gate):
+            process = start_task(target, api, logger=Waiting().logger)
+            assert relay.hear() == "ready"
+            end_task("conflict", process, api)
+        assert relay.hear() == ["on_kill", 0]
         assert list_left() == []
 
     def test_successor_is_asked_to_end(
@@ -409,8 +426,7 @@ class TestSpared:
             started.tell("started")
 
         with contextlib.closing(Relay()) as started, forked(supervise) as supervising:
-            told = [relay.hear() for _ in range(1 if is_busy else 2)]
-            child = tree.add(next(pid for pid in told if pid != "monitoring"))
+            child = tree.add(relay.hear() if is_busy else hear_ready(relay, ready="monitoring")[0])
             if not is_busy:
                 os.kill(supervising, signal.SIGTERM)
             assert relay.hear() == -signal.SIGTERM

@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import resource
 import signal
@@ -44,6 +43,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     list_sockets,
     pause_for_ever,
     set_name,
+    set_of_teardown,
     start_task,
     supervising,
     wait_to_end,
@@ -55,22 +55,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-def set_orphan_grace(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    # An unfixed supervisor has none.
-    if lifeline := sys.modules.get("airflow.sdk.execution_time.teardown.lifeline"):
-        monkeypatch.setattr(lifeline, "ORPHAN_GRACE", seconds)
+LIFELINE = "airflow.sdk.execution_time.teardown.lifeline"
+"""What a runner with an unfixed supervisor has not."""
 
 
 @pytest.fixture(autouse=True)
 def patient_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an on_kill have as long as a busy machine takes."""
-    set_orphan_grace(monkeypatch, PATIENCE)
+    set_of_teardown(monkeypatch, "lifeline", "ORPHAN_GRACE", PATIENCE)
 
 
 @pytest.fixture
 def short_orphan_grace(monkeypatch: pytest.MonkeyPatch, patient_watchdog: None) -> None:
     """Let what is deaf to SIGTERM be killed soon."""
-    set_orphan_grace(monkeypatch, 0.3)
+    set_of_teardown(monkeypatch, "lifeline", "ORPHAN_GRACE", 0.3)
 
 
 def hide_from_sweeps() -> None:
@@ -271,8 +269,7 @@ class TestDyingSupervisor:
         self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
     ) -> None:
         """A runner does not wait long for a supervisor that has closed its sockets to die; it is not told to stop."""
-        lifeline = importlib.import_module("airflow.sdk.execution_time.teardown.lifeline")
-        monkeypatch.setattr(lifeline, "DEATH_TIME", 0.1)
+        monkeypatch.setattr(f"{LIFELINE}.DEATH_TIME", 0.1)
         with self.supervising(relay) as (supervisor, order):
             daemons = hear_ready(relay)
             order.tell("close")
@@ -282,8 +279,7 @@ class TestDyingSupervisor:
 
     def test_sibling_that_has_ended(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """The sockets of another task of the same supervisor, which are closed when that ends, are not a runner's own."""
-        lifeline = importlib.import_module("airflow.sdk.execution_time.teardown.lifeline")
-        monkeypatch.setattr(lifeline, "DEATH_TIME", PATIENCE)
+        monkeypatch.setattr(f"{LIFELINE}.DEATH_TIME", PATIENCE)
 
         def supervise_two() -> None:
             first = start_task(first_order.hear)

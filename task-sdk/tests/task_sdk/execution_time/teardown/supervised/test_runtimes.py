@@ -35,6 +35,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     ending,
     forked,
     hear_in_popen,
+    hear_ready,
     set_stop_policy,
     tell_when_monitoring,
 )
@@ -149,8 +150,7 @@ class TestRuntimes:
             relay.tell("returned")
 
         with forked(supervise) as supervising:
-            told = [relay.hear(), relay.hear()]
-            runtime = tree.add(next(pid for pid in told if pid != "monitoring"))
+            runtime = tree.add(*hear_ready(relay, ready="monitoring"))
             os.killpg(supervising, signal.SIGTERM)
             assert relay.hear() == "told"
             if policy == "finish":

@@ -22,7 +22,7 @@ import os
 import select
 import signal
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
@@ -40,6 +40,9 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 )
 
 from airflow.sdk.execution_time.supervisor import WatchedSubprocess
+
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
 
 
 class TestGroup:
@@ -83,12 +86,12 @@ class TestGroup:
 
     @pytest.mark.parametrize("setsid", ["refused", "pending"])
     def test_own_group_is_never_signalled(
-        self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch, setsid: str
+        self, relay: Relay, tree: Tree, mocker: MockerFixture, setsid: str
     ) -> None:
         """A task without a session, or before it has one, is killed alone: its supervisor's group lives on."""
         asked = Relay()
 
-        def refuse(*args: Any) -> None:
+        def refuse() -> None:
             asked.tell("setsid")
             if setsid == "pending":
                 pause_for_ever()
@@ -97,7 +100,7 @@ class TestGroup:
         def supervise() -> None:
             # In a group of its own, so that a mistake ends these processes and not the test runner.
             os.setpgid(0, 0)
-            monkeypatch.setattr(os, "setsid", refuse)
+            mocker.patch.object(os, "setsid", autospec=True, side_effect=refuse)
             relay.tell(subprocess.Popen(SLEEPER).pid)
             process = start_task(pause_for_ever)
             assert asked.hear() == "setsid"

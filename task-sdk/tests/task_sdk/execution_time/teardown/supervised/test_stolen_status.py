@@ -18,13 +18,17 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
 
 import pytest
-from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log, Relay, forked, start_task
-
-if TYPE_CHECKING:
-    from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+from task_sdk.execution_time.teardown.supervised.supervised_task import (
+    Api,
+    Log,
+    Relay,
+    forked,
+    name_failure,
+    name_state,
+    start_task,
+)
 
 
 def end_without_status(*, reported: str | None = None, should_retry: bool = False) -> tuple[str, int]:
@@ -34,11 +38,7 @@ def end_without_status(*, reported: str | None = None, should_retry: bool = Fals
     process._terminal_state = reported
     os.waitpid(process.pid, 0)
     process.wait()
-    return name_state(process), len(log.find("exit status"))
-
-
-def name_state(process: ActivitySubprocess) -> str:
-    return str(getattr(process.final_state, "value", process.final_state))
+    return name_state(process.final_state), len(log.find("exit status"))
 
 
 class TestStolenStatus:
@@ -53,10 +53,8 @@ class TestStolenStatus:
     @pytest.mark.parametrize("should_retry", [False, True])
     def test_unknown_is_not_success(self, relay: Relay, *, should_retry: bool) -> None:
         """A task that had reported nothing ends as one that exits with 1: it failed, or is up for a retry."""
-        process = start_task(lambda: os._exit(1), Api(should_retry=should_retry))
-        process.wait()
         with forked(lambda: relay.tell(end_without_status(should_retry=should_retry))):
-            assert relay.hear() == [name_state(process), 1]
+            assert relay.hear() == [name_failure(should_retry=should_retry), 1]
 
     def test_child_signal_ignored(self, relay: Relay) -> None:
         """With SIGCHLD ignored, as some libraries leave it, the kernel itself discards the status (waitpid(2))."""

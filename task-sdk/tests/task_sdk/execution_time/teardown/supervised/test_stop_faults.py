@@ -22,14 +22,17 @@ As in test_faults, none of it ends in a traceback that hides the task's end, and
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
-import select
 import signal
 import sys
 import threading
 from datetime import datetime, timezone
+from functools import partial, partialmethod
 from typing import TYPE_CHECKING, Any
+from unittest.mock import create_autospec
 
 import pytest
 import structlog
@@ -38,37 +41,51 @@ from task_sdk.execution_time.teardown.supervised.faults import (
     Outcome,
     be_deaf_runner,
     end_supervised,
+    misbehave,
     refuse_sigterm,
     supervise,
 )
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     GRACE_WITH_FAULTS,
     NEVER,
+    PATIENCE,
     Api,
     Log,
     Relay,
     SteppingApi,
     be_deaf,
+    be_polite,
+    conflict,
+    describe_task,
     detach,
+    find_entry_point,
     hear_ready,
     in_turn,
+    name_state,
     pause_for_ever,
     set_grace,
     start_task,
     stop_supervisor,
+    tells_again,
     wait_to_end,
 )
 
+from airflow.sdk.api.datamodels._generated import TaskInstanceState
 from airflow.sdk.exceptions import AirflowRuntimeError
-from airflow.sdk.execution_time import comms
+from airflow.sdk.execution_time import comms, supervisor
+from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 from airflow.sdk.execution_time.teardown import leftovers, stop_request
+from airflow.sdk.execution_time.teardown.stop_request import CONFLICT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-
 pytestmark = pytest.mark.usefixtures("faulty_surroundings", "stop_policy")
+
+SOME_DAY = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+MANY_LINES = 200_000
+"""More than the socket of a task holds, whatever its size."""
 
 
 class TestSignals:
@@ -76,20 +93,20 @@ class TestSignals:
 
     def pester(self, *_: Any) -> None:
         """
-        Have a thread send this process SIGTERMs once it handles them; it ignores them before and after.
+        Have a thread send this process SIGTERMs as long as it handles them; it ignores them before and after.
 
-        It goes on for longer than the task may take to end.
+        After 200 of them there are fewer, so that the supervisor comes to something else.
         """
-        intervals = [0.002] * 200 + [0.02] * round(2 * NOISE / 0.02)
 
         def ignore(*_: Any) -> None: ...
 
         def send() -> None:
             while signal.getsignal(signal.SIGTERM) is ignore:
-                select.select([], [], [], 0.002)
-            for interval in intervals:
+                os.sched_yield()
+            intervals = itertools.chain([0.002] * 200, itertools.repeat(0.02))
+            while signal.getsignal(signal.SIGTERM) is not ignore:
                 os.kill(os.getpid(), signal.SIGTERM)
-                select.select([], [], [], interval)
+                threading.Event().wait(next(intervals))
 
         # Not SIG_IGN, which the supervisor would leave in its place.
         signal.signal(signal.SIGTERM, ignore)
@@ -109,6 +126,27 @@ class TestSignals:
         assert outcome.code == -signal.SIGKILL
         assert GRACE_WITH_FAULTS < outcome.seconds < GRACE_WITH_FAULTS + 1 + NOISE
 
+    def test_signal_when_the_task_has_ended(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The handler of whatever runs supervisors gets one that comes while the task's state is told, after that."""
+
+        class Interrupted(Api):
+            def finish(self, *args: Any, **kwargs: Any) -> None:
+                stop_supervisor()
+                relay.tell("told")
+
+        def main() -> dict[str, Any]:
+            signal.signal(signal.SIGTERM, lambda *_: relay.tell("handled"))
+            task = describe_task(Interrupted())
+            start = partial(ActivitySubprocess.start, target=lambda: os._exit(3))
+            monkeypatch.setattr(ActivitySubprocess, "start", start)
+            names = ("bundle_info", "dag_rel_path", "client")
+            code = find_entry_point()(ti=task["what"], token="", **{name: task[name] for name in names})
+            relay.tell("returned")
+            return {"code": code, "log": []}
+
+        assert supervise(main).code == 3
+        assert [relay.hear() for _ in range(3)] == ["told", "handled", "returned"]
+
     @pytest.mark.parametrize("error", [errno.EPERM, errno.ESRCH], ids=errno.errorcode.get)
     def test_signal_that_cannot_be_passed_on(self, relay: Relay, error: int) -> None:
         """A task that SIGTERM does not reach is killed when its grace is over."""
@@ -117,13 +155,6 @@ class TestSignals:
         )
         assert outcome.left == []
         assert outcome.code == -signal.SIGKILL
-
-    def test_kill_after_the_grace_takes_all(self, relay: Relay) -> None:
-        """A task that is deaf to the stop is killed with all that it has started."""
-        outcome = end_supervised(relay, "signalled", runner=be_deaf_runner, api=SteppingApi(stop_supervisor))
-        assert outcome.left == []
-        assert outcome.code == -signal.SIGKILL
-        assert outcome.seconds < GRACE_WITH_FAULTS + 1 + NOISE
 
 
 def stop_when_waiting(process: ActivitySubprocess) -> None:
@@ -135,6 +166,88 @@ def stop_when_waiting(process: ActivitySubprocess) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
+
+
+class TestBusyLoop:
+    """A supervisor that is told to stop during a request to the server, which takes longer than the grace period."""
+
+    def be_told(self, process: ActivitySubprocess) -> None:
+        """Be told to stop, and be as late as if the whole grace period had passed since."""
+        stop_supervisor()
+        caught = stop_request.find_caught()
+        assert caught
+        assert process._exit_watch._kill_ends
+        caught.received_at -= NEVER
+        process._exit_watch._kill_ends -= NEVER
+
+    @pytest.fixture(autouse=True)
+    def patience(self, faulty_surroundings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Give the task, once the loop is back, all the time that a busy machine needs."""
+        set_grace(monkeypatch, PATIENCE)
+        monkeypatch.setattr(stop_request, "GRACE", PATIENCE)
+
+    def test_task_that_prints(self, relay: Relay) -> None:
+        """It cannot end in order before the supervisor reads what it prints, and then has the time for it."""
+
+        def end_in_order(*_: Any) -> None:
+            with open(1, "w", closefd=False) as output:
+                output.writelines("line\n" for _ in range(MANY_LINES))
+            os._exit(3)
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, end_in_order)
+            relay.tell("ready")
+            pause_for_ever()
+
+        def main() -> dict[str, Any]:
+            process = start_task(target, SteppingApi(lambda: self.be_told(process)))
+            assert relay.hear() == "ready"
+            return {"code": process.wait(), "log": []}
+
+        assert supervise(main).code == 3
+
+    @pytest.mark.parametrize("request_of", ["supervisor", "task"])
+    def test_leftovers(self, relay: Relay, request_of: str) -> None:
+        """A task may end meanwhile; what it has left is asked to end, too, and is not killed at once."""
+
+        def target() -> None:
+            decoder: comms.CommsDecoder[comms.ToTask, comms.ToSupervisor] = comms.CommsDecoder()
+            decoder._read_frame()
+            detach(lambda: be_polite(relay))
+            relay.tell("ready")
+            if request_of == "task":
+                decoder.send(comms.GetVariable(key="k"))
+            pause_for_ever()
+
+        class Slow(Api):
+            process: ActivitySubprocess
+            told_to_stop = False
+
+            def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+                if request_of == "supervisor":
+                    self.take_long()
+
+            def get(self, *args: Any, **kwargs: Any) -> Any:
+                self.take_long()
+                raise ConnectionError("away")
+
+            def take_long(self) -> None:
+                if not self.told_to_stop:
+                    self.told_to_stop = True
+                    be_told(self.process)
+                    os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+
+        def main() -> dict[str, Any]:
+            log, api = Log(), Slow()
+            api.process = start_task(target, api, logger=log.logger)
+            hear_ready(relay)
+            return {"code": api.process.wait(), "log": log.entries}
+
+        be_told = self.be_told
+        outcome = supervise(main)
+        assert outcome.left == []
+        [entry] = outcome.find("warning", "left running")
+        assert [process["signal"] for process in entry["processes"]] == ["SIGTERM"]
 
 
 class TestHeartbeats:
@@ -169,6 +282,85 @@ class TestHeartbeats:
         outcome = supervise(main)
         assert outcome.code == -signal.SIGKILL
         assert outcome.log == []
+
+    def test_refused(self, relay: Relay, runner: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the server has ended the task meanwhile, its state is refused, and no callback of a failure runs."""
+        set_grace(monkeypatch, NEVER)
+
+        def tell_when_over(heartbeat: threading.Thread) -> None:
+            heartbeat.join()
+            runner.tell("refused")
+
+        class Refusing(Api):
+            def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+                thread = threading.current_thread()
+                if thread is threading.main_thread():
+                    stop_supervisor()
+                else:
+                    threading.Thread(target=tell_when_over, args=[thread], daemon=True).start()
+                    raise conflict()
+
+        def target() -> None:
+            decoder: comms.CommsDecoder[comms.ToTask, comms.ToSupervisor] = comms.CommsDecoder()
+            decoder._read_frame()
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            relay.tell("ready")
+            assert runner.hear() == "refused"
+            try:
+                decoder.send(comms.TaskState(state=TaskInstanceState.FAILED, end_date=SOME_DAY))
+            except AirflowRuntimeError as error:
+                relay.tell((error.error.detail or {})["status_code"])
+            else:
+                relay.tell("accepted")
+            os._exit(1)
+
+        def main() -> dict[str, Any]:
+            log = Log()
+            process = start_task(target, Refusing(), logger=log.logger)
+            assert relay.hear() == "ready"
+            code = process.wait()
+            relay.tell(name_state(process.final_state))
+            return {"code": code, "log": log.entries}
+
+        outcome = supervise(main)
+        assert relay.hear() == CONFLICT
+        assert relay.hear() == supervisor.SERVER_TERMINATED
+        [entry] = outcome.find("warning", "does not want it to run")
+        assert entry["status"] == CONFLICT
+
+    def test_task_that_cannot_be_killed(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The server goes on to hear of it, and the supervisor to try."""
+        monkeypatch.setattr(stop_request, "KILL_INTERVAL", 0.3)
+        # It waits for so long after each signal.
+        kill = partialmethod(ActivitySubprocess.kill, escalation_delay=0.1)
+        monkeypatch.setattr(ActivitySubprocess, "kill", kill)
+        beats = threading.Event()
+
+        class Beating(Api):
+            process: ActivitySubprocess
+
+            def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+                if not self.process._stop.signal_heard:
+                    stop_supervisor()
+                elif self.process._stop.sigkill_sent:
+                    beats.set()
+
+        def is_refused(_who: object, sig: int, *_: Any) -> bool:
+            return sig in (signal.SIGSTOP, signal.SIGKILL) and not beats.is_set()
+
+        def main() -> dict[str, Any]:
+            api = Beating()
+            api.process = start_task(
+                in_turn(be_deaf_runner, lambda: relay.tell("ready"), pause_for_ever), api
+            )
+            assert relay.hear() == "ready"
+            for call in ("os.kill", "os.killpg", "signal.pidfd_send_signal"):
+                misbehave(call, errno.EPERM, concerns=is_refused)
+            return {"code": api.process.wait(), "log": []}
+
+        outcome = supervise(main)
+        assert outcome.code == -signal.SIGKILL
+        assert outcome.left == []
 
     def test_task_that_answers(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """A task that is told while nobody is busy, and then prints, is not told once more."""
@@ -241,7 +433,7 @@ class TestExceptions:
             process = start_task(target, api, logger=(log or Log()).logger)
             hear_ready(relay)
             if second:
-                setattr(*place, raise_once)
+                setattr(*place, create_autospec(original, side_effect=raise_once))
             try:
                 process.wait()
             except BaseException as error:  # noqa: BLE001 - it is the result
@@ -324,12 +516,42 @@ class TestRequests:
         assert outcome.left == []
         assert [relay.hear(), relay.hear()] == [None, None]
 
+    def test_success_that_the_server_takes_later(self, relay: Relay) -> None:
+        """It stays one where the supervisor tells it again in the end, although a stop signal came meanwhile."""
+
+        class AwayOnce(Api):
+            times = 0
+
+            def succeed(self, *args: Any, **kwargs: Any) -> None:
+                self.times += 1
+                if self.times == 1:
+                    stop_supervisor()
+                    raise ConnectionError("no route to host")
+                super().succeed(*args, **kwargs)
+
+        def target() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            decoder: comms.CommsDecoder[comms.ToTask, comms.ToSupervisor] = comms.CommsDecoder()
+            decoder._read_frame()
+            with contextlib.suppress(AirflowRuntimeError):
+                decoder.send(comms.SucceedTask(end_date=SOME_DAY))
+            os._exit(0)
+
+        def main() -> dict[str, Any]:
+            api = AwayOnce()
+            code = start_task(target, api).wait()
+            return {"code": code, "log": [{"log_level": "told", "event": str(api.told)}]}
+
+        outcome = supervise(main)
+        assert outcome.code == (0 if tells_again() else 1)
+        assert outcome.find("told", str(["success" if tells_again() else "failed"]))
+
     def test_state_that_the_server_does_not_want(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         """A task that the server has ended gets none accepted, as the server would answer."""
 
         def report(decoder: comms.CommsDecoder) -> None:
             try:
-                decoder.send(comms.SucceedTask(end_date=datetime(2026, 1, 1, tzinfo=timezone.utc)))
+                decoder.send(comms.SucceedTask(end_date=SOME_DAY))
             except AirflowRuntimeError as error:
                 relay.tell((error.error.detail or {})["status_code"])
             os._exit(0)

@@ -32,6 +32,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     ending,
     fork,
     forked,
+    hear_ready,
     pause_for_ever,
     set_grace,
     set_stop_policy,
@@ -61,7 +62,7 @@ class TestStopping:
             pause_for_ever()
 
         with forked(lambda: supervise(target, relay, monkeypatch)) as supervising:
-            daemon = tree.add(hear_daemon(relay, 2))
+            daemon = tree.add(*hear_ready(relay, ready="monitoring"))
             os.kill(supervising, signal.SIGTERM)
             assert relay.hear() == ["ended", 1]
             assert tree.gone(daemon, timeout=0)
@@ -115,7 +116,7 @@ class TestStopping:
             relay.tell(["ended", process.wait()])
 
         with contextlib.closing(Relay()) as gate, forked(run):
-            daemon = tree.add(hear_daemon(relay, 2))
+            daemon = tree.add(*hear_ready(relay))
             gate.tell("go")
             assert [relay.hear(), relay.hear()] == [["pending"], ["ended", 0]]
             assert tree.runs(daemon)
@@ -141,8 +142,8 @@ class TestReportedState:
 class TestException:
     """An exception leaves the supervisor's loop, and nobody would watch the task any more."""
 
-    def raise_out_of_the_loop(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-        """Have a signal handler raise in the loop; return what became of it, and of the task's processes."""
+    def test_task_ends(self, relay: Relay, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is told to stop, all of it, before what a signal handler has raised goes on."""
 
         def limit(*_: object) -> None:
             raise SoftLimitError
@@ -161,26 +162,13 @@ class TestException:
                 relay.tell("raised")
 
         with forked(run) as supervising:
-            told = [relay.hear() for _ in range(3)]
-            held = Tree()
-            pids = [held.add(pid) for pid in told if pid != "monitoring"]
+            pids = [tree.add(pid) for pid in hear_ready(relay, 2, ready="monitoring")]
             os.kill(supervising, signal.SIGUSR1)
-            outcome = [relay.hear(), *(held.gone(pid, timeout=0) for pid in pids)]
-            held.close()
-        return outcome
-
-    def test_task_ends(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is told to stop, all of it, before the exception goes on."""
-        assert self.raise_out_of_the_loop(relay, monkeypatch) == ["raised", True, True]
+            assert relay.hear() == "raised"
+            assert [pid for pid in pids if tree.runs(pid)] == []
 
 
 def supervise(target: Callable[[], object], relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     """Supervise a task; tell when signals are caught, and with what code it has ended."""
     tell_when_monitoring(relay, monkeypatch)
     relay.tell(["ended", start_task(target).wait()])
-
-
-def hear_daemon(relay: Relay, values: int) -> int:
-    """Return the PID among some values that are told."""
-    [daemon] = [told for told in (relay.hear() for _ in range(values)) if isinstance(told, int)]
-    return daemon

@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
 import structlog
@@ -36,8 +36,11 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     SteppingApi,
     Tree,
     describe_task,
+    find_entry_point,
     forked,
+    hear_ready,
     in_turn,
+    name_state,
     pause_for_ever,
     start_task,
     stop_supervisor,
@@ -47,14 +50,16 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
+
 pytestmark = pytest.mark.usefixtures("stop_policy")
 
 
 def tell_end(relay: Relay, process: ActivitySubprocess) -> None:
     """Wait for a task, and tell how it has ended."""
     code = process.wait()
-    state = process.final_state
-    relay.tell(["ended", code, str(getattr(state, "value", state))])
+    relay.tell(["ended", code, name_state(process.final_state)])
 
 
 class TestStopping:
@@ -74,8 +79,7 @@ class TestStopping:
             relay.tell([code, signal.getsignal(signum) is handle])
 
         with forked(supervise) as supervising:
-            told = [relay.hear(), relay.hear()]
-            child = tree.add(next(pid for pid in told if pid != "monitoring"))
+            child = tree.add(*hear_ready(relay, ready="monitoring"))
             os.kill(supervising, signum)
             assert relay.hear() == [-signal.SIGTERM, True]
             assert tree.gone(child)
@@ -107,7 +111,9 @@ class TestStopping:
             assert relay.hear() == ["ended", 1, "failed"]
             assert relay.hear() == "no more"
 
-    def test_signals_while_logging(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_signals_while_logging(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
+    ) -> None:
         """A signal while something is logged, under the lock of the log's file, does not hang the supervisor."""
 
         class Interrupting(io.StringIO):
@@ -115,18 +121,17 @@ class TestStopping:
                 stop_supervisor()
                 return super().write(text)
 
-        install = signal.signal
-
-        def install_and_signal(signum: int, handler: Any) -> Any:
-            former = install(signum, handler)
-            stop_supervisor()
-            return former
-
         def supervise() -> None:
             process = start_task(pause_for_ever)
             signal.signal(signal.SIGTERM, lambda *_: None)
-            monkeypatch.setattr(signal, "signal", install_and_signal)
-            log_into(Interrupting(), monkeypatch)
+            log, install = log_into(Interrupting(), monkeypatch), signal.signal
+
+            def install_and_log(signum: int, handler: Any) -> Any:
+                former = install(signum, handler)
+                log.info("A handler was installed")
+                return former
+
+            mocker.patch.object(signal, "signal", autospec=True, side_effect=install_and_log)
             relay.tell(process.wait())
 
         with forked(supervise):
@@ -164,16 +169,9 @@ class TestStopping:
             task = describe_task(Interrupted())
             start = partial(ActivitySubprocess.start, target=pause_for_ever)
             monkeypatch.setattr(ActivitySubprocess, "start", start)
-            run = getattr(supervisor, "supervise_task", None) or supervisor.supervise
-            relay.tell(
-                run(
-                    ti=task["what"],
-                    bundle_info=task["bundle_info"],
-                    dag_rel_path=task["dag_rel_path"],
-                    token="",
-                    client=task["client"],
-                )
-            )
+            run = find_entry_point()
+            names = ("bundle_info", "dag_rel_path", "client")
+            relay.tell(run(ti=task["what"], token="", **{name: task[name] for name in names}))
 
         with forked(supervise):
             assert relay.hear() == -signal.SIGTERM
@@ -251,8 +249,8 @@ class TestWhoHasAsked:
         assert [entry for entry in before_kill if "task_success_overtime" in str(entry.get("limit"))]
 
 
-def log_into(file: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have whatever supervises a task log into a file, under its lock."""
+def log_into(file: TextIO, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have whatever supervises a task log into a file, under its lock; return the logger."""
     log = structlog.wrap_logger(
         structlog.WriteLogger(file),
         processors=[structlog.processors.KeyValueRenderer()],
@@ -261,3 +259,4 @@ def log_into(file: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith(supervisor.__package__) and hasattr(module, "log"):
             monkeypatch.setattr(module, "log", log)
+    return log
