@@ -13,10 +13,7 @@ from tests.harness.shapes import BY_NAME
 from tests.harness.supervised import start_supervised
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from tests.bench.setup import Setup
-    from tests.harness.environments import Environment
 
 ROUNDS = 3
 SILENT_SECONDS, QUICK_SILENT_SECONDS = 60.0, 3.0
@@ -46,25 +43,22 @@ def watch_silent_tasks(setup: Setup, seconds: float) -> dict[tuple[str, str, str
     """Run a task on each side at the same time; return what was measured by case, unit and contender."""
     with ExitStack() as stack:
         settings = SETTINGS | setup.settings
-        pids = {side: start_task(stack, environment, settings) for side, environment in setup.sides.items()}
+        supervisors = {
+            side: stack.enter_context(start_supervised(environment, SHAPE, "success", env=settings))
+            for side, environment in setup.sides.items()
+        }
         time.sleep(SETTLE_SECONDS)
-        before = {side: count_wake_ups(supervisor) for side, (supervisor, _) in pids.items()}
+        before = {side: count_wake_ups(each.process.pid) for side, each in supervisors.items()}
         began = time.monotonic()
         time.sleep(seconds)
         minutes = (time.monotonic() - began) / 60
         measured = {}
-        for side, (supervisor, runner) in pids.items():
-            wake_ups = count_wake_ups(supervisor) - before[side]
+        for side, each in supervisors.items():
+            wake_ups = count_wake_ups(each.process.pid) - before[side]
             measured["wake-ups of the supervisor", "per min", side] = wake_ups / minutes
-            measured["memory of the supervisor", "MiB", side] = read_memory(supervisor)
-            measured["memory of the runner", "MiB", side] = read_memory(runner)
+            measured["memory of the supervisor", "MiB", side] = read_memory(each.process.pid)
+            measured["memory of the runner", "MiB", side] = read_memory(each.runner)
         return measured
-
-
-def start_task(stack: ExitStack, environment: Environment, settings: Mapping[str, str]) -> tuple[int, int]:
-    """Return the PIDs of a supervisor and its runner, which the stack ends."""
-    supervisor, runner = stack.enter_context(start_supervised(environment, SHAPE, "success", env=settings))
-    return supervisor.process.pid, runner
 
 
 def count_wake_ups(pid: int) -> int:

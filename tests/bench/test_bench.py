@@ -20,8 +20,7 @@ from tests.bench.trees import start_processes
 from tests.bench.ways import end_tree, end_with_killpg
 from tests.bench.workers import WorkerFailedError, start_worker
 from tests.harness.environments import Environment, create_environment
-from tests.harness.neighbours import DEAD
-from tests.harness.processes import find_lack_of_processes, read_state, set_subreaper
+from tests.harness.processes import DEAD, find_lack_of_processes, read_state, set_subreaper
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:

@@ -108,12 +108,14 @@ def describe(timeline: Timeline) -> Series:
 def record(contender: str, environment: Environment, settings: Mapping[str, str]) -> Timeline:
     """Run the task, have its heartbeat answered 409, and watch."""
     with ExitStack() as stack:
-        supervisor, runner = stack.enter_context(start_supervised(environment, TASK, "409", env=settings))
+        supervisor = stack.enter_context(start_supervised(environment, TASK, "409", env=settings))
         processes = find_marked(supervisor.cookie)
         pids = [process.pid for process in processes]
-        names = [name_process(process, supervisor.process.pid, runner, pids) for process in processes]
+        names = [
+            name_process(process, supervisor.process.pid, supervisor.runner, pids) for process in processes
+        ]
         births = [read_birth(pid) for pid in pids]
-        conflict = end_task(supervisor, runner, "409")
+        conflict = end_task(supervisor)
         deaths, watched_until = watch(stack, supervisor.process.pid, pids)
         verdict = f"still ran {RETURN_TIMEOUT:.0f} s after the 409"
         if supervisor.process.pid in deaths:

@@ -10,14 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from patches.errors import PatchError
-from tests.harness.processes import kill_marked
+from tests.harness.processes import make_cookie
 from tests.harness.shapes import ACTOR, Shape, actor
 from tests.harness.supervised import ANNOUNCEMENTS_MAX_BYTES, start_supervised
 
@@ -59,12 +58,12 @@ class Tree:
 def start_task(environment: Environment, size: int) -> Iterator[Tree]:
     """Start a tree as a task, and stop its supervisor, so that somebody else can end it; end what is left of it."""
     with ExitStack() as stack:
-        supervisor, runner = stack.enter_context(start_supervised(environment, describe_tree(size), "409"))
+        supervisor = stack.enter_context(start_supervised(environment, describe_tree(size), "409"))
         os.kill(supervisor.process.pid, signal.SIGSTOP)
         ends = stack.enter_context(select.epoll())
         for pid in supervisor.announced:
             ends.register(hold(stack, pid), select.EPOLLIN | select.EPOLLONESHOT)
-        yield Tree(runner, supervisor.announced, ends)
+        yield Tree(supervisor.runner, supervisor.announced, ends)
 
 
 def describe_tree(size: int) -> Shape:
@@ -75,8 +74,8 @@ def describe_tree(size: int) -> Shape:
 @contextmanager
 def start_processes(size: int) -> Iterator[None]:
     """Start a tree that is no task's; end it."""
-    cookie = f"cookie-{uuid.uuid4().hex}"
     with ExitStack() as stack:
+        cookie = stack.enter_context(make_cookie())
         ready = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / "ready"
         os.mkfifo(ready)
         # Open at both ends: no writer waits for a reader, and the first to close is not the end of the file.
@@ -84,7 +83,7 @@ def start_processes(size: int) -> Iterator[None]:
         command = [sys.executable, "-I", "-S", str(ACTOR), "crowd", str(size - 1), cookie, str(ready)]
         root = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         stack.callback(root.wait)
-        stack.callback(kill_marked, cookie)
+        stack.callback(root.kill)
         wait_for_announcements(announcements, size)
         yield
 

@@ -13,10 +13,10 @@ import sys
 import time
 from typing import Any
 
-from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log
+from task_sdk.execution_time.teardown.supervised.supervised_task import Log, describe_task, in_turn
 
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
-from tests.harness.scenario import plan_task
+from tests.harness.scenario import take_startup_message
 
 CLOCK_BYTES = 8
 
@@ -29,9 +29,9 @@ def end_at_once(clock: int) -> None:
 def run_task(logger: Any) -> dict[str, int]:
     """Supervise one task to its end."""
     reader, writer = os.pipe()
-    task = plan_task(Api(), lambda: end_at_once(writer), logger)
+    target, task = in_turn(take_startup_message, lambda: end_at_once(writer)), describe_task(logger=logger)
     began = time.monotonic_ns()
-    process = ActivitySubprocess.start(**task)
+    process = ActivitySubprocess.start(target=target, **task)
     started = time.monotonic_ns()
     exit_code = process.wait()
     returned = time.monotonic_ns()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from patches.errors import PatchError
-from tests.harness.environments import clean_env, make_module_path
+from tests.harness.environments import LOG, start_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -68,19 +68,14 @@ def start_worker(environment: Environment, settings: Mapping[str, str]) -> Itera
     """Start a worker with settings of Airflow other than its defaults, and end it."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        log = folder / "worker.log"
-        process = subprocess.Popen(
-            [environment.python, "-m", "tests.bench.worker"],
-            env={
-                **clean_env(folder, python=environment.python),
-                **settings,
-                "PYTHONPATH": make_module_path(),
-            },
-            cwd=folder,
+        process = start_program(
+            environment,
+            folder,
+            "tests.bench.worker",
+            env=settings,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=stack.enter_context(log.open("wb")),
         )
         stack.enter_context(process)
         stack.callback(process.kill)
-        yield Worker(process, log)
+        yield Worker(process, folder / LOG)

@@ -10,22 +10,7 @@ from tests.demo.told import describe
 from tests.harness.real.running import Case, Result
 from tests.harness.supervised import KILL_GRACE
 
-ENDED = Result(
-    seconds=0.1,
-    seconds_to_death=0.2,
-    hung=False,
-    killed_by=None,
-    exit_code=1,
-    exception=None,
-    final_state="failed",
-    states=["failed"],
-    refused=[],
-    events=[],
-    left=[],
-    seconds_to_nothing=0.0,
-    log=[],
-    output="",
-)
+ENDED = Result(seconds=0.1, seconds_to_nothing=0.0, states=["failed"])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.e2e.servers import ServerFailedError
-from tests.harness.processes import Process, find_marked, read_name, read_strings
+from tests.harness.processes import Process, find_marked, has_exited, read_name, read_strings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -119,7 +119,7 @@ class Run:
         """Return who is alive of each task's try, its own process among them; tasks without anybody are left out."""
         left = {task: find_marked(f"{self.cookie}.{task}.{attempt}") for task in PROCESSES}
         for task, member in self.members.items():
-            if attempt == 1 and not has_ended(member.runner_pidfd):
+            if attempt == 1 and not has_exited(member.runner_pidfd):
                 left[task].append(Process(member.runner, read_name(member.runner)))
         return {task: processes for task, processes in left.items() if processes}
 
@@ -137,7 +137,7 @@ class Run:
         began = time.monotonic()
         while True:
             for task, member in self.members.items():
-                if task not in self.ends and has_ended(member.runner_pidfd):
+                if task not in self.ends and has_exited(member.runner_pidfd):
                     self.ends[task] = time.monotonic() - began
             if self.slots_free():
                 return time.monotonic() - began
@@ -146,7 +146,7 @@ class Run:
             time.sleep(POLL_INTERVAL)
 
     def slots_free(self) -> bool:
-        members = [member for member in self.members.values() if not has_ended(member.supervisor_pidfd)]
+        members = [member for member in self.members.values() if not has_exited(member.supervisor_pidfd)]
         if self.airflow.executor == "celery":
             # Not the sum: a worker that is being stopped has its processes end as their tasks finish.
             return not members or count_finished(self.airflow) - self._finished_before >= len(self.members)
@@ -220,10 +220,6 @@ def count_finished(airflow: Airflow) -> int:
 def read_parent(pid: int) -> int:
     # After the name, which may hold anything: the state, the parent.
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
 
 
 def read_title(pid: int) -> bytes:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 from rich.console import Console
 
-from patches.environments import NoInterpreterError
 from patches.errors import PatchError
 from patches.releases import find_release
 from tests.e2e.__main__ import choose, main, run_scenario
@@ -21,7 +20,7 @@ from tests.e2e.scenarios.load import KILLED, TASKS, judge_states
 from tests.e2e.servers import ServerFailedError
 from tests.harness import users
 from tests.harness.environments import Environment
-from tests.harness.lines import mark_rest
+from tests.harness.lines import mark_rest, skips_without_interpreter
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
@@ -40,10 +39,8 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
     """Return the stock environment under False and the patched one under True."""
     release = find_release(VERSION)
     wheel = build_patched_wheel(release, tmp_path_factory.mktemp("dist"))
-    try:
+    with skips_without_interpreter():
         return {False: install(release, None), True: install(release, wheel)}
-    except NoInterpreterError as error:
-        pytest.skip(f"not run: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patches.environments import INSTALLED_ONLY, check_uv, find_interpreter, pin_release
 from patches.releases import PROJECT, ROOT
 from patches.upstream import fetch_wheel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from patches.releases import Release
@@ -26,6 +26,7 @@ HELPERS = "task-sdk/tests"
 """The folder of the package ``task_sdk``, whose tests go upstream, and whose helpers our own programs use."""
 QUERY_TIMEOUT = 60
 STAMP = "finished"
+LOG = "log"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,29 @@ def create_environment(
 def make_module_path(root: Path = ROOT) -> str:
     """Return the PYTHONPATH of our programs."""
     return f"{root}{os.pathsep}{root / HELPERS}"
+
+
+def start_program(
+    environment: Environment,
+    folder: Path,
+    module: str,
+    *arguments: str | Path,
+    before: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    **options: Any,
+) -> subprocess.Popen[bytes]:
+    """Start a program of ours by an environment's interpreter; it inherits nothing, and what it prints is in LOG of `folder`.
+
+    `before` is what starts it, `env` its variables besides those of `clean_env`, and `options` are Popen's.
+    """
+    variables = {**clean_env(folder, python=environment.python), "PYTHONPATH": make_module_path()}
+    with (folder / LOG).open("wb") as log:
+        return subprocess.Popen(
+            [*before, environment.python, "-m", module, *arguments],
+            cwd=folder,
+            env={**variables, **(env or {})},
+            **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **options},
+        )
 
 
 def clean_env(folder: Path, *, python: Path | None = None) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Fork supervisors from a process that has imported the SDK: `python -m tests.harness.fork_server SOCKET`.
 
-Run by the interpreter of an environment that has the SDK, with the repository on PYTHONPATH; forking.py is the other
+Run by the interpreter of an environment that has the SDK, with the PYTHONPATH of environments.py; forking.py is the other
 side. A request is a packet of JSON on the socket, and so is the answer. With a descriptor comes the order to start a
 supervisor, which answers its PID; otherwise `reap` is the PID of one whose exit code is wanted. The end of the socket is
 the end of this process. Python 3.9 and the packages of the environment.
@@ -13,11 +13,11 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from setproctitle import setproctitle
+from task_sdk.execution_time.teardown.supervised.supervised_task import fork, in_turn
 
 from tests.harness import scenario
 
@@ -36,15 +36,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def start(connection: socket.socket, request: dict[str, Any], order: int) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            connection.close()
-            be_supervisor(request, order)
-        except BaseException:  # noqa: BLE001  # a forked copy of the server must not go on serving
-            traceback.print_exc()
-        finally:
-            os._exit(1)
+    pid = fork(in_turn(connection.close, lambda: be_supervisor(request, order)))
     os.close(order)
     return pid
 
@@ -55,7 +47,7 @@ def be_supervisor(request: dict[str, Any], order: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(request["folder"])
     os.chdir(folder)
-    output = os.open("supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

@@ -6,26 +6,24 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from tests.harness.environments import clean_env, make_module_path
+from tests.harness.environments import LOG, clean_env, start_program
 from tests.harness.processes import COOKIE_VARIABLE
-from tests.harness.supervised import SETTINGS, SupervisorFailedError, watch_supervisor
+from tests.harness.supervised import SETTINGS, SupervisorFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tests.harness.environments import Environment
-    from tests.harness.supervised import Plan, Supervisor
 
-IMPORT_TIMEOUT = 60.0
+IMPORT_TIMEOUT = 300.0
 """Seconds until the SDK is imported."""
-ANSWER_TIMEOUT = 30.0
+ANSWER_TIMEOUT = 60.0
 """Seconds; a fork takes milliseconds."""
 ANSWER_MAX_BYTES = 1 << 10
 
@@ -53,6 +51,12 @@ class ForkServer:
         with self._lock:
             socket.send_fds(self._connection, [json.dumps(request).encode()], descriptors)
             return int(self.hear())
+
+    def launch(self, cookie: str, folder: Path, order: int) -> ForkedProcess:
+        """Start a supervisor, as `start_supervisor` wants it."""
+        variables = {**clean_env(folder, python=self.environment.python), COOKIE_VARIABLE: cookie}
+        request = {"cookie": cookie, "folder": str(folder), "variables": variables}
+        return ForkedProcess(self, self.ask(request, order))
 
 
 class ForkedProcess:
@@ -86,19 +90,13 @@ def start_fork_server(environment: Environment, *, env: Mapping[str, str]) -> It
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, tempfile.TemporaryDirectory(prefix="fork-server-") as name:
         folder = Path(name)
-        with theirs, (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [environment.python, "-m", "tests.harness.fork_server", str(theirs.fileno())],
-                env={
-                    **clean_env(folder, python=environment.python),
-                    **SETTINGS,
-                    **env,
-                    "PYTHONPATH": make_module_path(),
-                },
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+        with theirs:
+            process = start_program(
+                environment,
+                folder,
+                "tests.harness.fork_server",
+                str(theirs.fileno()),
+                env={**SETTINGS, **env},
                 pass_fds=[theirs.fileno()],
             )
         server = ForkServer(environment, ours)
@@ -108,20 +106,7 @@ def start_fork_server(environment: Environment, *, env: Mapping[str, str]) -> It
             ours.settimeout(ANSWER_TIMEOUT)
             yield server
         except SupervisorFailedError as error:
-            raise SupervisorFailedError(f"{error}; its output:\n{(folder / 'log').read_text()}") from None
+            raise SupervisorFailedError(f"{error}; its output:\n{(folder / LOG).read_text()}") from None
         finally:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def fork_supervisor(server: ForkServer, plan: Plan, *, cookie: str, folder: Path) -> Iterator[Supervisor]:
-    """Run a supervisor, and kill it in the end if it still runs."""
-    variables = {**clean_env(folder, python=server.environment.python), COOKIE_VARIABLE: cookie}
-
-    def launch(order: int) -> ForkedProcess:
-        request = {"cookie": cookie, "folder": str(folder), "variables": variables}
-        return ForkedProcess(server, server.ask(request, order))
-
-    with watch_supervisor(launch, plan, cookie=cookie, folder=folder) as supervisor:
-        yield supervisor

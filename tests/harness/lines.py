@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from patches.environments import NoInterpreterError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 MAIN_LINES = ("1.1.8", "1.4.0b2")
 """The last release of the line that most run, and that of the one that is next."""
@@ -35,3 +38,12 @@ def find_wanted(request: pytest.FixtureRequest, parameter: str, **others: object
 def mark_other_versions(versions: Iterable[str]) -> list[Any]:
     """Do so for versions of the SDK."""
     return mark_rest(versions, MAIN_LINES.__contains__)
+
+
+@contextmanager
+def skips_without_interpreter() -> Iterator[None]:
+    """Skip a test whose release finds no interpreter here."""
+    try:
+        yield
+    except NoInterpreterError as error:
+        pytest.skip(f"not run: {error}")

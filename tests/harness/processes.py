@@ -31,6 +31,10 @@ PROCESSES_NEEDED = 1500
 PIDS_MAX = Path("/sys/fs/cgroup/pids.max")
 
 
+DEAD = {"Z", "X", "gone"}
+"""What `read_state` returns for a process that does nothing any more."""
+
+
 class Process(NamedTuple):
     """A process found by its cookie."""
 
@@ -124,6 +128,10 @@ def wait_readable(descriptor: int, deadline: float) -> bool:
     readable = select.poll()  # select() takes no descriptor above 1023
     readable.register(descriptor, select.POLLIN)
     return bool(readable.poll(max(0, deadline - time.monotonic()) * 1000))
+
+
+def has_exited(pidfd: int) -> bool:
+    return wait_readable(pidfd, time.monotonic())
 
 
 def kill_marked(cookie: str) -> None:

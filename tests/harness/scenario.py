@@ -27,11 +27,9 @@ from types import SimpleNamespace
 from typing import Any, Callable, NoReturn
 
 from packaging.version import Version
-from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log, describe_task
+from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log, in_turn, start_task
 
-from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 from tests.harness.pools import start_pool
-from tests.harness.shapes import ON_KILL_COMPLETED
 
 try:
     # From 1.4 on, whoever starts a supervisor catches the signals for it.
@@ -40,7 +38,7 @@ except ImportError:
     catch_signals = nullcontext
 
 try:
-    from airflow.sdk.execution_time.teardown import interruption, leftovers, orphans, process_tree
+    from airflow.sdk.execution_time.teardown import ending, interruption, leftovers, process_tree
 except ImportError:  # stock
     interruption = None  # type: ignore[assignment]
 
@@ -51,8 +49,6 @@ PATIENCE = 10.0
 """Seconds."""
 STARTUP_MESSAGE_MAX_BYTES = 1 << 16
 EXITS = {"success": 0, "exit-1": 1}
-ON_KILL_TIME = 2.0
-"""Seconds."""
 BYSTANDER = [sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"]
 
 
@@ -61,7 +57,8 @@ def be_patient() -> None:
 
     How long they do take is for the bench to say.
     """
-    for module in (leftovers, orphans):
+    for module in (ending, leftovers):
+        assert "KILL_TIME" in vars(module)
         vars(module)["KILL_TIME"] = PATIENCE
     process_tree.SUDO_TIMEOUT = PATIENCE
 
@@ -81,15 +78,9 @@ class PlannedApi(Api):
         super().heartbeat(*args, **kwargs)
 
 
-def plan_task(api: Api, target: Callable[[], object], logger: Any) -> dict[str, Any]:
-    """Return the arguments of `ActivitySubprocess.start()` for a task that calls `target`."""
-
-    def be_task() -> None:
-        # Closing a socket with unread bytes would show the supervisor a reset instead of an end of file.
-        os.read(0, STARTUP_MESSAGE_MAX_BYTES)
-        target()
-
-    return {"target": be_task, **describe_task(api, logger=logger)}
+def take_startup_message() -> None:
+    """Be a task that begins: to end with unread bytes would show the supervisor a reset instead of an end of file."""
+    os.read(0, STARTUP_MESSAGE_MAX_BYTES)
 
 
 def is_ordered_to_end(plan: dict[str, Any]) -> bool:
@@ -129,32 +120,6 @@ def be_deaf(_plan: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class Task:
-    """The operator of a task; its on_kill may take its time."""
-
-    def __init__(self, plan: dict[str, Any]) -> None:
-        self.plan = plan
-
-    def on_kill(self) -> None:
-        if self.plan["runner"] == "slow":
-            time.sleep(ON_KILL_TIME)
-            os.write(1, f"{ON_KILL_COMPLETED}\n".encode())
-
-    def execute(self) -> NoReturn:
-        """Start the tree, announce it, and end as planned."""
-        if self.plan["argv"]:
-            start_tree(self.plan)
-        if self.plan["runner"] in RUNNERS:
-            RUNNERS[self.plan["runner"]](self.plan)
-        with Path(self.plan["ready"]).open("a") as ready:
-            ready.write(f"runner {os.getpid()}\n")
-        if self.plan["ending"] in EXITS:
-            os.read(self.plan["order"], 1)
-            sys.exit(EXITS[self.plan["ending"]])
-        while True:
-            signal.pause()
-
-
 def have_pool(method: str, plan: dict[str, Any]) -> None:
     start_pool(method, plan["ready"])
 
@@ -168,17 +133,31 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def run_task(plan: dict[str, Any]) -> NoReturn:
-    """Be the task, for which SIGTERM means what it does for one of the release's own runner."""
-    task = Task(plan)
+    """Be the task, for which SIGTERM means what it does for one of the release's own runner; its on_kill does nothing."""
     if interruption is not None:
-        interruption.interrupt_on_sigterm(SimpleNamespace(task=task))
+        interruption.interrupt_on_sigterm(SimpleNamespace(task=SimpleNamespace(on_kill=lambda: None)))
         try:
-            interruption.run_interruptibly(task.execute)
+            interruption.run_interruptibly(lambda: execute(plan))
         except interruption.TaskInterrupted:
             sys.exit(EXITS["exit-1"])
     elif CALLS_ON_KILL:
-        signal.signal(signal.SIGTERM, lambda *_: task.on_kill())
-    task.execute()
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    execute(plan)
+
+
+def execute(plan: dict[str, Any]) -> NoReturn:
+    """Start the tree, announce it, and end as planned."""
+    if plan["argv"]:
+        start_tree(plan)
+    if plan["runner"]:
+        RUNNERS[plan["runner"]](plan)
+    with Path(plan["ready"]).open("a") as ready:
+        ready.write(f"runner {os.getpid()}\n")
+    if plan["ending"] in EXITS:
+        os.read(plan["order"], 1)
+        sys.exit(EXITS[plan["ending"]])
+    while True:
+        signal.pause()
 
 
 def start_bystanders(cookie: str) -> None:
@@ -191,7 +170,7 @@ def supervise(plan: dict[str, Any]) -> dict[str, Any]:
     if plan["bystanders"]:
         start_bystanders(plan["bystanders"])
     api, log = PlannedApi(plan), Log()
-    process = ActivitySubprocess.start(**plan_task(api, lambda: run_task(plan), log.logger))
+    process = start_task(in_turn(take_startup_message, lambda: run_task(plan)), api, logger=log.logger)
     result: dict[str, Any] = {"final_state": None, "exception": None, "traceback": None}
     try:
         process.wait()

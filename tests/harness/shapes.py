@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ACTOR = Path(__file__).with_name("actor.py")
-ON_KILL_COMPLETED = "on_kill has completed"
-"""What a slow runner writes to the task's log."""
 NOT_ENDED_EVENT = "Processes of the task could not be ended"
 """What a supervisor writes there about those that it has killed, and that were not gone in the time that it may take."""
 
@@ -25,7 +23,7 @@ class Shape:
     command: tuple[str, ...]
     processes: int
     runner: str | None = None
-    """What the runner itself does, by its name in RUNNERS of scenario.py: it starts its processes, is deaf, or slow."""
+    """What the runner itself does, by its name in RUNNERS of scenario.py: it starts its processes, or is deaf."""
     silent: int = 0
     """Processes that stay as well, but announce nothing."""
     unsteady: bool = False
@@ -178,7 +176,6 @@ RARE_SHAPES = (
         runner="deaf",
         outlasts_grace=True,
     ),
-    Shape("slow-runner", "a runner whose on_kill takes 2 s", actor("daemon"), processes=1, runner="slow"),
 )
 
 BY_NAME = {shape.name: shape for shape in (*SHAPES, *RARE_SHAPES)}

@@ -6,31 +6,36 @@ import json
 import os
 import select
 import signal
-import subprocess
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from packaging.specifiers import SpecifierSet
 
-from tests.harness.environments import clean_env, make_module_path
+from tests.harness.environments import LOG, start_program
 from tests.harness.processes import COOKIE_VARIABLE, Process, find_marked, make_cookie, wait_for_exit
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from tests.harness.environments import Environment
     from tests.harness.shapes import Shape
+
+    Launch = Callable[[str, Path, int], "SupervisorProcess"]
+    """Starts a supervisor with a cookie, a folder that has its plan, and the descriptor of its order to end."""
 
 Ending = Literal["409", "sigterm", "runner-killed", "exit-1", "success"]
 # From 1.4 on a supervisor that gets SIGTERM lets its task finish by default: nothing ends, and nothing is to be seen.
 ENDS_TASK_ON_SIGTERM = SpecifierSet("<1.4.0a0", prereleases=True)
 
-READY_TIMEOUT = 60.0
-"""Seconds for importing the SDK and starting the tree; a cold disk and two busy cores take most of it."""
+READY_TIMEOUT = 300.0
+"""Seconds for importing the SDK and starting the tree; half a minute has been seen where ten others wanted each core."""
 RETURN_TIMEOUT = 30.0
 """Seconds from the order to end until the supervisor must have returned."""
 SETTLE_TIMEOUT = 1.0
@@ -110,27 +115,15 @@ class Plan:
 
     def dump(self, cookie: str, ready: Path, order: int) -> str:
         """Return what scenario.py takes."""
-        return json.dumps(
-            {
-                "argv": self.shape.argv(cookie, ready),
-                "bystanders": self.bystanders,
-                "ending": self.ending,
-                "holds_sockets": self.shape.holds_sockets,
-                "new_session": self.shape.new_session,
-                "order": order,
-                "patient": self.patient,
-                "piped": self.shape.piped,
-                "ready": str(ready),
-                "runner": self.shape.runner,
-                "stops": self.shape.stops,
-            }
-        )
+        what_is_new = {"argv": self.shape.argv(cookie, ready), "ready": str(ready), "order": order}
+        return json.dumps({**asdict(self), **asdict(self.shape), **what_is_new})
 
 
 @dataclass
 class Supervisor:
-    """A running supervisor."""
+    """A running supervisor, whose task does what is planned."""
 
+    plan: Plan
     process: SupervisorProcess
     pidfd: int
     order: IO[bytes]
@@ -138,11 +131,13 @@ class Supervisor:
     announcements: IO[bytes]
     cookie: str
     folder: Path
+    runner: int = 0
+    """The task's own PID, once `wait_for_tree` has seen it."""
     announced: list[int] = field(default_factory=list)
-    """The PIDs of the tree, once `wait_for_tree` has seen it."""
+    """The PIDs of the tree, that of the runner included."""
 
     def read_output(self) -> str:
-        return (self.folder / "supervisor.log").read_text(errors="replace")
+        return (self.folder / LOG).read_text(errors="replace")
 
 
 _running: set[SupervisorProcess] = set()
@@ -167,8 +162,8 @@ def run_supervised(
     """
     if ending not in get_args(Ending):
         raise ValueError(f"an ending is one of {', '.join(get_args(Ending))}, not {ending!r}")
-    with start_supervised(environment, shape, ending, env=env) as (supervisor, runner):
-        return observe(supervisor, end_task(supervisor, runner, ending), timeout)
+    with start_supervised(environment, shape, ending, env=env) as supervisor:
+        return observe(supervisor, end_task(supervisor), timeout)
 
 
 def kill_supervisors() -> None:
@@ -177,71 +172,64 @@ def kill_supervisors() -> None:
         process.kill()
 
 
-@contextmanager
 def start_supervised(
     environment: Environment, shape: Shape, ending: Ending, *, env: Mapping[str, str] | None = None
-) -> Iterator[tuple[Supervisor, int]]:
-    """Start `shape` as a task under a supervisor in a session of its own; yield the supervisor and its runner's PID.
-
-    None of the processes outlives the context. Raises SupervisorFailedError when some do not come up.
-    """
-    with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
-        folder = Path(name)
-        variables = {
-            **clean_env(folder, python=environment.python),
-            **SETTINGS,
-            **(env or {}),
-            "PYTHONPATH": make_module_path(),
-            COOKIE_VARIABLE: cookie,
-        }
-
-        def launch(order: int) -> subprocess.Popen[bytes]:
-            return launch_scenario(environment, cookie, folder, order, env=variables)
-
-        with watch_supervisor(launch, Plan(shape, ending), cookie=cookie, folder=folder) as supervisor:
-            yield supervisor, wait_for_tree(supervisor, shape.processes)
+) -> AbstractContextManager[Supervisor]:
+    """Start `shape` as a task under a supervisor in a session of its own, as `start_supervisor` does."""
+    return start_supervisor(partial(launch_scenario, environment, env=env), Plan(shape, ending))
 
 
 def launch_scenario(
-    environment: Environment, cookie: str, folder: Path, order: int, **options: Any
+    environment: Environment,
+    cookie: str,
+    folder: Path,
+    order: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> subprocess.Popen[bytes]:
-    """Start scenario.py in a session of its own, with what it says in the folder; `options` are Popen's."""
-    with (folder / "supervisor.log").open("wb") as output:
-        return subprocess.Popen(
-            [environment.python, "-m", "tests.harness.scenario", cookie, folder],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[order],
-            start_new_session=True,
-            **options,
-        )
+    """Start scenario.py in a session of its own, with the variables of `env` besides SETTINGS; `options` are Popen's."""
+    return start_program(
+        environment,
+        folder,
+        "tests.harness.scenario",
+        cookie,
+        folder,
+        env={**SETTINGS, **(env or {}), COOKIE_VARIABLE: cookie},
+        pass_fds=[order],
+        start_new_session=True,
+        **options,
+    )
 
 
 @contextmanager
-def watch_supervisor(
-    launch: Callable[[int], SupervisorProcess], plan: Plan, *, cookie: str, folder: Path
-) -> Iterator[Supervisor]:
-    """Have a supervisor launched that gets the descriptor of its order; kill it in the end if it still runs."""
-    ready = folder / "ready"
-    os.mkfifo(ready)
+def start_supervisor(launch: Launch, plan: Plan) -> Iterator[Supervisor]:
+    """Have a supervisor launched, and yield it when all of its task is there.
+
+    None of the processes outlives the context. Raises SupervisorFailedError when some do not come up.
+    """
     order_read, order_write = os.pipe()
     with ExitStack() as stack:
-        # A runaway ends when it is gone.
-        stack.callback(ready.unlink)
         far_end = stack.enter_context(open(order_read, "rb"))  # noqa: PTH123  # a descriptor has no path
         order = stack.enter_context(open(order_write, "wb"))  # noqa: PTH123
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="supervised-")))
+        cookie = stack.enter_context(make_cookie())
+        ready = folder / "ready"
+        os.mkfifo(ready)
+        # A runaway ends when it is gone.
+        stack.callback(ready.unlink)
         # Held open at both ends: no writer waits for a reader, and the first to close is not the end of the file.
         announcements = stack.enter_context(ready.open("rb+", buffering=0))
         (folder / "plan.json").write_text(plan.dump(cookie, ready, order_read))
-        process = launch(order_read)
+        process = launch(cookie, folder, order_read)
         stack.callback(end_process, process)
         _running.add(process)
         far_end.close()
         pidfd = os.pidfd_open(process.pid)
         stack.callback(os.close, pidfd)
-        yield Supervisor(process, pidfd, order, announcements, cookie, folder)
+        supervisor = Supervisor(plan, process, pidfd, order, announcements, cookie, folder)
+        wait_for_tree(supervisor)
+        yield supervisor
 
 
 def end_process(process: SupervisorProcess) -> None:
@@ -250,29 +238,30 @@ def end_process(process: SupervisorProcess) -> None:
     process.wait()
 
 
-def wait_for_tree(supervisor: Supervisor, processes: int) -> int:
-    """Return the runner's PID once it and `processes` others have announced themselves."""
+def wait_for_tree(supervisor: Supervisor) -> None:
+    """Wait until the runner and all of its processes have announced themselves."""
     deadline = time.monotonic() + READY_TIMEOUT
     text = b""
-    while text.count(b"\n") < processes + 1:
+    while text.count(b"\n") < supervisor.plan.shape.processes + 1:
         sources: list[IO[bytes] | int] = [supervisor.announcements, supervisor.pidfd]
         readable, _, _ = select.select(sources, [], [], max(0, deadline - time.monotonic()))
         if supervisor.announcements not in readable:
             reason = "the supervisor ended early" if readable else f"no task after {READY_TIMEOUT:.0f} s"
             raise SupervisorFailedError(f"{reason}; its output:\n{supervisor.read_output()}")
         text += supervisor.announcements.read(ANNOUNCEMENTS_MAX_BYTES)
-    runner = next(int(line.split()[1]) for line in text.splitlines() if line.startswith(b"runner "))
+    supervisor.runner = next(
+        int(line.split()[1]) for line in text.splitlines() if line.startswith(b"runner ")
+    )
     supervisor.announced = [int(line.split()[-1]) for line in text.splitlines()]
-    return runner
 
 
-def end_task(supervisor: Supervisor, runner: int, ending: Ending) -> float:
-    """Bring about the ending; return the monotonic time."""
+def end_task(supervisor: Supervisor) -> float:
+    """Bring about the planned ending; return the monotonic time."""
     began = time.monotonic()
-    if ending == "sigterm":
+    if supervisor.plan.ending == "sigterm":
         supervisor.process.terminate()
-    elif ending == "runner-killed":
-        os.kill(runner, signal.SIGKILL)
+    elif supervisor.plan.ending == "runner-killed":
+        os.kill(supervisor.runner, signal.SIGKILL)
     else:
         supervisor.order.close()
     return began

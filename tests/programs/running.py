@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from tests.e2e.servers import find_free_port
 from tests.harness.real.running import DriverFailedError, start_driver
 
 if TYPE_CHECKING:
@@ -103,20 +103,13 @@ def run(each: Run, drivers: SimpleQueue[Driver], data: Path, python: Path, *, ev
     driver = drivers.get()
     try:
         data.mkdir()
-        settings = {"DATA": str(data), "PORT": str(find_port()), "PYTHON": str(python)}
+        settings = {"DATA": str(data), "PORT": str(find_free_port()), "PYTHON": str(python)}
         case = each.way.make_case(each.program, settings, everything=everything)
         return describe(each.way, driver.run(case))
     except DriverFailedError as error:
         return Outcome(problem=explain(error, data / "log"))
     finally:
         drivers.put(driver)
-
-
-def find_port() -> int:
-    """Return a port that was free on loopback just now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def explain(error: DriverFailedError, log: Path) -> str:

@@ -446,7 +446,7 @@ session = SparkSession.builder.master("local[2]").config("spark.ui.enabled", Fal
     .config("spark.driver.host", "127.0.0.1").config("spark.driver.bindAddress", "127.0.0.1").getOrCreate()
 session.sparkContext.parallelize(range(2), 2).foreach(work)
 EOF
-PYSPARK_PYTHON="$PYTHON" "$PYTHON" spark.py &
+SPARK_LOCAL_IP=127.0.0.1 PYSPARK_PYTHON="$PYTHON" "$PYTHON" spark.py &
 await test -e there0 -a -e there1
 """,
         needs=("java",),

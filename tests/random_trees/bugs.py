@@ -98,7 +98,7 @@ def sweep_successes() -> None:
         origin = process_tree.read_origin(pid)
         process = process_tree.read_process(pid)
         if origin and process and not process_tree.is_origin_alive(origin):
-            yield orphans.Orphan(process, origin)
+            yield orphans.Orphan(process, process_tree.read_limits(pid), origin)
 
     replace(orphans, "find_orphan", find_any)
 

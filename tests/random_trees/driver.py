@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
-from task_sdk.execution_time.teardown.supervised.supervised_task import Api, Log
+from task_sdk.execution_time.teardown.supervised.supervised_task import ending_all, fork, in_turn, start_task
 
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 from airflow.sdk.execution_time.teardown import lifeline, orphans, sweep, watchdog
-from tests.harness.processes import Process, kill_if, read_state, read_strings, set_subreaper, wait_for_exit
-from tests.harness.scenario import EXITS, PlannedApi, be_patient, plan_task
+from tests.harness.processes import DEAD, Process, has_exited, read_state, read_strings, wait_for_exit
+from tests.harness.scenario import EXITS, PlannedApi, be_patient, take_startup_message
 from tests.random_trees.bugs import BUGS
 from tests.random_trees.member import Tree, announce, count_members, do_steps, stay, stop
 from tests.random_trees.strangers import Strangers, enter_namespace, find_refusal
@@ -43,7 +43,6 @@ SETTLE_TIMEOUT = 20.0
 """Seconds that a tree has to grow, on a machine that is busy."""
 RETURN_TIMEOUT = 25.0
 """Seconds after which a supervisor hangs."""
-CLEANUP_TIMEOUT = 10.0
 POLL_INTERVAL = 0.002
 """Seconds between looks for numbers that are free."""
 
@@ -142,21 +141,16 @@ def shorten_orphan_grace(grace: float) -> None:
 def start_supervisor(scene: Scene, name: str) -> int:
     """Return a descriptor; closing it is the task's order to end."""
     reader, writer = os.pipe()
-    leader = os.fork()
-    if leader == 0:
+    plan = {"ending": ORDERS.get(scene.example["ending"]), "order": reader}
+
+    def lead() -> None:
         os.close(writer)
-        try:
-            os.setsid()
-            # A supervisor that leads neither session nor group leaves its number to others when it dies.
-            if os.fork():
-                os._exit(0)
-            supervise(scene, name, {"ending": ORDERS.get(scene.example["ending"]), "order": reader})
-        except BaseException:  # noqa: BLE001  # a forked copy of the driver must not go on driving
-            traceback.print_exc()
-        finally:
-            os._exit(1)
+        os.setsid()
+        # A supervisor that leads neither session nor group leaves its number to others when it dies.
+        fork(lambda: supervise(scene, name, plan))
+
+    os.waitpid(fork(lead), 0)
     os.close(reader)
-    os.waitpid(leader, 0)
     return writer
 
 
@@ -165,8 +159,7 @@ def supervise(scene: Scene, name: str, plan: dict[str, Any]) -> NoReturn:
     if name == TASK:
         start_bystanders(scene)
     api = PlannedApi(plan)
-    task = plan_task(api, lambda: run_task(scene, name, plan), Log().logger)
-    process = ActivitySubprocess.start(**task)
+    process = start_task(in_turn(take_startup_message, lambda: run_task(scene, name, plan)), api)
     scene.tell(tree=name, runner=process.pid, supervisor=os.getpid())
     exception = None
     try:
@@ -215,8 +208,7 @@ def supervise_inner_task(script: dict[str, Any], tree: Tree) -> NoReturn:
     # A runner's own are closed when others replace them, and so are their descriptors, by then those of the inner one.
     kept = sys.stdin, sys.stdout, sys.stderr
     try:
-        task = plan_task(Api(), run_inner_task, Log().logger)
-        ActivitySubprocess.start(**task).wait()
+        start_task(in_turn(take_startup_message, run_inner_task)).wait()
     except BaseException:  # noqa: BLE001  # a forked copy of the runner must not go on as such
         traceback.print_exc()
     finally:
@@ -291,18 +283,9 @@ def await_end_of_orphans(scene: Scene, runner: int, deadline: float) -> None:
     scene.follow(lambda: not list_watchdogs(), deadline)
 
 
-def has_exited(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
-
-
 def sweep_apart(scene: Scene, deadline: float) -> None:
     """Look for orphans as the next supervisor does, in a process that has not done so."""
-    sweeper = os.fork()
-    if sweeper == 0:
-        try:
-            sweep.sweep_once(supervisor.conf)
-        finally:
-            os._exit(0)
+    sweeper = fork(lambda: sweep.sweep_once(supervisor.conf))
     scene.follow(lambda: os.waitpid(sweeper, os.WNOHANG)[0] == sweeper, deadline)
 
 
@@ -320,9 +303,7 @@ def list_alive(*, spares_dying: bool = False) -> list[int]:
     """
     pids = [process.pid for process in psutil.Process().children(recursive=True)]
     ids = {
-        read_id(pid)
-        for pid in pids
-        if read_state(pid) not in {"Z", "X", "gone"} and not (spares_dying and is_dying(pid))
+        read_id(pid) for pid in pids if read_state(pid) not in DEAD and not (spares_dying and is_dying(pid))
     }
     return sorted(number for number in ids if number is not None)
 
@@ -358,32 +339,14 @@ def list_harmed(scene: Scene) -> list[str]:
         if member["then"] != "exit":
             group = may_be_stopped if member["then"] == "stop" else neighbours
             group[f"other member {member['id']}"] = member["pid"]
-    harmed = [name for name, pid in neighbours.items() if read_state(pid) in {"Z", "X", "T", "gone"}]
-    return harmed + [name for name, pid in may_be_stopped.items() if read_state(pid) in {"Z", "X", "gone"}]
-
-
-def end_descendants() -> None:
-    """Kill and collect everything that an example has started."""
-    deadline = time.monotonic() + CLEANUP_TIMEOUT
-    while children := psutil.Process().children(recursive=True):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"still there after SIGKILL: {children}")
-        for process in children:
-            kill_if(lambda _pid: process.is_running(), process.pid)  # noqa: B023  # called at once
-        collect_children()
-
-
-def collect_children() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    harmed = [name for name, pid in neighbours.items() if read_state(pid) in {*DEAD, "T"}]
+    return harmed + [name for name, pid in may_be_stopped.items() if read_state(pid) in DEAD]
 
 
 def main() -> None:
     refusal = find_refusal()
     if not refusal:
         enter_namespace()
-    set_subreaper(wanted=True)
     # Whatever the SDK prints must not end up among the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
@@ -408,11 +371,10 @@ def drive(refusal: str | None, cookie: str, *bugs: str) -> Iterator[dict[str, An
     yield {"refusal": refusal}
     for line in sys.stdin:
         try:
-            answer = run_example(json.loads(line), cookie, strangers=not refusal)
+            with ending_all():
+                answer = run_example(json.loads(line), cookie, strangers=not refusal)
         except TimeoutError:
             answer = {"failed": "the tree did not grow"}
-        finally:
-            end_descendants()
         yield answer
 
 

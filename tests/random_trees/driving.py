@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from patches.errors import PatchError
 from patches.releases import find_release
-from tests.harness.environments import clean_env, create_environment, make_module_path
+from tests.harness.environments import LOG, create_environment, start_program
 from tests.harness.processes import kill_marked
 from tests.harness.wheels import build_patched_wheel
 from tests.random_trees.examples import Outcome
@@ -79,18 +79,17 @@ def start_driver(version: str = VERSION, *, bugs: Sequence[str] = ()) -> Iterato
         folder = Path(name)
         release = find_release(version)
         environment = create_environment(release, wheel=build_patched_wheel(release, folder))
-        log = folder / "driver.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [environment.python, "-m", "tests.random_trees.driver", cookie, *bugs],
-                env={**clean_env(folder, python=environment.python), "PYTHONPATH": make_module_path()},
-                cwd=folder,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,
-            )
-        driver = Driver(process, log)
+        process = start_program(
+            environment,
+            folder,
+            "tests.random_trees.driver",
+            cookie,
+            *bugs,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        driver = Driver(process, folder / LOG)
         try:
             ready = driver.hear()  # it has imported the SDK
             if "failed" in ready:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import pytest
-
-from patches.environments import NoInterpreterError
 from patches.releases import find_release
 from tests.harness.environments import create_environment
+from tests.harness.lines import skips_without_interpreter
 from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
@@ -29,10 +27,8 @@ def install(version: str, dist: Path | None = None) -> Environment:
     """Return a complete Airflow, with the patched wheel where there is a folder to build it in."""
     release = find_release(version)
     wheel = build_patched_wheel(release, dist) if dist else None
-    try:
+    with skips_without_interpreter():
         return create_environment(release, wheel=wheel, complete=True)
-    except NoInterpreterError as error:
-        pytest.skip(f"not run: {error}")
 
 
 def run_all(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import sys
-import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +16,15 @@ import pytest
 from patches.environments import NoInterpreterError
 from patches.releases import find_release
 from tests.harness.environments import HELPERS, clean_env, create_environment, make_module_path
-from tests.harness.processes import COOKIE_VARIABLE, find_marked, make_cookie, wait_for_exit
+from tests.harness.processes import find_marked, wait_for_exit
 from tests.harness.shapes import NOT_ENDED_EVENT, Shape
 from tests.harness.supervised import (
     RETURN_TIMEOUT,
-    SETTINGS,
     Plan,
     end_task,
     launch_scenario,
     observe,
-    wait_for_tree,
-    watch_supervisor,
+    start_supervisor,
 )
 from tests.harness.users import (
     OTHER,
@@ -42,7 +40,7 @@ from tests.harness.wheels import build_patched_wheel
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from tests.harness.environments import Environment
     from tests.harness.processes import Process
@@ -108,35 +106,31 @@ def run_as(
     patient: bool = True,
 ) -> Outcome:
     """Do what `run_supervised` does, with the supervisor as a user; `orphaned`: when nobody but the announced is left."""
-    with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
-        folder = Path(name)
-        launch = make_launch(user, environment, place, cookie, folder)
-        plan = Plan(shape, ending, patient=patient)
-        with watch_supervisor(launch, plan, cookie=cookie, folder=folder) as supervisor:
-            runner = wait_for_tree(supervisor, shape.processes)
-            if orphaned:
-                staying = {supervisor.process.pid, *supervisor.announced}
-                ancestors = [process for process in find_marked(cookie) if process.pid not in staying]
-                assert wait_for_exit(ancestors, PATIENCE)
-            return observe(supervisor, end_task(supervisor, runner, ending), RETURN_TIMEOUT)
+    launch = partial(launch_as, environment, place, user=user)
+    with start_supervisor(launch, Plan(shape, ending, patient=patient)) as supervisor:
+        if orphaned:
+            staying = {supervisor.process.pid, *supervisor.announced}
+            ancestors = [process for process in find_marked(supervisor.cookie) if process.pid not in staying]
+            assert wait_for_exit(ancestors, PATIENCE)
+        return observe(supervisor, end_task(supervisor), RETURN_TIMEOUT)
 
 
 def kill_supervisor_as(
     user: str, environment: Environment, place: Path, shape: Shape, *, until: str | None = None
 ) -> list[str | None]:
     """Kill a user's supervisor, wait until nothing is left but what belongs to `until`, and return whose is left."""
-    with tempfile.TemporaryDirectory(prefix="supervised-") as name, make_cookie() as cookie:
-        folder = Path(name)
-        launch = make_launch(user, environment, place, cookie, folder)
-        with watch_supervisor(launch, Plan(shape, "409"), cookie=cookie, folder=folder) as supervisor:
-            wait_for_tree(supervisor, shape.processes)
-            supervisor.process.kill()
-            deadline = time.monotonic() + PATIENCE
-            # What ends them comes later, and goes last.
-            while ending := [process for process in find_marked(cookie) if find_owner(process) != until]:
-                if not wait_for_exit(ending, deadline - time.monotonic()):
-                    break
-            return [find_owner(process) for process in find_marked(cookie)]
+    with start_supervisor(
+        partial(launch_as, environment, place, user=user), Plan(shape, "409")
+    ) as supervisor:
+        supervisor.process.kill()
+        deadline = time.monotonic() + PATIENCE
+        # What ends them comes later, and goes last.
+        while ending := [
+            process for process in find_marked(supervisor.cookie) if find_owner(process) != until
+        ]:
+            if not wait_for_exit(ending, deadline - time.monotonic()):
+                break
+        return [find_owner(process) for process in find_marked(supervisor.cookie)]
 
 
 def find_owner(process: Process) -> str | None:
@@ -145,28 +139,22 @@ def find_owner(process: Process) -> str | None:
     return None
 
 
-def make_launch(
-    user: str, environment: Environment, place: Path, cookie: str, folder: Path
-) -> Callable[[int], subprocess.Popen[bytes]]:
+def launch_as(
+    environment: Environment, place: Path, cookie: str, folder: Path, order: int, *, user: str
+) -> subprocess.Popen[bytes]:
     account = pwd.getpwnam(user)
     variables = {
         **clean_env(folder, python=environment.python),
-        **SETTINGS,
         "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": str(GRACE),
         "AIRFLOW__WORKERS__SOCKET_CLEANUP_TIMEOUT": str(SOCKET_CLEANUP_TIMEOUT),
         "PYTHONPATH": make_module_path(place),
-        COOKIE_VARIABLE: cookie,
     }
-
-    def launch(order: int) -> subprocess.Popen[bytes]:
-        for path in (folder, *folder.rglob("*")):
-            os.chown(path, account.pw_uid, account.pw_gid)
-        folder.chmod(0o755)
-        (folder / "ready").chmod(0o666)
-        identity = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        return launch_scenario(environment, cookie, folder, order, env=variables, **identity)
-
-    return launch
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, account.pw_uid, account.pw_gid)
+    folder.chmod(0o755)
+    (folder / "ready").chmod(0o666)
+    identity = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+    return launch_scenario(environment, cookie, folder, order, env=variables, **identity)
 
 
 @pytest.mark.parametrize(

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, get_args
 
 import pytest
 
-from patches.environments import NoInterpreterError
 from patches.releases import find_release
 from tests.harness.environments import create_environment
 from tests.harness.forking import start_fork_server
-from tests.harness.lines import MAIN_LINES, mark_rest
+from tests.harness.lines import MAIN_LINES, mark_rest, skips_without_interpreter
 from tests.harness.neighbours import run_among_neighbours
 from tests.harness.processes import find_lack_of_processes
-from tests.harness.shapes import BY_NAME, ON_KILL_COMPLETED
-from tests.harness.supervised import KILL_GRACE, Ending
+from tests.harness.shapes import BY_NAME
+from tests.harness.supervised import Ending
 from tests.harness.wheels import build_patched_wheel
 from tests.sdk.running import FURTHER_PYTHONS, RUNS, Run, name_run
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from patches.releases import Release
-    from tests.harness.environments import Environment
     from tests.harness.neighbours import Neighbourhood
     from tests.harness.shapes import Shape
 
@@ -32,19 +26,18 @@ if TYPE_CHECKING:
 RUNS_AT_A_TIME = 6
 # The contract says one second more than the grace period; the rest is for a machine that is busy with as many runs.
 MARGIN = 1 + 15
-SHORT_GRACE = 1
+GRACE = 2
 # A shape of more processes than this is run only where many are allowed.
 CROWD = 100
-# Waits for the whole of the usual grace period, in the place of all those that SIGTERM does not end.
-PATIENT = BY_NAME["deaf"].name
-SLOW_RUNNER = BY_NAME["slow-runner"].name
-SOCKET_CLEANUP_TIMEOUT = 1
+SETTINGS = {
+    "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": str(GRACE),
+    "AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop",
+    "AIRFLOW__WORKERS__SOCKET_CLEANUP_TIMEOUT": "1",
+}
 
 # With --everything every shape is run to every end on these, and on each of the others to one end. By default each line
 # has its share. Together the others, and by default the lines, run all to all.
 NEED_FULL_TABLE: set[Run] = {(version, None) for version in MAIN_LINES}
-# Have tests of their own.
-RUN_TO_EVERY_END = {PATIENT, SLOW_RUNNER}
 
 Results = dict[tuple[str, Ending], "Neighbourhood"]
 
@@ -54,25 +47,18 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Run shapes to their ends."""
     version, python = request.param
     release = find_release(version)
-    environment = install(release, python, tmp_path_factory.mktemp("dist"))
+    wheel = build_patched_wheel(release, tmp_path_factory.mktemp("dist"))
+    with skips_without_interpreter():
+        environment = create_environment(release, wheel=wheel, python=python)
     lacks_processes = find_lack_of_processes() is not None
     runs = [
         (shape, ending)
         for shape, ending in select_runs(request.param, everything=request.config.getoption("everything"))
         if not (lacks_processes and shape.processes > CROWD)
     ]
-    with ExitStack() as stack:
-        servers = {
-            grace: stack.enter_context(start_fork_server(environment, env=make_settings(grace)))
-            for grace in (SHORT_GRACE, KILL_GRACE)
-        }
-
-        def run(shape: Shape, ending: Ending) -> Neighbourhood:
-            return run_among_neighbours(servers[choose_grace(shape)], shape, ending)
-
-        with ThreadPoolExecutor(RUNS_AT_A_TIME) as pool:
-            results = dict(zip(runs, pool.map(run, *zip(*runs, strict=True)), strict=True))
-    return {(shape.name, ending): result for (shape, ending), result in results.items()}
+    with start_fork_server(environment, env=SETTINGS) as server, ThreadPoolExecutor(RUNS_AT_A_TIME) as pool:
+        results = pool.map(lambda run: run_among_neighbours(server, *run), runs)
+        return {(shape.name, ending): result for (shape, ending), result in zip(runs, results, strict=True)}
 
 
 def select_runs(run: Run, *, everything: bool) -> list[tuple[Shape, Ending]]:
@@ -84,10 +70,8 @@ def select_runs(run: Run, *, everything: bool) -> list[tuple[Shape, Ending]]:
     return [
         (shape, ending)
         for number, ending in enumerate(endings)
-        for place, (name, shape) in enumerate(BY_NAME.items())
-        if (everything and run in NEED_FULL_TABLE)
-        or name in (RUN_TO_EVERY_END if everything else {SLOW_RUNNER})
-        or (turn + place) % len(endings) == number
+        for place, shape in enumerate(BY_NAME.values())
+        if (everything and run in NEED_FULL_TABLE) or (turn + place) % len(endings) == number
     ]
 
 
@@ -98,26 +82,6 @@ def test_every_line_takes_its_turn(*, everything: bool) -> None:
     runs = (select_runs(run, everything=everything) for run in others)
     together = {(shape.name, ending) for each in runs for shape, ending in each}
     assert together == {(name, ending) for name in BY_NAME for ending in get_args(Ending)}
-
-
-def install(release: Release, python: str | None, dist: Path) -> Environment:
-    wheel = build_patched_wheel(release, dist)
-    try:
-        return create_environment(release, wheel=wheel, python=python)
-    except NoInterpreterError as error:
-        pytest.skip(f"not run: {error}")
-
-
-def make_settings(grace: int) -> dict[str, str]:
-    return {
-        "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": str(grace),
-        "AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop",
-        "AIRFLOW__WORKERS__SOCKET_CLEANUP_TIMEOUT": str(SOCKET_CLEANUP_TIMEOUT),
-    }
-
-
-def choose_grace(shape: Shape) -> int:
-    return SHORT_GRACE if shape.outlasts_grace and shape.name != PATIENT else KILL_GRACE
 
 
 def test_crowd_is_run(results: Results) -> None:
@@ -153,30 +117,20 @@ def test_supervisors_return_in_time(results: Results) -> None:
     late = {
         run: (result.outcome.exception, result.outcome.seconds)
         for run, result in results.items()
-        if not result.outcome.returned or result.outcome.seconds > choose_grace(BY_NAME[run[0]]) + MARGIN
+        if not result.outcome.returned or result.outcome.seconds > GRACE + MARGIN
     }
     assert late == {}
 
 
 def test_grace_period_is_respected(results: Results) -> None:
     """What SIGTERM does not end has the whole grace period."""
-    hasty = {
-        run: result.outcome.seconds
-        for run, result in results.items()
-        if run[0] == PATIENT and run[1] != "success" and result.outcome.seconds < KILL_GRACE
-    }
+    hasty = {}
+    for (name, ending), result in results.items():
+        shape, seconds = BY_NAME[name], result.outcome.seconds
+        # Where a deaf runner ends first, what it leaves is not deaf.
+        if shape.outlasts_grace and not shape.runner and ending != "success" and seconds < GRACE:
+            hasty[name, ending] = seconds
     assert hasty == {}
-
-
-def test_on_kill_completes(results: Results) -> None:
-    """A runner that is told to end, and takes 2 seconds for it, has them, and what it then writes is in the log."""
-    told_to_end = {
-        run: ON_KILL_COMPLETED in [event["event"] for event in result.outcome.log]
-        for run, result in results.items()
-        if run[0] == SLOW_RUNNER and run[1] in {"409", "sigterm"}
-    }
-    assert told_to_end
-    assert all(told_to_end.values())
 
 
 def test_failure_is_reported_once(results: Results) -> None:

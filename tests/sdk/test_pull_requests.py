@@ -13,14 +13,13 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from patches.environments import NoInterpreterError
 from patches.pull_requests import Wishes, make_pull_request
 from patches.releases import last_of_lines
 from patches.rules import load_changes
 from patches.upstream import fetch_sdist, fetch_wheel
 from patches.wheels import build_wheel
 from tests.harness.checkouts import commit_all, git, unpack_checkout
-from tests.harness.lines import MAIN_LINES, find_wanted, mark_rest
+from tests.harness.lines import MAIN_LINES, find_wanted, mark_rest, skips_without_interpreter
 from tests.sdk.running import SCENARIOS, install_release
 from tests.upstream.checkouts import build_sdk, export_parent
 from tests.upstream.judging import REPEATS
@@ -144,10 +143,8 @@ def find_broken(results: dict[str, Result]) -> dict[str, Result]:
 )
 def test_passes_all_tests(runs: dict[str, Future[dict[str, Result]]], name: str) -> None:
     """With all changes, or one and what it needs, upstream's tests pass, and those of the commit."""
-    try:
+    with skips_without_interpreter():
         results = runs[name].result()
-    except NoInterpreterError as error:
-        pytest.skip(f"not run: {error}")
     assert find_broken(results) == {}
 
 
@@ -163,10 +160,8 @@ def test_commits_once(release: Release, checkout: Path) -> None:
 
 def test_configuration_reference(release: Release, checkout: Path) -> None:
     """The reference that the core brings gets the options, and before 1.4 says when the grace period counts."""
-    try:
+    with skips_without_interpreter():
         environment = install_release(release)
-    except NoInterpreterError as error:
-        pytest.skip(f"not run: {error}")
     (reference,) = environment.folder.glob(
         "venv/lib/python*/site-packages/airflow/config_templates/config.yml"
     )

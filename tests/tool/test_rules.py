@@ -58,6 +58,13 @@ def test_deletes_the_whole_line(tree: Path, folder: Path) -> None:
     assert patch(tree, folder, rule) == SOURCE.replace("    # TODO: be polite\n", "")
 
 
+def test_deletion_leaves_one_empty_line(tree: Path, folder: Path) -> None:
+    """Where a deleted line stood between two empty ones, one of them goes along."""
+    spaced = write_rule("{kind: comment, regex: TODO}", '"\\n    # TODO: be polite\\n"', id="space")
+    rule = write_rule("{kind: comment, regex: TODO}", '""')
+    assert patch(tree, folder, spaced, rule) == SOURCE.replace("    # TODO: be polite\n", "\n")
+
+
 def test_deletion_keeps_the_rest_of_the_line(tree: Path, folder: Path) -> None:
     """A deletion at the end of a line leaves the code before it, without the blanks between them."""
     rule = write_rule("{kind: comment, regex: ü}", '""')

@@ -187,6 +187,23 @@ def test_format_is_as_good_as_before(build: Build, release: Release, tmp_path: P
     assert not patched - stock
 
 
+@EACH_RELEASE
+def test_comments_go_with_their_code(build: Build, release: Release) -> None:
+    """No edit leaves a comment, or half of one, whose code it has taken."""
+    stock, patched = (read_code(wheel) for wheel in (fetch_wheel(release), build(release)))
+    loose = {name: find_loose_comments(patched[name]) - find_loose_comments(stock[name]) for name in stock}
+    assert {name: comments for name, comments in loose.items() if comments} == {}
+
+
+def find_loose_comments(code: bytes) -> collections.Counter[bytes]:
+    """Return the comments that an empty line follows."""
+    lines = code.split(b"\n")
+    pairs = zip(lines, lines[1:], strict=False)
+    return collections.Counter(
+        line for line, following in pairs if line.lstrip()[:1] == b"#" and not following
+    )
+
+
 def test_style_check_sees_a_violation(tmp_path: Path) -> None:
     """The comparison above would notice an import in the wrong place."""
     (tmp_path / "sorted.py").write_text("from __future__ import annotations\n\nimport os\nimport sys\n")

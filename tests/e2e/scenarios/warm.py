@@ -17,12 +17,12 @@ from tests.e2e.runs import (
     ANNOUNCEMENTS_MAX_BYTES,
     POLL_INTERVAL,
     STATE_TIMEOUT,
-    has_ended,
     open_announcements,
     read_parent,
 )
 from tests.e2e.scenarios.shut_down import STOP_TIMEOUT, judge_stop
 from tests.e2e.servers import wait_until
+from tests.harness.processes import has_exited
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,14 +52,14 @@ class Waiting:
     def wait_for_notice(self, notice: str) -> None:
         """Return when somebody has said in a log that the task may finish, or ended it, or NOTICE_TIMEOUT has passed."""
         deadline = time.monotonic() + NOTICE_TIMEOUT
-        while not has_ended(self.runner_pidfd) and time.monotonic() < deadline:
+        while not has_exited(self.runner_pidfd) and time.monotonic() < deadline:
             if any(notice in text for text in self.airflow.read_logs().values()):
                 return
             time.sleep(POLL_INTERVAL)
 
     def finish(self) -> Outcome:
         """Give the word, unless it is too late, and describe what came of the task."""
-        ended_early = has_ended(self.runner_pidfd)
+        ended_early = has_exited(self.runner_pidfd)
         os.write(self.word, b"\n")
         deadline = time.monotonic() + STATE_TIMEOUT
         while (state := self._read_state()) not in ENDED and time.monotonic() < deadline:

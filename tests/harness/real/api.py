@@ -19,6 +19,8 @@ http = sys.modules[api_client.Client.__mro__[1].__module__.partition(".")[0]]
 URL = "http://127.0.0.1"
 # From 1.4 on the supervisor tells the server so that it has ended the task as the server said.
 ACKNOWLEDGED = "server_terminated"
+LOOKS = 3
+"""Questions for the state of a run after which a task waits for its end for certain."""
 
 
 class Server:
@@ -28,12 +30,17 @@ class Server:
         self.case = case
         self.order = order
         self.ended_by: int | None = None
+        self.looks = 0
 
     def answer(self, request: Any) -> Any:
         name = request.url.path.rstrip("/").rpartition("/")[2]
         handler = getattr(self, f"answer_{name.replace('-', '_')}", None)
         if request.url.path.startswith("/variables/"):
             return self.answer_variable(request, name)
+        if request.url.path.startswith("/dag-runs/"):
+            return self.answer_triggered(name)
+        if request.url.path.startswith("/xcoms/"):
+            return http.Response(200, json={"key": name, "value": name})
         if handler is None:
             tell("unknown_request", method=request.method, path=request.url.path)
             return http.Response(404, json={"detail": "Not Found"})
@@ -69,10 +76,16 @@ class Server:
             raise http.ConnectError("the API server is restarting", request=request)
         return http.Response(200, json={"key": key, "value": f"value of {key}"})
 
-    def answer_rtif(self, _request: Any) -> Any:
-        return http.Response(201, json={})
+    def answer_triggered(self, name: str) -> Any:
+        """Answer for a Dag's run that the task has triggered, and that never ends; tell when the task waits for that."""
+        if name != "state":
+            return http.Response(204)
+        self.looks += 1
+        if self.looks == LOOKS:
+            tell("ready")
+        return http.Response(200, json={"state": "running"})
 
-    def answer_return_value(self, _request: Any) -> Any:
+    def answer_rtif(self, _request: Any) -> Any:
         return http.Response(201, json={})
 
     def answer_start_date(self, _request: Any) -> Any:

@@ -1,7 +1,7 @@
 """Run real tasks, end them, and tell what came of it: `python -m tests.harness.real.driver SOCKET FOLDER`.
 
-Run by the interpreter of an environment that has a complete Airflow, with the repository on PYTHONPATH; running.py is the other
-side, and dags/ has the tasks. A request is a packet of JSON with a descriptor, which gets the answer. For each request the
+Run by the interpreter of an environment that has a complete Airflow, with the PYTHONPATH of environments.py; running.py is the
+other side, and dags/ has the tasks. A request is a packet of JSON with a descriptor, which gets the answer. For each request the
 driver, which has imported Airflow, forks a scene. Python 3.9.
 """
 
@@ -21,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from task_sdk.execution_time.teardown.supervised.supervised_task import fork
+
 from tests.harness.real.scene import run_scene
-from tests.harness.real.supervising import fork
 
 REQUEST_MAX_BYTES = 1 << 16
 DAGS = Path(__file__).parent / "dags"

@@ -6,7 +6,6 @@ import json
 import os
 import select
 import socket
-import subprocess
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -18,23 +17,23 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from patches.errors import PatchError
-from patches.releases import ROOT
-from tests.harness.environments import clean_env
+from tests.harness.environments import LOG, start_program
 from tests.harness.namespaces import UNSHARE_NETWORK
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator, Mapping
 
     from tests.harness.environments import Environment
 
 DAGS = Path(__file__).parent / "dags"
-PATIENCE = 60.0
+PATIENCE = 90.0
 """Seconds from the order to end after which a supervisor hangs; far more than any grace that is set here."""
-SCENE_TIMEOUT = 180.0
+SCENE_TIMEOUT = 300.0
 """Seconds from the request to the answer: the driver gives up earlier by itself."""
 IMPORT_TIMEOUT = 120.0
-GRACE = 20
-"""Seconds of [core] killed_task_cleanup_time, of which a task with nothing to wait for needs less than half."""
+GRACE = 30
+"""Seconds of [core] killed_task_cleanup_time, far more than a task with nothing to wait for needs."""
 
 SETTINGS = {
     "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -76,6 +75,8 @@ class Case:
     """Seconds from ready to the end, for ends at moments that nobody has chosen."""
     retries: bool = False
     grace: int = GRACE
+    orphan_grace: float = 0
+    """Seconds that a forked runner has when its supervisor has died, if not those of the release."""
     host: str = "process"
     """What runs the supervisor: a process, a thread, a process forked by an asyncio loop that passes SIGTERM on, or others of
     supervising.py."""
@@ -113,25 +114,23 @@ class Result:
 
     seconds: float | None
     """From the refused heartbeat or the signal to the supervisor's return; None if it has not returned."""
-    seconds_to_death: float
-    hung: bool
-    killed_by: int | None
-    """The signal that the supervisor died of."""
-    exit_code: int | None
-    exception: str | None
-    final_state: str | None
-    states: list[str]
-    """Told to the API and accepted, in order."""
-    refused: list[str]
-    events: list[dict[str, Any]]
-    """What the task, the supervisor and the API have told of themselves."""
-    left: list[tuple[int, str]]
-    """PID and name of those alive when the supervisor returned or died, the runner included; see Case.left_for."""
     seconds_to_nothing: float | None
     """From the supervisor's return or death until nothing was left; None if something was at the end."""
-    log: list[dict[str, Any]]
+    hung: bool = False
+    killed_by: int | None = None
+    """The signal that the supervisor died of."""
+    exit_code: int | None = None
+    exception: str | None = None
+    final_state: str | None = None
+    states: list[str] = field(default_factory=list)
+    """Told to the API and accepted, in order."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What the task, the supervisor and the API have told of themselves."""
+    left: list[tuple[int, str]] = field(default_factory=list)
+    """PID and name of those alive when the supervisor returned or died, the runner included; see Case.left_for."""
+    log: list[dict[str, Any]] = field(default_factory=list)
     """The task's log."""
-    output: str
+    output: str = ""
     """What the supervisor has printed."""
 
     def count(self, event: str) -> int:
@@ -178,22 +177,16 @@ def start_driver(environment: Environment, *, own_namespace: bool = False) -> It
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with tempfile.TemporaryDirectory(prefix="real-runner-") as name, ours:
         folder = Path(name)
-        log = folder / "driver.log"
-        with theirs, log.open("wb") as output:
-            process = subprocess.Popen(
-                [
-                    *(UNSHARE_NETWORK if own_namespace else ()),
-                    *(environment.python, "-m", "tests.harness.real.driver", str(theirs.fileno()), folder),
-                ],
-                env={
-                    **clean_env(folder, python=environment.python),
-                    **SETTINGS,
-                    "PYTHONPATH": str(ROOT),
-                },
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+        log = folder / LOG
+        with theirs:
+            process = start_program(
+                environment,
+                folder,
+                "tests.harness.real.driver",
+                str(theirs.fileno()),
+                folder,
+                before=UNSHARE_NETWORK if own_namespace else (),
+                env=SETTINGS,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )

@@ -11,21 +11,21 @@ import importlib.util
 import json
 import os
 import resource
-import select
 import signal
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from task_sdk.execution_time.teardown.supervised.supervised_task import ending_all, fork
 
-from tests.harness.processes import read_state, set_subreaper
+from tests.harness.processes import DEAD, has_exited, read_state
 from tests.harness.real import memory
 from tests.harness.real.api import ACKNOWLEDGED
-from tests.harness.real.supervising import BYSTANDER, CGROUP_VARIABLE, be_host, fork, name_log
+from tests.harness.real.supervising import BYSTANDER, CGROUP_VARIABLE, PACKAGE, be_host, name_log
 from tests.harness.real.telling import Gone, Told, find
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ NO_END = {
     "slow_fork": 0,
 }
 """Of a task that runs beside the one that is ended, or after it."""
-PACKAGE = "airflow.sdk.execution_time.teardown"
 CHATTER = b'"line '
 """Begins what a task logs all the time."""
 
@@ -58,7 +57,6 @@ def run_scene(case: dict[str, Any], folder: Path, answer: int) -> None:
     """Run a case and write what came of it."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    set_subreaper(wanted=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     folder.mkdir()
     os.chdir(folder)
@@ -67,12 +65,9 @@ def run_scene(case: dict[str, Any], folder: Path, answer: int) -> None:
     os.environ["AIRFLOW__LOGGING__BASE_LOG_FOLDER"] = str(folder)
     keep_sweeps_to_scene()
     try:
-        with memory.make_cgroup(case["memory"]) if case["memory"] else nullcontext() as cgroup:
+        with memory.make_cgroup(case["memory"]) if case["memory"] else nullcontext() as cgroup, ending_all():
             os.environ[CGROUP_VARIABLE] = str(cgroup or "")
-            try:
-                result = play(case, folder, answer)
-            finally:
-                end_descendants()
+            result = play(case, folder, answer)
     except Gone:
         return
     except Exception:  # noqa: BLE001  # the other side raises it
@@ -125,7 +120,7 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
         told.wait_for("beat", times=BEATS, after=len(told.events), until=until, pidfd=pidfd)
     if case["free"]:
         told.free()
-    result = observe(case, told, host, pidfd, began=began, until=until, bystander=bystander, before=before)
+    result = observe(case, told, host, pidfd, until=until, bystander=bystander, before=before)
     if case["bystander"]:
         free_bystander(told, bystander)
     return {**describe(told.events, began), **result}
@@ -178,7 +173,6 @@ def observe(
     host: int,
     pidfd: int,
     *,
-    began: float,
     until: float,
     bystander: int,
     before: set[int] | None,
@@ -186,7 +180,7 @@ def observe(
     """Wait for the supervisor's return, or its death, and describe what has come of it at that moment."""
     returned = told.wait_for("returned", until=until, pidfd=pidfd)
     ended = time.monotonic()
-    hung = not returned and not select.select([pidfd], [], [], 0)[0]
+    hung = not returned and not has_exited(pidfd)
     killed_by = None if returned else read_signal(pidfd)
     others = {host, find(told.events, "supervisor", "supervisor")}
     if bystander != host or returned:
@@ -200,7 +194,6 @@ def observe(
     return {
         "hung": hung,
         "killed_by": killed_by,
-        "seconds_to_death": ended - began,
         "left": left,
         "seconds_to_nothing": None if left else time.monotonic() - ended,
         "log": read_log(Path(name_log(case))),
@@ -243,15 +236,14 @@ def describe(events: list[dict[str, Any]], began: float) -> dict[str, Any]:
     returned_at = find(events, "returned", "returned_at")
     return {
         "seconds": returned_at - began if returned_at else None,
-        "states": list_states(events, accepted=True),
-        "refused": list_states(events, accepted=False),
+        "states": list_states(events),
         "events": [each for each in events if each["event"] not in {"state", "beat"}],
         **{key: find(events, "returned", key) for key in ("exit_code", "exception", "final_state")},
     }
 
 
-def list_states(events: list[dict[str, Any]], *, accepted: bool) -> list[str]:
-    told = [each["state"] for each in events if each["event"] == "state" and each["accepted"] == accepted]
+def list_states(events: list[dict[str, Any]]) -> list[str]:
+    told = [each["state"] for each in events if each["event"] == "state" and each["accepted"]]
     return [state for state in told if state != ACKNOWLEDGED]
 
 
@@ -285,14 +277,9 @@ def list_left(hosts: set[int | None], before: set[int] | None) -> list[tuple[int
     """
     left = []
     for process in psutil.Process().children(recursive=True) if before is None else list_new(before):
-        try:
-            if process.pid not in hosts and process.status() not in {
-                psutil.STATUS_ZOMBIE,
-                psutil.STATUS_DEAD,
-            }:
+        with suppress(psutil.NoSuchProcess):  # just gone
+            if process.pid not in hosts and read_state(process.pid) not in DEAD:
                 left.append((process.pid, process.name()))
-        except psutil.NoSuchProcess:
-            continue  # just gone
     return left
 
 
@@ -310,17 +297,3 @@ def read_signal(pidfd: int) -> int | None:
 def read_log(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if CHATTER not in line]
-
-
-def end_descendants() -> None:
-    """Kill and collect everything that a scene has started, and what that starts meanwhile."""
-    while True:
-        for process in psutil.Process().children(recursive=True):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue  # just gone
-        try:
-            os.wait()
-        except ChildProcessError:
-            return

@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
+from task_sdk.execution_time.teardown.supervised.supervised_task import fork
+
 from airflow.sdk.api.datamodels import _generated as models
 from airflow.sdk.execution_time import supervisor
 from tests.harness.real import memory
@@ -22,7 +24,15 @@ from tests.harness.real.api import URL, Server, build_task_instance, make_client
 from tests.harness.real.telling import tell
 
 HEARTBEAT_INTERVAL = 0.1
-STOP_REQUEST = "airflow.sdk.execution_time.teardown.stop_request"
+KILL_TIME = 10.0
+"""Seconds that killed processes have to die, or else who gets no processor in time counts as left."""
+PACKAGE = "airflow.sdk.execution_time.teardown"
+TIMES = (
+    ("stop_request", "HEARTBEAT_INTERVAL", HEARTBEAT_INTERVAL),
+    ("leftovers", "KILL_TIME", KILL_TIME),
+    ("ending", "KILL_TIME", KILL_TIME),
+)
+"""Of the package's modules."""
 SOCKET_CLEANUP_TIMEOUT = 1.0
 LOOP_LIMIT = 50
 """Signals after which a loop that answers each with another gives up."""
@@ -192,8 +202,12 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     supervisor.MIN_HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL
-    if stop_request := sys.modules.get(STOP_REQUEST):  # of a patched one
-        stop_request.HEARTBEAT_INTERVAL = HEARTBEAT_INTERVAL  # type: ignore[attr-defined]
+    for module, name, seconds in TIMES:
+        if loaded := sys.modules.get(f"{PACKAGE}.{module}"):  # of a patched one
+            assert hasattr(loaded, name)
+            setattr(loaded, name, seconds)
+    if case["orphan_grace"]:
+        vars(sys.modules[f"{PACKAGE}.lifeline"])["ORPHAN_GRACE"] = case["orphan_grace"]
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     if hasattr(supervisor, "KILLED_TASK_CLEANUP_TIME"):
         supervisor.KILLED_TASK_CLEANUP_TIME = float(case["grace"])
@@ -241,15 +255,3 @@ def take_no_notice(_signum: int, _frame: object) -> None:
 
 def raise_limit(_signum: int, _frame: object) -> NoReturn:
     raise SoftTimeLimit
-
-
-def fork(be: Callable[[], object]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            be()
-        except BaseException:  # noqa: BLE001  # a forked copy must not go on with what its parent does
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    return pid

@@ -1,4 +1,4 @@
-"""What the processes of a scene tell of themselves, as lines of JSON in a FIFO; Python 3.9."""
+"""What the processes of a scene tell of themselves, as lines of JSON in a FIFO, and what a task waits for; Python 3.9."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import os
 import select
 import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any
 
 
 class Gone(Exception):  # noqa: N818
@@ -77,6 +75,12 @@ def tell(event: str, **details: Any) -> None:
     descriptor = os.open(os.environ["TOLD"], os.O_WRONLY)
     os.write(descriptor, line.encode() + b"\n")
     os.close(descriptor)
+
+
+def wait_until_freed() -> None:
+    """Return when the task that calls this may finish."""
+    with Path(os.environ["FREED"]).open() as fifo:
+        fifo.readline()
 
 
 def find(events: list[dict[str, Any]], event: str, key: str) -> Any:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import time
-from pathlib import Path
 
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG, task
+from tests.harness.real.telling import tell, wait_until_freed
 
 LONG = 600
 """Seconds that nobody waits for."""
 WORKERS = 2
-
-
-def tell_ready() -> None:
-    Path(os.environ["TOLD"]).write_text(json.dumps({"event": "ready"}) + "\n")
-
-
-def fail_when_freed() -> None:
-    with Path(os.environ["FREED"]).open() as fifo:
-        fifo.readline()
-    raise RuntimeError("it fails by itself")
 
 
 def start_pool() -> None:
@@ -32,8 +20,9 @@ def start_pool() -> None:
     pool.map(abs, range(WORKERS), chunksize=1)
     for _ in range(WORKERS):
         pool.apply_async(time.sleep, (LONG,))
-    tell_ready()
-    fail_when_freed()
+    tell("ready")
+    wait_until_freed()
+    raise RuntimeError("it fails by itself")
 
 
 with DAG("programs", schedule=None):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import hashlib
-import json
+import io
 import logging
 import os
 import signal
@@ -19,18 +19,19 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta, timezone
 from itertools import chain, count, repeat
-from pathlib import Path
 from threading import Thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.operators.bash import BashOperator
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 from airflow.sdk import DAG, BaseOperator, BaseSensorOperator, Variable, task
+from tests.harness.real.telling import tell, wait_until_freed
 
 try:
-    from airflow.sdk.exceptions import TaskDeferred
+    from airflow.sdk.exceptions import AirflowSkipException, TaskDeferred
 except ImportError:  # before SDK 1.2
-    from airflow.exceptions import TaskDeferred
+    from airflow.exceptions import AirflowSkipException, TaskDeferred
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,13 +79,6 @@ SMALL_CHILDREN = 40
 CHUNK = 1 << 20
 
 
-def tell(event: str, **details: Any) -> None:
-    line = json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic(), **details})
-    descriptor = os.open(os.environ["TOLD"], os.O_WRONLY)
-    os.write(descriptor, line.encode() + b"\n")
-    os.close(descriptor)
-
-
 def tell_callback(name: str) -> Any:
     def callback(context: Any) -> None:
         tell(name)
@@ -106,6 +100,23 @@ def ask_for_ever() -> None:
             tell("ready")
 
 
+async def ask_at_once(coroutines: int) -> None:
+    """Have so many coroutines ask for Variables for ever."""
+    from airflow.sdk.execution_time.comms import GetVariable  # noqa: PLC0415  # before SDK 1.2 nobody asks so
+    from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS  # noqa: PLC0415
+
+    async def ask_for_ever(name: int) -> None:
+        for number in count():
+            key = f"{name} {number}"
+            answer = await SUPERVISOR_COMMS.asend(GetVariable(key=key))
+            if answer.value != f"value of {key}":
+                tell("wrong", key=key, value=answer.value)
+            if (name, number) == (0, WARM_UP):
+                tell("ready")
+
+    await asyncio.gather(*map(ask_for_ever, range(coroutines)))
+
+
 def print_for_ever(*, told: str = "ready") -> None:
     for number in count():
         print(f"line {number}", flush=True)  # noqa: T201  # what many tasks do
@@ -118,11 +129,6 @@ def log_for_ever(log: Any) -> None:
         log.info("line %s", number)
         if number == WARM_UP:
             tell("ready")
-
-
-def wait_until_freed() -> None:
-    with Path(os.environ["FREED"]).open() as fifo:
-        fifo.readline()
 
 
 def spin() -> None:
@@ -237,6 +243,15 @@ class PrintsAlwaysOperator(PrintsOperator):
         super().on_kill()
 
 
+class OddOutputOperator(ToldOperator):
+    """Has put something in the place of stdout whose buffer takes no bytes."""
+
+    def execute(self, context: Any) -> Any:
+        sys.stdout = io.StringIO()
+        sys.stdout.buffer = io.StringIO()  # type: ignore[attr-defined]
+        super().execute(context)
+
+
 class WaitsOnKillOperator(ToldOperator):
     """Has started a program that it waits for in on_kill(), and says so."""
 
@@ -291,10 +306,26 @@ class PreOperator(ToldOperator):
         return "done"
 
 
+class SkipsWhenKilledOperator(ToldOperator):
+    """Is told to end before it has begun, and would rather be skipped."""
+
+    def pre_execute(self, context: Any) -> None:
+        try:
+            tell("ready")
+            time.sleep(LONG)
+        finally:
+            raise AirflowSkipException
+
+
 class BashAfterRunnerOperator(BashOperator):
     def on_kill(self) -> None:
         tell("on_kill")
         super().on_kill()
+
+
+class ToldTriggerOperator(TriggerDagRunOperator):
+    def on_kill(self) -> None:
+        tell("on_kill")
 
 
 class PokeSensor(BaseSensorOperator):
@@ -389,13 +420,18 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     LogsOnKillOperator(task_id="logs")
     PrintsOperator(task_id="prints")
     PrintsAlwaysOperator(task_id="prints_always")
+    OddOutputOperator(task_id="odd_output")
     WaitsOnKillOperator(task_id="waits_on_kill")
     PrintsOnKillOperator(task_id="prints_on_kill")
     PostOperator(task_id="post_execute")
     PrintsAfterwardsOperator(task_id="prints_afterwards")
     PreOperator(task_id="pre_execute")
+    SkipsWhenKilledOperator(task_id="skips_when_killed")
     ToldOperator(task_id="has_timeout", execution_timeout=timedelta(seconds=LONG))
     PokeSensor(task_id="sensor", poke_interval=TICK, mode="poke", timeout=LONG)
+    ToldTriggerOperator(
+        task_id="triggers", trigger_dag_id="other", wait_for_completion=True, poke_interval=TICK
+    )
     BashAfterRunnerOperator(
         task_id="bash",
         bash_command=f"""sleep {LONG} | sleep {LONG} & echo '{{"event": "ready"}}' > "$TOLD"; wait""",
@@ -610,5 +646,19 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
         finally:
             tell("finally")
 
+    @task
+    async def several_3() -> None:
+        await ask_at_once(3)
+
+    @task
+    async def several_finally() -> None:
+        try:
+            await ask_at_once(5)
+        finally:
+            for number in range(WARM_UP):
+                ask(f"finally {number}")
+            tell("finally")
+
     # Before SDK 1.2 a coroutine function is called, and nobody awaits what it returns.
-    sleeps_async()
+    for each in (sleeps_async, several_3, several_finally):
+        each()
