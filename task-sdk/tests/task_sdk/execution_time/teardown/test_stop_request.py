@@ -149,6 +149,11 @@ class Supervised(MadeUpTask):
     ) -> None:
         self.killed.append((signal_to_send, force))
 
+    def await_heartbeat(self) -> None:
+        """Wait until the heartbeat that a thread sends has been answered."""
+        assert self._stop.heartbeat
+        self._stop.heartbeat.join()
+
     def say(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Return what the task's log says: level, event and fields of each entry."""
         log: Any = self.process_log
@@ -547,8 +552,7 @@ class TestBusyLoop:
             heed_stop_signals(process, conf, send=Sent())
         assert asked.wait(PATIENCE)
         answer.set()
-        assert process._stop.heartbeat
-        process._stop.heartbeat.join()
+        process.await_heartbeat()
         process.client.task_instances.heartbeat.assert_called_once()
         assert process._last_heartbeat_attempt == math.inf, "none is ever due"
 
@@ -564,8 +568,8 @@ class TestSendHeartbeatIfDue:
         process._terminal_state = state
         send_heartbeat_if_due(process)
         assert (process._stop.heartbeat is not None) is is_sent
-        if process._stop.heartbeat:
-            process._stop.heartbeat.join()
+        if is_sent:
+            process.await_heartbeat()
 
 
 class TestHeedRefusal:
@@ -758,11 +762,11 @@ class TestHeedStopSignals:
         for kills in (1, 2):
             heed_stop_signals(process, conf, send=sent)
             assert process.killed == [(signal.SIGKILL, True)] * kills
+            process.await_heartbeat()
             process.client.task_instances.heartbeat.reset_mock()
             clock.return_value += KILL_INTERVAL - 1
             heed_stop_signals(process, conf, send=sent)
-            assert process._stop.heartbeat
-            process._stop.heartbeat.join()
+            process.await_heartbeat()
             process.client.task_instances.heartbeat.assert_called_once()
             clock.return_value += 1
         process._exit_code = -signal.SIGKILL
