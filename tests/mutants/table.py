@@ -1403,6 +1403,22 @@ IN_THE_REST = [
         ("test_interruption.py",),
     ),
     Mutant(
+        "interruption-comes-while-asyncio-complains",
+        "interruption.py",
+        " == LOG_WRITER or is_complaint(frame):",
+        " == LOG_WRITER:",
+        "the interruption is lost where asyncio logs what has gone wrong in a loop",
+        ("test_interruption.py",),
+    ),
+    Mutant(
+        "interruption-comes-at-the-end-of-a-complaint",
+        "interruption.py",
+        'event == "return" and not is_complaint(frame) else frame',
+        'event == "return" else frame',
+        "a task whose finalizers log all the time is never interrupted",
+        ("test_interruption.py",),
+    ),
+    Mutant(
         "interruption-misses-the-end-of-a-print",
         "interruption.py",
         "            sys.setprofile(self._deliver_after_write)\n",

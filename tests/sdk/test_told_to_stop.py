@@ -91,6 +91,7 @@ TASKS = {
     "swallows_all": Expected(tells=("swallowed",)),
     "swallows_errors": Expected(),
     "finalizes": Expected(),
+    "complains": Expected(),
     "deaf": KILLED,
     "pool": Expected(ends="within the grace", callback=None),
     "forks": Expected(ends="within the grace"),

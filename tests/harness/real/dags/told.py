@@ -500,6 +500,15 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
         time.sleep(LONG)
 
     @task
+    def complains() -> None:
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: time.sleep(TICK))
+        tell("ready")
+        while True:
+            # Nobody asks for the exception before the future is collected, and asyncio complains.
+            loop.create_future().set_exception(ValueError("nobody asks"))
+
+    @task
     def deaf() -> None:
         while True:
             try:
@@ -626,8 +635,8 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
         time.sleep(LONG)
 
     for each in (
-        *(sleeps, has_finally, asks, blocked, swallows_all, swallows_errors, finalizes),
-        *(deaf, pool, forks),
+        *(sleeps, has_finally, asks, blocked, swallows_all, swallows_errors),
+        *(finalizes, complains, deaf, pool, forks),
         *(blocked_with_gil, prints_beside_daemon, logs_beside_daemon, asks_beside_daemon),
         *(asks_with_default, crowd, fills, stands_by, leaves_daemon),
         *(make_parent(name, command, detaches=True) for name, command in DAEMONS.items()),

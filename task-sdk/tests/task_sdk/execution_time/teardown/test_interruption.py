@@ -124,8 +124,7 @@ class Runner:
         signal.signal(signal.SIGTERM, self._former)
         interruption._current = self._former_task
         interruption._requests_in_flight = 0
-        # A coroutine that was never completed logs when it is collected, and asyncio ignores what is raised meanwhile
-        # (BaseEventLoop.call_exception_handler). No other test is to be interrupted there.
+        # A coroutine that was never completed logs when it is collected, which is to happen in no other test.
         gc.collect()
 
     def note(self, what: str) -> None:
@@ -158,6 +157,12 @@ def runner() -> Iterator[Runner]:
 def stop() -> None:
     """Have SIGTERM come here and now."""
     signal.raise_signal(signal.SIGTERM)
+
+
+def stop_for(seconds: float) -> None:
+    """Have SIGTERM come, and whatever follows in some seconds."""
+    stop()
+    time.sleep(seconds)
 
 
 def fail() -> None:
@@ -754,6 +759,36 @@ class TestLogging:
             runner.note("unreachable")
 
         assert self.log(runner, execute, Profiled) == ["from execute", "from on_kill", "on_kill"]
+
+
+class TestLoopComplaint:
+    """asyncio logs what has gone wrong in a loop, and ignores any exception meanwhile."""
+
+    def test_direct(self, runner: Runner) -> None:
+        """The interruption waits for the end of that."""
+
+        def execute() -> None:
+            with contextlib.closing(asyncio.new_event_loop()) as loop:
+                loop.set_exception_handler(lambda *_: stop())
+                loop.call_exception_handler({"message": "something went wrong"})
+                wait_for_interruption()
+            runner.note("unreachable")
+
+        assert runner.run(execute) == ["on_kill"]
+
+    def test_finalizer(self, runner: Runner) -> None:
+        """The same where asyncio logs in finalizers, and a task does hardly anything else."""
+
+        def execute() -> None:
+            deadline = time.monotonic() + PATIENCE
+            with contextlib.closing(asyncio.new_event_loop()) as loop:
+                loop.set_exception_handler(lambda *_: stop_for(5 * interruption.SIGNAL_DELAY))
+                while time.monotonic() < deadline:
+                    # Nobody asks for the exception before the future is collected.
+                    loop.create_future().set_exception(ValueError())
+            runner.note("unreachable")
+
+        assert runner.run(execute) == ["on_kill"]
 
 
 class StringsInBuffer(io.StringIO):

@@ -34,7 +34,9 @@ The interruption waits for the end of
    answer;
 2. a log call: it holds the lock of the log's file, and an ``on_kill`` that logs would wait for that lock for
    ever;
-3. a write to stdout or stderr: an ``on_kill`` that prints would fail, with "reentrant call inside".
+3. a write to stdout or stderr: an ``on_kill`` that prints would fail, with "reentrant call inside";
+4. the exception handler of an event loop, which runs, say, when a coroutine is collected that was never
+   completed: asyncio ignores any exception in it.
 
 Python ignores an exception that a finalizer or a weak reference's callback raises. If the interruption is
 lost there, it is repeated.
@@ -87,6 +89,9 @@ SIGNAL_DELAY = 0.002
 
 LOG_WRITER = "structlog._output"
 """The module whose functions hold the lock of a log's file. This lock is not reentrant."""
+
+COMPLAINT = ("asyncio.base_events", "call_exception_handler")
+"""Module and name of the function that logs what has gone wrong in an event loop, and ignores exceptions meanwhile."""
 
 REASON = "The task was told to stop (SIGTERM) before it had finished"
 
@@ -183,7 +188,8 @@ class Interruption:
 
     def _deliver_after_write(self, frame: FrameType, event: str, _value: object) -> None:
         """Deliver when a write is over. Python calls this profile function at every call and return."""
-        left = frame.f_back if event == "return" else frame
+        # asyncio mostly complains in a finalizer, where Python ignores an exception as well.
+        left = frame.f_back if event == "return" and not is_complaint(frame) else frame
         if not is_writing(left):
             sys.setprofile(None)
             self.deliver(left)
@@ -483,17 +489,22 @@ def cancel_all(loop: AbstractEventLoop) -> None:
 
 
 def is_writing(frame: FrameType | None) -> bool:
-    """Whether this thread, which is in a frame, holds a lock of the log or of the output."""
+    """Whether this thread, which is in a frame, writes a log or output that an interruption must not cut short."""
     return is_writing_log(frame) or is_writing_output()
 
 
 def is_writing_log(frame: FrameType | None) -> bool:
-    """Whether a frame, or one of its callers, is a function that holds the lock of a log's file."""
+    """Whether a frame, or one of its callers, holds the lock of a log's file, or logs what is wrong in an event loop."""
     while frame is not None:
-        if frame.f_globals.get("__name__") == LOG_WRITER:
+        if frame.f_globals.get("__name__") == LOG_WRITER or is_complaint(frame):
             return True
         frame = frame.f_back
     return False
+
+
+def is_complaint(frame: FrameType) -> bool:
+    """Whether asyncio logs in a frame what has gone wrong in an event loop."""
+    return (frame.f_globals.get("__name__"), frame.f_code.co_name) == COMPLAINT
 
 
 def is_writing_output() -> bool:
