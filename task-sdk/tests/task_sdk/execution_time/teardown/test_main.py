@@ -25,7 +25,6 @@ import json
 import os
 import pwd
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -82,9 +81,6 @@ STUBBORN = ["daemon", "child deaf to SIGTERM", "stopped child"]
 
 REFUSED = 71
 """The status of a check whose surroundings the kernel does not allow."""
-
-SLOWNESS = 0.5
-"""Seconds that a process of the task takes to start, more than the check takes to fail."""
 
 STARTING = 120
 """Seconds that a busy machine may take to import Airflow for the first time, and check it."""
@@ -461,6 +457,29 @@ class TestMeans:
         assert findings.proof.harmed == []
 
 
+class TestLeash:
+    def test_end_before_the_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process that is about to start is waited for: if it stops itself, it would stay."""
+
+        def start_late() -> None:
+            relay.hear()
+            check.be_stopped(leash)
+
+        def hear_late(leash: check.Leash) -> None:
+            relay.tell("now")
+            hear(leash)
+
+        hear = check.Leash.hear
+        monkeypatch.setattr(check.Leash, "hear", hear_late)
+        leash = check.Leash(check.STOPPED)
+        with contextlib.closing(Relay()) as relay:
+            pid = fork(start_late)
+            leash.end()
+            relay.tell("now")
+            _, status = os.waitpid(pid, os.WUNTRACED)
+        assert os.WIFSIGNALED(status)
+
+
 class TestHidden:
     """An unprivileged check whose /proc is mounted with hidepid; it is not dumpable, as workers are from SDK 1.2 on."""
 
@@ -492,17 +511,8 @@ class TestHidden:
         workers_hide = hasattr(supervisor, "_make_process_nondumpable")
         assert ("for /proc hides them" in result.out) == workers_hide
 
-    def test_processes_that_are_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_processes_that_are_not_listed(self) -> None:
         """With hidepid=2 no supervisor that is not dumpable can start a task, and the check fails, and leaves nothing."""
-
-        def be_slow(leash: check.Leash) -> None:
-            if leash.role == check.STOPPED:
-                # The check has failed by the time that it stops itself.
-                select.select([], [], [], SLOWNESS)
-            announce(leash)
-
-        announce = check.Leash.announce
-        monkeypatch.setattr(check.Leash, "announce", be_slow)
         if hasattr(supervisor, "_make_process_nondumpable"):
             findings = find_wrong(change=lambda: self.hide(b"hidepid=2"))
             assert [problem.partition(":")[0] for problem in findings.problems] == [
