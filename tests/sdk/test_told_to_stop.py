@@ -445,9 +445,9 @@ def test_api_is_away(line: Line) -> None:
     assert (result.states, result.exception, result.left) == (["failed"], None, [])
 
 
-@pytest.mark.parametrize("task", ["crashes_after_success", "exits_after_success"])
+@pytest.mark.parametrize("task", ["crashes_after_success", "exits_after_success", "hangs_after_success"])
 def test_told_success_stands(line: Line, task: str) -> None:
-    """A success that was told stands when the runner dies afterwards, and so does the daemon that it has left."""
+    """A success that was told stands when the runner dies afterwards, or is killed, and so does the daemon that it left."""
     result = line.driver.run(Case(task, ""))
     assert (result.states, result.final_state, name_left(result)) == (["success"], "success", DAEMON)
 

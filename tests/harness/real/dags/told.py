@@ -621,6 +621,14 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
     def exit_at_once(_context: Any) -> None:
         os._exit(1)
 
+    def hang(_context: Any) -> None:
+        time.sleep(LONG)
+
+    @task(on_success_callback=hang)
+    def hangs_after_success() -> str:
+        start_daemon()
+        return "done"
+
     @task(on_success_callback=exit_at_once)
     def exits_after_success() -> str:
         start_daemon()
@@ -643,7 +651,7 @@ with DAG("told", schedule=None, default_args=TELL_CALLBACKS):
         *(make_parent(name, command, detaches=False) for name, command in CHILDREN.items()),
         make_parent("free_daemon", FREE_DAEMON, detaches=True),
         *(finishes, returns, fails, sleeps_with_daemon, asks_in_vain),
-        *(crashes_after_success, exits_after_success, defers, times_out),
+        *(crashes_after_success, exits_after_success, hangs_after_success, defers, times_out),
     ):
         each()
 

@@ -95,6 +95,14 @@ class TestAnsweringFailures:
             assert error.args == conflict().args
         assert process._terminal_state is None
 
+    @pytest.mark.parametrize("error", [BrokenPipeError(), ConnectionResetError()])
+    def test_answer_that_nobody_takes(self, log: Any, error: Exception) -> None:
+        """A runner that is gone when its request was handled has reported its state."""
+        process = Supervised()
+        fail(process, FAILED, log, 7, error=error)
+        assert process._terminal_state == "noted"
+        assert process.answers == log.calls == []
+
     def test_answer_of_the_server(self, log: Any) -> None:
         """An error that the server has answered is for the caller, who passes it on."""
         with pytest.raises(ServerResponseError):

@@ -281,6 +281,26 @@ class TestFaults:
             kill_child(supervisor)
             wait_until_left(list_left)
 
+    def test_signal_while_the_death_is_noticed(self, mocker: MockerFixture) -> None:
+        """A runner that learns of the death in two ways at once starts one watchdog."""
+        change = signal.pthread_sigmask
+        arrivals = [1]
+
+        def change_and_handle(how: int, signals: Any) -> Any:
+            former = change(how, signals)
+            # A signal that came just before is handled when the mask has changed.
+            if arrivals and arrivals.pop():
+                follower.start_watchdog_once()
+            return former
+
+        follower = lifeline.Lifeline(os.getppid(), conf)
+        mocker.patch.object(lifeline, "leave_sockets", autospec=True)
+        mocker.patch.object(lifeline, "stop_when_watchdog_ends", autospec=True)
+        start = mocker.patch.object(lifeline, "start_watchdog", autospec=True)
+        mocker.patch.object(signal, "pthread_sigmask", autospec=True, side_effect=change_and_handle)
+        follower.start_watchdog_once()
+        assert start.call_count == 1
+
     @pytest.mark.parametrize("missing", ["ctypes", "prctl", "handler"])
     def test_signal_that_cannot_be_asked_for(self, relay: Relay, mocker: MockerFixture, missing: str) -> None:
         """A task starts without it, too."""

@@ -391,6 +391,13 @@ class TestOrphans:
         result = run("--orphans", "--dry-run", change=note_arguments)
         assert (result.status, result.out) == (13, "['--dry-run']")
 
+    @pytest.mark.parametrize("option", [["--json"], ["--strict"], ["--run-as-user", OTHER_USER]])
+    def test_options_of_the_check(self, option: list[str]) -> None:
+        """They mean nothing where there is no check."""
+        result = run("--orphans", *option)
+        assert (result.status, result.out) == (2, "")
+        assert result.err.count("give no other option") == 1
+
     def test_dry_run_of_the_check(self) -> None:
         """The check proves something, or nothing: there is no dry run of it."""
         result = run("--dry-run")

@@ -441,6 +441,22 @@ class TestEndOrphans:
             assert held.gone(child) if choice == "ends" else held.runs(child)
             assert held.runs(daemon)
 
+    def test_deaf_runner_that_leads_no_group(self, mocker: MockerFixture) -> None:
+        """Where leftovers are not ended, it is killed all the same."""
+        [leader] = orphan(ignore_sigterm)
+        mocker.patch.object(ProcessTree, "signal_group", autospec=True, return_value=False)
+        assert end_orphans([make_tree(leader, ends_leftovers=False)], 0.2) == []
+        assert ended_by(leader) == signal.SIGKILL
+
+    def test_runner_that_does_not_end(self, mocker: MockerFixture) -> None:
+        """Where leftovers are not ended, a runner that SIGKILL cannot end is returned."""
+        [leader] = orphan(ignore_sigterm)
+        mocker.patch.object(process_tree, "send_signals", autospec=True, return_value=True)
+        mocker.patch.object(orphans, "KILL_TIME", 0.1)
+        assert [process.pid for process in end_orphans([make_tree(leader, ends_leftovers=False)], 0.1)] == [
+            leader
+        ]
+
     def test_group_of_a_runner_that_ends(self, mocker: MockerFixture) -> None:
         """Where leftovers are not ended, they are not killed because their supervisor has died, but asked to end."""
 

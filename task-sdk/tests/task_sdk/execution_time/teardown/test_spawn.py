@@ -178,11 +178,13 @@ class TestSpawnLeader:
 
     @pytest.mark.parametrize("error", [PermissionError, AttributeError])
     def test_without_the_limit(self, relay: Relay, mocker: MockerFixture, error: type[Exception]) -> None:
-        """Where a sandbox refuses the limit, or there is none, a variable marks it."""
+        """Where a sandbox refuses the limit, or there is none, a variable marks it, and the child runs none of our code."""
         for call in ("setrlimit", "prlimit"):
             mocker.patch.object(resource, call, autospec=True, side_effect=error)
+        popen = mocker.patch.object(subprocess, "Popen", wraps=subprocess.Popen)
         tree = ProcessTree()
         leader = spawn(tree, relay)
+        assert popen.call_args.kwargs["preexec_fn"] is None
         daemon = relay.hear()
         assert MARK_VARIABLE not in os.environ
         assert find_orphans(tree, leader) == [daemon]

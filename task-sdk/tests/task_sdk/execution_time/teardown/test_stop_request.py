@@ -50,7 +50,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 )
 
 from airflow.sdk.execution_time import supervisor
-from airflow.sdk.execution_time.teardown import stop_request
+from airflow.sdk.execution_time.teardown import session, stop_request
 from airflow.sdk.execution_time.teardown.policy import STOP_GRACE, StopPolicy
 from airflow.sdk.execution_time.teardown.session import lead_session, signal_task
 from airflow.sdk.execution_time.teardown.stop_request import (
@@ -442,6 +442,19 @@ class TestBusyLoop:
             clock.return_value = 100.0 + busy + left
             heed_stop_signals(process, conf, send=Sent())
             assert process.killed == [(signal.SIGKILL, True)]
+
+    def test_task_that_is_out_of_reach(self, conf: ConfigParser, mocker: MockerFixture) -> None:
+        """If the handler may not signal it, as that of another user, the loop does, which asks sudo."""
+        with waiting(lead_session) as pid:
+            process, sent = Supervised(pid), Sent()
+            kill = mocker.patch.object(stop_request.os, "kill", autospec=True, side_effect=PermissionError)
+            mocker.patch.object(session.os, "killpg", autospec=True, side_effect=PermissionError)
+            with watch_stop_signals(process, conf):
+                signal.raise_signal(signal.SIGTERM)
+                assert kill.called
+                heed_stop_signals(process, conf, send=sent)
+            mocker.stopall()
+        assert sent == [signal.SIGTERM]
 
     def test_loop_that_has_told_the_task(self, conf: ConfigParser) -> None:
         """When the task answers, the handler's second try does not tell it again."""

@@ -763,7 +763,7 @@ def describe_sudo(users: Users) -> str:
     """Return whether processes of another user can be ended."""
     if users.run_as_user is None:
         return f"sudo is {'there' if users.sudo else 'missing'}; --run-as-user USER asks what it permits"
-    return f"sudo {'does not permit' if users.refusal else 'permits'} to end processes of {users.run_as_user}"
+    return f"sudo {'does not permit' if users.refusal else 'permits'} ending processes of {users.run_as_user}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -807,6 +807,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.dry_run and not options.orphans:
         parser.exit(2, "The check has no dry run: give --orphans as well, or leave out --dry-run.\n")
+    if options.orphans and (options.json or options.strict or options.run_as_user is not None):
+        parser.exit(
+            2, "--orphans takes the place of the check: give no other option than --dry-run with it.\n"
+        )
     if options.run_as_user is not None and not is_user(options.run_as_user):
         parser.exit(2, f"There is no user {options.run_as_user!r}: give the run_as_user of your tasks.\n")
     return options

@@ -60,6 +60,9 @@ def answering_failures(
     state = process._terminal_state
     try:
         yield
+    except (BrokenPipeError, ConnectionResetError):
+        # The request was handled, and the runner is gone before it had the answer: what it has reported stands.
+        return
     except ServerResponseError:
         process._terminal_state = state
         raise

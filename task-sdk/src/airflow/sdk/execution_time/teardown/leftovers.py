@@ -158,9 +158,10 @@ def signal_tree(process: ProcessWithTree, sig: int) -> bool:
     """
     Send a signal to a task, if it has a session: to its group, else to its runner, through sudo if need be.
 
-    SIGKILL goes to all processes of the task. They are first stopped, and looked for once more. Without that,
-    a child that one of them has just started and moved out of reach would be lost: once its parent is dead,
-    nothing shows that the child is the task's.
+    SIGKILL goes to all processes of the task, unless it has reported that it ended well, and only its runner
+    still runs. They are first stopped, and looked for once more. Without that, a child that one of them has
+    just started and moved out of reach would be lost: once its parent is dead, nothing shows that the child is
+    the task's.
 
     :param process: a ``WatchedSubprocess``.
     :returns: False if the caller has to signal the PID itself.
@@ -171,7 +172,7 @@ def signal_tree(process: ProcessWithTree, sig: int) -> bool:
         return True
     process._stop.sigkill_sent |= sig == signal.SIGKILL
     tree = process._tree
-    if sig == signal.SIGKILL and tree.ends_leftovers:
+    if sig == signal.SIGKILL and tree.ends_leftovers and not has_sent_good_state(process):
         tree.kill_all(SIGSTOP_WAIT, with_leader=True)
     elif sig != signal.SIGKILL:
         # A descendant that has lost its mark can only be found while its parent is alive.
@@ -232,13 +233,23 @@ def ended_well(process: TaskWithTree, exit_code: int) -> bool:
     """Whether a task whose runner has exited may keep the processes that it has left running."""
     if not has_reported(process):
         hear_out(process)
-    if process._stop.server_ended or is_server_terminated(process):
-        return False
-    state = find_sent_state(process)
-    if state is None:
-        return exit_code == 0 and not process._exit_watch.exit_expected
     # A state stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
-    return state not in FAILURES
+    return has_sent_good_state(process) or (
+        exit_code == 0
+        and not process._exit_watch.exit_expected
+        and not is_ended_by_server(process)
+        and find_sent_state(process) is None
+    )
+
+
+def has_sent_good_state(process: TaskWithTree) -> bool:
+    """Whether a task has sent a state that is no failure, and the server has not ended it."""
+    return not is_ended_by_server(process) and find_sent_state(process) not in (None, *FAILURES)
+
+
+def is_ended_by_server(process: TaskWithTree) -> bool:
+    """Whether the server has said that the task is not to run any more."""
+    return process._stop.server_ended or is_server_terminated(process)
 
 
 def hear_out(process: TaskWithTree) -> None:

@@ -85,8 +85,14 @@ DEATH_TIME = 2.0
 POLL_INTERVAL = 0.01
 """Seconds between looks at a dying supervisor."""
 
-INTERRUPTING = (*watchdog.IGNORED, *([signal.SIGALRM] if hasattr(signal, "SIGALRM") else ()))
-"""Signals whose handlers may raise. They are blocked while the watchdog starts: an exception would prevent that."""
+INTERRUPTING = (
+    *watchdog.IGNORED,
+    *([signal.SIGALRM] if hasattr(signal, "SIGALRM") else ()),
+    *([PARENT_DEATH_SIGNAL] if PARENT_DEATH_SIGNAL else ()),
+)
+"""
+Signals that are blocked while the watchdog starts: a handler that raises would prevent that, and ours would start another.
+"""
 
 WATCHDOG_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
 """The variables that the watchdog needs. It gets no others: they may be secret, and others can read them."""
@@ -132,10 +138,10 @@ class Lifeline:
 
     def start_watchdog_once(self) -> None:
         """Have the watchdog started, once."""
-        if self._noticed:
-            return
         former = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
         try:
+            if self._noticed:
+                return
             self._noticed = True
             # Without /proc, or a free descriptor, this fails. The end of the task matters more than its
             # output.

@@ -42,6 +42,7 @@ import psutil
 from airflow.sdk.execution_time.teardown.ending import Ending, wait_until_gone
 from airflow.sdk.execution_time.teardown.process_tree import (
     CONDEMNED,
+    KILL_TIME,
     PID_MASK,
     Process,
     ProcessTree,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 
 ORPHAN_GRACE = 5.0
 """
-Seconds between SIGTERM and SIGKILL; upstream uses the same where the server was not asked.
+Seconds between SIGTERM and SIGKILL: the default of upstream's ``kill()``.
 
 It is short because nobody sends heartbeats any more: when their timeout is over, the server may start a
 retry.
@@ -159,13 +160,16 @@ def end_orphans(trees: Sequence[ProcessTree], grace: float = ORPHAN_GRACE) -> li
     for tree in trees:
         tell_runner(tree)
     wait_until_gone([tree.leader for tree in trees if tree.leader], deadline)
-    for tree in trees:
-        # As kill() does, which spares what a runner that has ended in time has left.
-        if not tree.ends_leftovers and tree.leader and is_alive(tree.leader):
-            tree.signal_group(signal.SIGKILL)
+    # As kill() does, which spares what a runner that has ended in time has left.
+    late = [tree for tree in trees if not tree.ends_leftovers and tree.leader and is_alive(tree.leader)]
+    for tree in late:
+        signal_runner(tree, signal.SIGKILL)
     ending = Ending([tree for tree in trees if tree.ends_leftovers], deadline)
     ending.terminate()
-    return ending.kill()
+    survivors = ending.kill()
+    runners = [tree.leader for tree in late if tree.leader]
+    wait_until_gone(runners, time.monotonic() + KILL_TIME)
+    return survivors + [runner for runner in runners if is_alive(runner)]
 
 
 def kill_condemned(trees: Sequence[ProcessTree]) -> list[Process]:
@@ -177,6 +181,11 @@ def tell_runner(tree: ProcessTree) -> None:
     """Send SIGTERM to the group of a runner, and SIGCONT to the stopped processes of its tree."""
     # A descendant that has lost its mark can only be found while its parent is alive.
     stopped = [member for member in tree.find(with_leader=True) if member.stopped and member.start >= 0]
-    if not tree.signal_group(signal.SIGTERM):
-        tree.signal_leader(signal.SIGTERM)
+    signal_runner(tree, signal.SIGTERM)
     tree.signal(stopped, signal.SIGCONT)
+
+
+def signal_runner(tree: ProcessTree, sig: int) -> None:
+    """Send a signal to the group of a runner, or to itself if it leads none."""
+    if not tree.signal_group(sig):
+        tree.signal_leader(sig)

@@ -22,8 +22,8 @@ The options with which a deployment chooses how its tasks end.
 ``[workers] stop_signal_policy``
     What SIGTERM, SIGINT, SIGHUP and SIGQUIT mean to a supervisor: ``stop`` the task, or let it ``finish``.
 ``[workers] leftover_policy``
-    When the processes that a task leaves behind are ended: ``always`` unless it succeeds, only when it is
-    ``killed`` or told to stop, never but ``report`` them in its log, or ``never``.
+    When the processes that a task leaves behind are ended: ``always`` unless it succeeds; only when it is
+    ``killed`` or told to stop; not at all, but ``report`` them in its log; or ``never``.
 ``[workers] spared_leftovers``
     Names of programs that are never ended, separated by commas.
 

@@ -184,7 +184,7 @@ OLDER = Process(0, start=0, name="", parent=0, session=0, stopped=False, dead=Tr
 
 
 class ProcessTree:
-    """The processes that one child of ours, the leader of a session, has started."""
+    """The processes that one process, the leader, has started: a child of ours, or an orphan."""
 
     def __init__(self) -> None:
         self._leader: Process | None = None
@@ -294,7 +294,7 @@ class ProcessTree:
         Until then its session proves that a process belongs; afterwards the number may be reused. While the
         leader runs, this costs one system call.
 
-        :param tracker: what reaps the leader, from SDK 1.4 on with a ``TimeoutExpired`` of its own.
+        :param tracker: what reaps the leader, from SDK 1.3 on with a ``TimeoutExpired`` of its own.
         :raises psutil.TimeoutExpired: or the tracker's, if the leader runs: reaped now, it might have ended meanwhile,
             unrecorded.
         """
@@ -447,7 +447,7 @@ class ProcessTree:
            the place where the child appears. So the last look is one that began after all members were seen
            stopped.
         3. Another process continues what was stopped: a watchdog of the same tree does so before it is stopped
-           itself. So who runs again is stopped again.
+           itself. So whatever runs again is stopped again.
         4. A process starts its successor, and exits, faster than a look takes. So a look stops whatever
            carries a mark of the tree when it reads it, unless a program is to be spared: who descends from
            one is known only after the look.

@@ -69,14 +69,19 @@ def spawn_leader(
     """
     # Other marks are computed from the PID, which is not known yet.
     mark = invent_mark(UNKNOWN_PID)
-    if not can_carry(mark):
-        env = {**env, MARK_VARIABLE: extend_variable(env, mark)}
     inherited = read_limits(os.getpid())
+
+    def take_mark() -> None:
+        give_mark(os.getpid(), mark, inherited)
+
+    carries = can_carry(mark)
+    if not carries:
+        env = {**env, MARK_VARIABLE: extend_variable(env, mark)}
     process = subprocess.Popen(
         command,
         env=env,
         start_new_session=True,
-        preexec_fn=lambda: give_mark(os.getpid(), mark, inherited),  # noqa: PLW1509 - see above
+        preexec_fn=take_mark if carries else None,  # noqa: PLW1509 - see above
         **kwargs,
     )
     tree.set_leader(process.pid, mark)

@@ -107,7 +107,7 @@ RUNNER_FAILED = 124
 
 
 class StopRequest:
-    """Who has asked for the end of a task, and when it is killed if it does not end by itself."""
+    """The state of a request to end a task: who has asked, what was sent, and when the task is killed."""
 
     def __init__(self) -> None:
         self.server_ended = False
@@ -160,11 +160,11 @@ class _CaughtSignals:
         self.received_at = 0.0
         """By time.monotonic()."""
         self.on_signal: Callable[[], None] | None = None
-        """The handler calls this once."""
+        """Called at the first signal, and again before sockets are served."""
         self.is_heard = False
         """Whether a task has been told of the signal, or its log has."""
         self.is_sent_again = False
-        """Whether a signal that was not heard is for this process itself: it has supervised a task that it would stop."""
+        """Whether a signal that reached no task is raised again afterwards, as after a task that it would have stopped."""
         self._pid = os.getpid()
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
@@ -333,10 +333,12 @@ def tell_if_busy(process: StoppableTask, grace: float) -> None:
     signal handler calls this, so it must neither log nor take a lock.
     """
     if not process._exit_watch.is_waiting and process._exit_code is None and not process._stop.sigterm_sent:
-        process._stop.sigterm_sent = True
         process._exit_watch.announce_exit(grace, least=min(grace, GRACE))
-        if process._stop.spares_group_members or not signal_task(process, signal.SIGTERM):
-            signal_pid(process.pid)
+        spares = process._stop.spares_group_members
+        # A task of another user may be out of reach. Then the loop tells it, through sudo.
+        process._stop.sigterm_sent = (not spares and signal_task(process, signal.SIGTERM)) or signal_pid(
+            process.pid
+        )
         signal_pid(process.pid, signal.SIGCONT)  # if it is stopped, it is to hear of it
 
 
@@ -512,12 +514,18 @@ def hear_stop_signal(process: StoppableTask, conf: ConfigParser) -> bool:
     return stops
 
 
-def signal_pid(pid: int, sig: int = signal.SIGTERM) -> None:
-    """Send a signal to a runner that leads no group, unless it was reaped: its PID may have been reused."""
+def signal_pid(pid: int, sig: int = signal.SIGTERM) -> bool:
+    """
+    Send a signal to a runner that leads no group, unless it was reaped: its PID may have been reused.
+
+    :returns: whether it was sent.
+    """
     # kill(2): 0 is our own group, 1 is init, and -1 is every process.
     if pid > 1 and is_unreaped_child(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, sig)
+            return True
+    return False
 
 
 def note_server_ended(process: StoppableTask, error: ServerResponseError) -> None:

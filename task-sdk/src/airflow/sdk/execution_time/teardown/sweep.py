@@ -19,8 +19,8 @@ End the tasks whose supervisors have died, and whose runners could not notice it
 
 A supervisor does this before the first task that its process starts. So does the command
 ``python -m airflow.sdk.execution_time.teardown.sweep``, for example in ``ExecStartPre=`` of systemd, or in cron.
-``--dry-run`` only lists the tasks. The exit status is 0, or 1 if a task could not be ended, or 2 when an
-argument is wrong.
+``--dry-run`` only lists the tasks. The exit status is 0; 1 if a task could not be ended, or ``/proc`` not be
+read; 2 when an argument is wrong.
 
 The sweep looks for trees of tasks whose runner is there and whose supervisor is not. It leaves alone the
 tasks of other users and of other PID namespaces, and the leftovers of a task that has succeeded.

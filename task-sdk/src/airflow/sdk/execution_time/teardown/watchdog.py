@@ -21,7 +21,7 @@ Its argument is a JSON object: ``limits``, the marks of the runner; ``leader``, 
 ``grace``, in seconds; ``ends`` and ``spared``, the choices of the deployment; ``path``, the folder of psutil.
 
 A forked copy of the runner would be as big as the runner, and would be killed with it when memory runs out.
-This program loads neither site-packages nor Airflow (``python -I -S``), and takes a twentieth of that memory.
+This program loads neither site-packages nor Airflow (``python -I -S``), and needs a twentieth of the runner's memory.
 """
 
 from __future__ import annotations

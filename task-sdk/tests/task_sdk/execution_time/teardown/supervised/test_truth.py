@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
@@ -28,7 +28,10 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Log,
     Relay,
     SteppingApi,
+    be_deaf,
+    be_polite,
     conflict,
+    detach,
     forked,
     name_failure,
     pause_for_ever,
@@ -37,6 +40,10 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 )
 
 from airflow.sdk.execution_time import supervisor
+from airflow.sdk.execution_time.teardown import leftovers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.usefixtures("stop_policy")
 
@@ -82,3 +89,21 @@ class TestTruth:
         process._terminal_state, process._task_end_time_monotonic = "success", 1.0
         process.wait()
         assert process.final_state == "success"
+
+    def test_overtime_spares_leftovers(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch, list_left: Callable[[], list[int]]
+    ) -> None:
+        """Even a process that is deaf, and has to be killed after it has told a success, keeps what it has left."""
+
+        def target() -> None:
+            detach(lambda: be_polite(relay))
+            be_deaf(relay)
+            pause_for_ever()
+
+        monkeypatch.setattr(supervisor, "TASK_OVERTIME_THRESHOLD", 0)
+        monkeypatch.setattr(leftovers, "limit_grace", lambda _grace: 0.1)
+        process = start_task(target)
+        pids = {relay.hear(), relay.hear()}
+        process._terminal_state, process._task_end_time_monotonic = "success", 1.0
+        assert process.wait() == -signal.SIGKILL
+        assert pids == {process.pid, *list_left()}
