@@ -126,15 +126,16 @@ def play(case: dict[str, Any], folder: Path, answer: int) -> dict[str, Any]:
     return {**describe(told.events, began), **result}
 
 
-def wait_until_idle(supervisor: int) -> None:
-    """Wait until a supervisor waits in its loop, where it stays until its next heartbeat.
+def wait_until_idle(pid: int) -> None:
+    """Wait until a process waits: a supervisor in its loop, where it stays until its next heartbeat, a task in its sleep.
 
-    What a handler raises while it logs does not come through: upstream's masking of secrets catches every exception.
+    What a supervisor's handler raises while it logs does not come through: upstream's masking of secrets catches every exception.
+    And a signal that comes after Python has looked for one, but before the system call that waits, is heeded only when that returns.
     """
     deadline, looks = time.monotonic() + READY_TIMEOUT, 0
     while looks < IDLE_LOOKS and time.monotonic() < deadline:
         time.sleep(IDLE_INTERVAL)
-        looks = looks + 1 if read_state(supervisor) == "S" else 0
+        looks = looks + 1 if read_state(pid) == "S" else 0
 
 
 def fork_host(order: int, case: dict[str, Any], folder: Path, *, not_theirs: Iterable[int] = ()) -> int:
@@ -204,6 +205,8 @@ def observe(
 
 
 def end_task(case: dict[str, Any], told: Told, order: int, host: int) -> None:
+    if case["stopped"] or (case["to"], case["end"]) == ("runner", "SIGTERM"):
+        wait_until_idle(find_runner(told, host))
     if case["stopped"]:
         stop(find_runner(told, host))
     if case["end"].startswith("SIG"):
