@@ -38,7 +38,7 @@ except ImportError:
     catch_signals = nullcontext
 
 try:
-    from airflow.sdk.execution_time.teardown import ending, interruption, leftovers, process_tree
+    from airflow.sdk.execution_time.teardown import ending, interruption, leftovers, sudo
 except ImportError:  # stock
     interruption = None  # type: ignore[assignment]
 
@@ -60,7 +60,7 @@ def be_patient() -> None:
     for module in (ending, leftovers):
         assert "KILL_TIME" in vars(module)
         vars(module)["KILL_TIME"] = PATIENCE
-    process_tree.SUDO_TIMEOUT = PATIENCE
+    sudo.SUDO_TIMEOUT = PATIENCE
 
 
 class PlannedApi(Api):

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import psutil
 
-from airflow.sdk.execution_time.teardown import leftovers, lifeline, orphans, process_tree, sweep
+from airflow.sdk.execution_time.teardown import (
+    leftovers,
+    lifeline,
+    marks,
+    orphans,
+    process_tree,
+    processes,
+    sweep,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,7 +70,7 @@ def take_siblings() -> None:
     """Take other children of the supervisor for members."""
 
     def find_with_siblings(tree: Any, **options: bool) -> list[Any]:
-        children = map(process_tree.read_process, [child.pid for child in psutil.Process().children()])
+        children = map(processes.read_process, [child.pid for child in psutil.Process().children()])
         return [*find(tree, **options), *(child for child in children if child not in (None, tree._leader))]
 
     replace(process_tree.ProcessTree, "find", find_with_siblings)
@@ -77,7 +85,7 @@ def ignore_start_of_supervisor() -> None:
     """Take whoever has got the number of a supervisor for it."""
 
     def is_number_in_use(origin: int) -> bool:
-        process = process_tree.look_at(origin & process_tree.PID_MASK)
+        process = processes.look_at(origin & marks.PID_MASK)
         return process is not None and not process.dead
 
     replace(orphans, "is_origin_alive", is_number_in_use)
@@ -95,10 +103,10 @@ def sweep_successes() -> None:
     """Take what a task has left for a task without a supervisor."""
 
     def find_any(pid: int) -> Iterator[Any]:
-        origin = process_tree.read_origin(pid)
-        process = process_tree.read_process(pid)
-        if origin and process and not process_tree.is_origin_alive(origin):
-            yield orphans.Orphan(process, process_tree.read_limits(pid), origin)
+        origin = marks.read_origin(pid)
+        process = processes.read_process(pid)
+        if origin and process and not marks.is_origin_alive(origin):
+            yield orphans.Orphan(process, marks.read_limits(pid), origin)
 
     replace(orphans, "find_orphan", find_any)
 

@@ -43,6 +43,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 
 from airflow.sdk.execution_time.comms import RetryTask, SucceedTask
 from airflow.sdk.execution_time.teardown import ending, leftovers, stop_request
+from airflow.sdk.execution_time.teardown.ending import KILL_TIME
 from airflow.sdk.execution_time.teardown.exit_status import is_unreaped_child
 from airflow.sdk.execution_time.teardown.leftovers import (
     NAMED_IN_LOG,
@@ -54,7 +55,8 @@ from airflow.sdk.execution_time.teardown.leftovers import (
     signal_tree,
 )
 from airflow.sdk.execution_time.teardown.policy import GRACE, MAX_GRACE, MIN_GRACE, StopPolicy
-from airflow.sdk.execution_time.teardown.process_tree import KILL_TIME, Process, ProcessTree
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
+from airflow.sdk.execution_time.teardown.processes import Process
 from airflow.sdk.execution_time.teardown.stop_request import catch_stop_signals
 
 if TYPE_CHECKING:

@@ -53,8 +53,16 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 )
 
 from airflow.sdk.execution_time.supervisor import conf
-from airflow.sdk.execution_time.teardown import lifeline, policy, process_tree, stop_request, watchdog
-from airflow.sdk.execution_time.teardown.process_tree import look_at, mark_process, read_limits, read_origin
+from airflow.sdk.execution_time.teardown import (
+    lifeline,
+    policy,
+    process_tree,
+    processes,
+    stop_request,
+    watchdog,
+)
+from airflow.sdk.execution_time.teardown.marks import mark_process, read_limits, read_origin
+from airflow.sdk.execution_time.teardown.processes import look_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +70,7 @@ if TYPE_CHECKING:
 
     from pytest_mock import MockerFixture
 
-    from airflow.sdk.execution_time.teardown.process_tree import Process
+    from airflow.sdk.execution_time.teardown.processes import Process
 
 pytestmark = pytest.mark.usefixtures("list_left")
 
@@ -426,7 +434,8 @@ class TestWatchdog:
         os.kill(leader, signal.SIGUSR1)
         _, notes = process.communicate(timeout=PATIENCE)
         imported = {line.rpartition(b"|")[2].strip().decode() for line in notes.splitlines() if b"|" in line}
-        ours = {f"{watchdog.PACKAGE}.{name}" for name in ("orphans", "ending", "exit_status", "process_tree")}
+        modules = ("orphans", "ending", "exit_status", "process_tree", "processes", "marks", "sudo")
+        ours = {f"{watchdog.PACKAGE}.{name}" for name in modules}
         assert {name for name in imported if name.startswith("airflow")} <= ours
         assert "psutil" in imported
         assert not {"site", "structlog", "attrs", "pydantic", "asyncio"} & imported
@@ -475,7 +484,7 @@ class TestWatchdog:
         start = read(leader).start
         namesake = self.start(leader, leader=(leader, start - 1), limits=[], origin=None, grace=0.1)
         assert namesake.wait(PATIENCE) == 0
-        assert process_tree.read_process(leader) is not None
+        assert processes.read_process(leader) is not None
         assert self.start(leader, grace=0.1).wait(PATIENCE) == 0
         assert ended_by(leader) == signal.SIGKILL
 

@@ -60,8 +60,9 @@ from airflow.sdk.execution_time.teardown import (
     __main__ as check,
     leftovers,
     lifeline,
-    process_tree,
+    processes,
     stop_request,
+    sudo,
 )
 from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 
@@ -123,7 +124,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leftovers, "KILL_TIME", PATIENCE)
     monkeypatch.setattr(check, "START_TIMEOUT", PATIENCE)
     monkeypatch.setattr(check, "END_TIMEOUT", PATIENCE)
-    monkeypatch.setattr(process_tree, "SUDO_TIMEOUT", PATIENCE)
+    monkeypatch.setattr(sudo, "SUDO_TIMEOUT", PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -272,10 +273,10 @@ class TestProof:
         """A teardown that ends a process of somebody else is found out."""
 
         def find_too_many() -> None:
-            def find_all(tree: ProcessTree, **kwargs: Any) -> list[process_tree.Process]:
-                members: list[process_tree.Process] = original(tree, **kwargs)
+            def find_all(tree: ProcessTree, **kwargs: Any) -> list[processes.Process]:
+                members: list[processes.Process] = original(tree, **kwargs)
                 pids = [child.pid for child in psutil.Process().children() if child.pid != tree._leader.pid]
-                return members + [process for pid in pids if (process := process_tree.read_process(pid))]
+                return members + [process for pid in pids if (process := processes.read_process(pid))]
 
             original = ProcessTree.find
             ProcessTree.find = find_all
@@ -343,13 +344,13 @@ class TestProof:
         with waiting(lambda: None) as pid:
 
             def see_orphan() -> None:
-                orphan = SimpleNamespace(process=process_tree.read_process(pid))
+                orphan = SimpleNamespace(process=processes.read_process(pid))
                 check.find_orphans = lambda: [orphan]
 
             findings = find(change=see_orphan, warnings=1)
             assert findings.orphans == [pid]
             assert f"PID {pid}" in findings.warnings[0]
-            assert process_tree.read_process(pid)
+            assert processes.read_process(pid)
 
     @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     def test_check_that_is_ended(self, signum: signal.Signals) -> None:
@@ -437,7 +438,7 @@ class TestMeans:
         """Where there is no /proc psutil knows the processes."""
 
         def hide() -> None:
-            process_tree.PROC = str(tmp_path / "missing")
+            processes.PROC = str(tmp_path / "missing")
 
         assert find(change=hide).means.processes == "psutil"
 
@@ -617,12 +618,12 @@ class TestUsers:
         change = self.install_sudo(tmp_path, "exit 0")
 
         def hide() -> None:
-            def read_unless_hidden(pid: int) -> process_tree.Process | None:
+            def read_unless_hidden(pid: int) -> processes.Process | None:
                 return None if pid == 1 else original(pid)
 
             change()
-            original = process_tree.read_process
-            process_tree.read_process = read_unless_hidden
+            original = processes.read_process
+            processes.read_process = read_unless_hidden
 
         assert find(change=hide).users.hidden
         assert find_wrong("--run-as-user", OTHER_USER, change=hide).problems == [

@@ -53,17 +53,11 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     pause_for_ever,
 )
 
-from airflow.sdk.execution_time.teardown import ending, orphans, process_tree
+from airflow.sdk.execution_time.teardown import ending, marks, orphans, process_tree, processes
+from airflow.sdk.execution_time.teardown.marks import condemn, mark_process, read_origin
 from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
-from airflow.sdk.execution_time.teardown.process_tree import (
-    Process,
-    ProcessTree,
-    condemn,
-    is_alive,
-    look_at,
-    mark_process,
-    read_origin,
-)
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
+from airflow.sdk.execution_time.teardown.processes import Process, is_alive, look_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -196,7 +190,7 @@ class TestFindOrphans:
     def test_namesake_of_a_leader(self) -> None:
         """A process that has inherited a mark, and has got the number of the mark's leader since, leads nothing."""
         leader, child = orphan(fork_child)
-        mark = process_tree.MARK_FLAG | 1 << process_tree.PID_MASK.bit_length() | child
+        mark = marks.MARK_FLAG | 1 << marks.PID_MASK.bit_length() | child
         resource.prlimit(child, resource.RLIMIT_RTTIME, (mark, resource.RLIM_INFINITY))
         assert find() == [leader]
 
@@ -232,7 +226,7 @@ class TestFindOrphans:
 
         def read_as_privileged(pid: int) -> int | None:
             # Not every root has CAP_SYS_RESOURCE.
-            return process_tree.read_limits_of_others(pid)[2] or None
+            return marks.read_limits_of_others(pid)[2] or None
 
         def look_as_nobody() -> dict[str, Any]:
             os.setuid(NOBODY)
@@ -255,7 +249,7 @@ class TestFindOrphans:
         """The processes of a PID namespace within ours are not orphans here; they are there."""
 
         def main() -> dict[str, Any]:
-            orphans.list_pids = process_tree.list_pids  # all that it has
+            orphans.list_pids = processes.list_pids  # all that it has
             first, _ = orphan(fork_child)
             second, child = orphan(fork_session)
             condemn(child)
@@ -266,7 +260,7 @@ class TestFindOrphans:
         assert inner["found"] == inner["expected"]
         assert find() == []
         origins = [origin for pid in list_living() if (origin := read_origin(pid))]
-        assert [process_tree.is_origin_alive(origin) for origin in origins].count(False) >= 2
+        assert [marks.is_origin_alive(origin) for origin in origins].count(False) >= 2
 
     def test_proc_of_another_namespace(self) -> None:
         """Where /proc tells others by the numbers that are used here, nobody is looked for."""
@@ -274,7 +268,7 @@ class TestFindOrphans:
         def main() -> dict[str, Any]:
             orphan()
             numbers = [(pid, None) for pid in range(1, 9)]
-            orphans.list_pids = look = mock.create_autospec(process_tree.list_pids, return_value=numbers)
+            orphans.list_pids = look = mock.create_autospec(processes.list_pids, return_value=numbers)
             return {"found": find(), "looked": look.called}
 
         assert run_in_namespace(main, own_proc=False) == {"found": [], "looked": False}
@@ -285,7 +279,7 @@ class TestMeansToFind:
 
     def test_without_proc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Elsewhere than on Linux psutil knows the processes."""
-        monkeypatch.setattr(process_tree, "PROC", str(tmp_path / "missing"))
+        monkeypatch.setattr(processes, "PROC", str(tmp_path / "missing"))
         leader, _ = orphan(fork_child)
         assert find() == [leader]
 
@@ -295,7 +289,7 @@ class TestMeansToFind:
         def main() -> dict[str, Any]:
             mount_proc(b"hidepid=1")
             become_nobody()
-            orphans.list_pids = process_tree.list_pids  # psutil would look at each
+            orphans.list_pids = processes.list_pids  # psutil would look at each
             leader, _ = orphan(fork_child)
             return {"found": [pid for pid in find() if pid == leader], "start": read(leader).start}
 
@@ -332,7 +326,7 @@ class TestMeansToFind:
         """A list that cannot be had is not one without orphans."""
 
         def main() -> dict[str, Any]:
-            orphans.list_pids = process_tree.list_pids
+            orphans.list_pids = processes.list_pids
             misbehave("os.scandir", errno.EMFILE)
             with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
                 find_orphans()
@@ -375,7 +369,7 @@ class TestEndOrphans:
             sent.append((process.pid, is_alive(runner)))
             return send(process, signals)
 
-        wait, send = orphans.wait_until_gone, process_tree.send_signals
+        wait, send = orphans.wait_until_gone, processes.send_signals
         sent: list[tuple[int, bool]] = []
         with contextlib.closing(Relay()) as awaited:
             leader, daemon = orphan(lead_daemon)
@@ -468,7 +462,7 @@ class TestEndOrphans:
 
         leader, deaf = orphan(fork_deaf)
         send = mocker.patch.object(
-            process_tree, "send_signals", autospec=True, side_effect=process_tree.send_signals
+            process_tree, "send_signals", autospec=True, side_effect=processes.send_signals
         )
         assert end_orphans([make_tree(leader, ends_leftovers=False)], PATIENCE) == []
         assert ended_by(leader) == signal.SIGTERM
@@ -478,7 +472,7 @@ class TestEndOrphans:
     def test_survivor(self, mocker: MockerFixture) -> None:
         """What does not end is returned, a second after the grace at the latest."""
         leader, child = orphan(fork_session)
-        send = process_tree.send_signals
+        send = processes.send_signals
         mocker.patch.object(
             process_tree,
             "send_signals",

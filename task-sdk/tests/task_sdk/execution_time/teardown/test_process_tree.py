@@ -17,14 +17,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import os
 import resource
 import signal
 import subprocess
-import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,7 +39,6 @@ from task_sdk.execution_time.teardown.supervised.faults import (
     mount_proc,
     run_in_fork,
     run_in_namespace,
-    write_sudo,
 )
 from task_sdk.execution_time.teardown.supervised.supervised_task import (
     PATIENCE,
@@ -50,37 +47,52 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     Tree,
     ended_by,
     fork,
-    hear_in_popen,
     in_turn,
     kill_child,
     lift_limit,
     limit_realtime,
-    list_pending,
     make_zombie,
     pause_for_ever,
     set_name,
     waiting,
 )
+from task_sdk.execution_time.teardown.trees import (
+    find,
+    fork_child,
+    fork_daemon,
+    fork_session,
+    fork_stray,
+    fork_when_adopted,
+    lead,
+    make_origin,
+    read,
+    start_child,
+    start_daemon,
+    start_daemon_without_environment,
+    start_daemon_without_mark,
+    start_orphan,
+    start_orphan_fork,
+    start_session,
+    start_waiting,
+)
 
-from airflow.sdk.execution_time.teardown import process_tree
-from airflow.sdk.execution_time.teardown.process_tree import (
+from airflow.sdk.execution_time.teardown import marks, process_tree, processes
+from airflow.sdk.execution_time.teardown.marks import (
     MARK_VARIABLE,
     RLIMIT_LOCKS,
-    Process,
-    ProcessTree,
     compute_mark,
-    compute_origin,
     give_mark,
-    group_by_owner,
     invent_mark,
-    is_alive,
-    is_condemned,
     is_origin_alive,
-    list_pids,
-    look_at,
     mark_process,
     read_limits,
     read_origin,
+)
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
+from airflow.sdk.execution_time.teardown.processes import (
+    Process,
+    is_alive,
+    list_pids,
     read_process,
     send_signals,
 )
@@ -94,137 +106,6 @@ if TYPE_CHECKING:
 Started = TypeVar("Started")
 
 pytestmark = pytest.mark.usefixtures("list_left")
-
-
-def start_waiting(*steps: Callable[[], Any]) -> tuple[int, list[Any]]:
-    """Fork a child that takes steps and then waits for signals; return its PID, and what the last step returned."""
-
-    def tell_and_wait() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever other tests have installed
-        told.tell([step() for step in steps][-1] or [])
-        pause_for_ever()
-
-    with contextlib.closing(Relay()) as told:
-        return fork(tell_and_wait), told.hear()
-
-
-def lead(*starts: Callable[[], Started]) -> tuple[ProcessTree, int, list[Started]]:
-    """Fork a marked session leader that starts what it is told to; return its tree, its PID and theirs."""
-
-    def main() -> list[Started]:
-        os.setsid()
-        mark_process()
-        return [start() for start in starts]
-
-    pid, started = start_waiting(main)
-    tree = ProcessTree()
-    tree.set_leader(pid)
-    return tree, pid, started
-
-
-def read(pid: int) -> Process:
-    """Return a process that lives."""
-    process = read_process(pid)
-    assert process, f"{pid} has ended"
-    return process
-
-
-def read_set_origin(pid: int) -> int:
-    """Return the origin of a process that has one."""
-    origin = read_origin(pid)
-    assert origin is not None
-    return origin
-
-
-def find(tree: ProcessTree) -> list[int]:
-    return sorted(process.pid for process in tree.find())
-
-
-def start_child() -> int:
-    return subprocess.Popen(SLEEPER).pid
-
-
-def start_session() -> int:
-    return subprocess.Popen(SLEEPER, start_new_session=True).pid
-
-
-def start_orphan(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
-    """Start a process whose parent is gone."""
-    parent, [pid] = start_waiting(prepare, lambda: [subprocess.Popen(SLEEPER, **kwargs).pid])
-    kill_child(parent)
-    return pid
-
-
-def start_orphan_fork(prepare: Callable[[], Any], main: Callable[[], Any]) -> int:
-    """Fork a process that runs ``main``, and whose parent is gone by then."""
-
-    def wait_and_run() -> None:
-        orphaned.hear()
-        main()
-
-    with contextlib.closing(Relay()) as orphaned:
-        parent, [pid] = start_waiting(prepare, lambda: [fork(wait_and_run)])
-        kill_child(parent)
-        orphaned.tell("orphaned")
-        return pid
-
-
-def start_daemon(prepare: Callable[[], Any] = lambda: None, **kwargs: Any) -> int:
-    """Start a process in a session of its own whose parent is gone."""
-    return start_orphan(in_turn(os.setsid, prepare), **kwargs)
-
-
-def start_daemon_without_environment() -> int:
-    return start_daemon(env={})
-
-
-def start_daemon_without_mark() -> int:
-    return start_daemon(lift_limit)
-
-
-def fork_child() -> int:
-    return fork_waiting(lambda: None)
-
-
-def fork_session() -> int:
-    return fork_waiting(os.setsid)
-
-
-def fork_daemon() -> int:
-    return start_orphan_fork(os.setsid, pause_for_ever)
-
-
-def fork_stray() -> int:
-    """Fork a process in the leader's session that has lost its parent and the mark."""
-    return start_orphan_fork(lift_limit, pause_for_ever)
-
-
-def fork_waiting(main: Callable[[], Any]) -> int:
-    """Fork a process that runs ``main``, and then waits for signals."""
-    return start_waiting(main, list)[0]
-
-
-def fork_when_adopted(main: Callable[[], Any]) -> tuple[ProcessTree, int, int]:
-    """Have a leader that was adopted before fork a daemon, which runs ``main``; return the tree, and both PIDs."""
-    with contextlib.closing(Relay()) as adopted, contextlib.closing(Relay()) as told:
-
-        def be_daemon() -> None:
-            main()
-            told.tell(os.getpid())
-            pause_for_ever()
-
-        def be_leader() -> None:
-            os.setsid()
-            mark_process()
-            adopted.hear()
-            start_orphan_fork(os.setsid, be_daemon)
-            pause_for_ever()
-
-        leader = fork(be_leader)
-        tree = ProcessTree()
-        tree.set_leader(leader)
-        adopted.tell("adopted")
-        return tree, leader, told.hear()
 
 
 STARTS = [start_child, start_session, start_daemon, start_daemon_without_environment]
@@ -308,7 +189,7 @@ class TestFind:
     ) -> None:
         """Whoever ran before the leader was not started by it, whatever its limits are."""
         if not proc:
-            monkeypatch.setattr(process_tree, "PROC", str(tmp_path / "missing"))
+            monkeypatch.setattr(processes, "PROC", str(tmp_path / "missing"))
         older = start_session()
         tree, leader, _ = lead()
         # Start times are counted in ticks.
@@ -382,12 +263,14 @@ class TestFind:
 
     def test_sessions_of_members_count_whole(self) -> None:
         """What has lost mark and parent is found by the session of a member, be that not the leader's (su, sudo)."""
-        script = "(prlimit --rttime=unlimited sleep 600 & echo $!); exec sleep 600"
+        script = "(prlimit --rttime=unlimited sleep 600 & echo $!); echo gone; exec sleep 600"
 
         def start_script() -> list[int]:
             shell = subprocess.Popen(["bash", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
             assert shell.stdout
-            return [shell.pid, int(shell.stdout.readline())]
+            pid = int(shell.stdout.readline())
+            assert shell.stdout.readline() == b"gone\n", "the subshell lives"
+            return [shell.pid, pid]
 
         tree, leader, [pids] = lead(start_script)
         kill_child(leader)
@@ -558,7 +441,7 @@ class TestNested:
         """Whoever has left its tree by lifting the limit has left those around that, too."""
 
         def become_leader() -> list[int]:
-            resource.prlimit(0, RLIMIT_LOCKS, (process_tree.MARK_FLAG + 1, resource.RLIM_INFINITY))
+            resource.prlimit(0, RLIMIT_LOCKS, (marks.MARK_FLAG + 1, resource.RLIM_INFINITY))
             os.setsid()
             mark_process()
             return []
@@ -592,14 +475,14 @@ class TestNested:
 
         with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
             leader = fork(mark_when_told)
-            invented = process_tree.invent_mark(leader)
+            invented = marks.invent_mark(leader)
             if first == "leader":
                 assert told.hear() == "marked"
                 own = compute_mark(read(leader))
-                assert process_tree.give_mark(leader, invented) == own
+                assert marks.give_mark(leader, invented) == own
                 assert read_limits(leader) == (own,)
             else:
-                assert process_tree.give_mark(leader, invented) == invented
+                assert marks.give_mark(leader, invented) == invented
                 order.tell("mark yourself")
                 assert told.hear() == "marked"
                 assert read_limits(leader) == (invented,)
@@ -607,9 +490,9 @@ class TestNested:
     def test_mark_of_a_namesake(self) -> None:
         """A mark that was inherited is not taken for one's own, though its leader had the same number once."""
         leader, _ = start_waiting(os.setsid)
-        inherited, mark = process_tree.invent_mark(leader), process_tree.invent_mark(leader)
-        process_tree.give_mark(leader, inherited)
-        assert process_tree.give_mark(leader, mark, inherited=[inherited]) == mark
+        inherited, mark = marks.invent_mark(leader), marks.invent_mark(leader)
+        marks.give_mark(leader, inherited)
+        assert marks.give_mark(leader, mark, inherited=[inherited]) == mark
         assert read_limits(leader) == (mark, inherited)
 
     def test_marks_of_another_user(self, mocker: MockerFixture) -> None:
@@ -619,135 +502,6 @@ class TestNested:
         mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
         assert [read_limits(pid) for pid in inner] == marks
         assert all(len(of_one) == 2 for of_one in marks)
-
-
-def make_origin(supervisor: Process) -> int:
-    return compute_origin(supervisor, process_tree.MARK_FLAG)
-
-
-class TestOrigin:
-    """Who the supervisor of a tree is, and which of its trees that is."""
-
-    def test_own_limit(self) -> None:
-        """What has set the limit of the mark for itself, detached and lost its parents belongs to its tree alone."""
-        trees = [fork_when_adopted(limit_realtime) for _ in range(2)]
-        for _, leader, daemon in trees:
-            assert read_limits(daemon) == (read_origin(daemon),)
-            kill_child(leader)
-        assert [find(tree) for tree, _, _ in trees] == [[daemon] for _, _, daemon in trees]
-
-    @pytest.mark.parametrize("limits", [[lift_limit], [limit_realtime, lift_limit]])
-    def test_opt_out(self, limits: list[Callable[[], None]]) -> None:
-        """Who has lifted that limit has left all the same."""
-        tree, leader, _ = fork_when_adopted(lambda: [limit() for limit in limits])
-        kill_child(leader)
-        assert find(tree) == []
-
-    def test_of_another_user(self, mocker: MockerFixture) -> None:
-        """It is read in /proc where prlimit() is denied, and so is that the limit was lifted."""
-        _, _, daemon = fork_when_adopted(limit_realtime)
-        _, _, gone_out = fork_when_adopted(lift_limit)
-        origin = read_origin(daemon)
-        mocker.patch.object(resource, "prlimit", autospec=True, side_effect=PermissionError)
-        assert (read_limits(daemon), read_limits(gone_out)) == ((origin,), ())
-        assert read_origin(daemon) is None, "nobody but its user and root asks for it"
-
-    @pytest.mark.parametrize("refusing", ["resource.prlimit", "resource.RLIMIT_RSS"])
-    def test_refused(self, monkeypatch: pytest.MonkeyPatch, refusing: str) -> None:
-        """Where the limit cannot be set, or is unknown, there is none, and the mark serves."""
-        monkeypatch.delenv(MARK_VARIABLE, raising=False)
-
-        def main() -> dict[str, Any]:
-            if refusing == "resource.prlimit":
-                rss = resource.RLIMIT_RSS
-                misbehave(refusing, errno.EPERM, concerns=lambda _, what, *__: what == rss)
-            else:
-                lack(refusing)
-            tree, leader, daemon = fork_when_adopted(lambda: None)
-            kill_child(leader)
-            return {"found": find(tree) == [daemon], "origin": read_origin(daemon)}
-
-        assert run_in_fork(main) == {"found": True, "origin": None}
-
-    def test_alive(self) -> None:
-        """A supervisor is, until it has ended, whether or not somebody collects it then."""
-        pid = fork_child()
-        origin = make_origin(read(pid))
-        assert is_origin_alive(origin)
-        make_zombie(pid)
-        assert not is_origin_alive(origin)
-        os.waitpid(pid, 0)
-        assert not is_origin_alive(origin)
-
-    def test_both_give_the_same(self) -> None:
-        """A leader gives itself what its supervisor gives it, and before: what it starts at once has it, too."""
-        leader, [child] = start_waiting(os.setsid, mark_process, lambda: [start_child()])
-        given = read_set_origin(leader)
-        assert given == read_origin(child)
-        ProcessTree().set_leader(leader)
-        assert read_origin(leader) == given
-        assert is_origin_alive(given)
-
-    def test_supervisor_reads_itself_once(self, mocker: MockerFixture) -> None:
-        """Of many starts only the first one reads the supervisor, which is slow just after a fork."""
-        process_tree._read_self.cache_clear()
-        read_file = mocker.spy(process_tree, "_read_file")
-        for _ in range(2):
-            fork_when_adopted(os.getpid)
-        own = mocker.call(f"{process_tree.PROC}/{os.getpid()}/stat")
-        assert read_file.call_args_list.count(own) == 1
-
-    def test_supervisor_in_a_namespace_within(self) -> None:
-        """A supervisor is not taken for the process whose number it has in a PID namespace of its own."""
-
-        def main() -> dict[str, Any]:
-            pid = fork_waiting(os.setsid)
-            ProcessTree().set_leader(pid)
-            return {"own": os.getpid(), "alive": is_origin_alive(read_set_origin(pid))}
-
-        process_tree._read_self(1)
-        assert run_in_namespace(main) == {"own": 1, "alive": True}
-
-    def test_recycled_supervisor(self) -> None:
-        """Whoever has got its number since is not the supervisor."""
-        supervisor = read(os.getpid())
-        assert is_origin_alive(make_origin(supervisor))
-        assert not is_origin_alive(make_origin(replace(supervisor, start=supervisor.start - 1)))
-
-    def test_largest_numbers(self) -> None:
-        """Whatever the numbers are, it is a limit that is never reached, and is not condemned."""
-        supervisor = replace(read(os.getpid()), pid=(1 << 22) - 1, start=(1 << 40) - 1)
-        origin = compute_origin(supervisor, (1 << 63) - 1)
-        assert 1 << 62 <= origin < 1 << 63
-        assert not is_condemned(origin)
-
-    def test_condemned(self) -> None:
-        """Who is stopped to be killed is condemned before, and told by its origin still; who is spared is not."""
-        tree, leader, daemon = fork_when_adopted(limit_realtime)
-        _, _, shared = fork_when_adopted(lambda: set_name(b"shared"))
-        assert tree._mark
-        resource.prlimit(shared, resource.RLIMIT_RTTIME, (tree._mark, resource.RLIM_INFINITY))
-        assert {daemon, shared} <= set(find(tree))
-        tree.spared = frozenset({"shared"})
-        origins = {pid: read_origin(pid) for pid in (leader, daemon, shared)}
-        tree.stop(PATIENCE, with_leader=True)
-        condemned = {pid: is_condemned(read_set_origin(pid)) for pid in origins}
-        assert condemned == {leader: True, daemon: True, shared: False}
-        assert read_limits(daemon) == (origins[daemon],)
-        assert find(tree) == [daemon]
-
-    def test_limit_of_its_own(self) -> None:
-        """A limit that is not an origin is left as it is."""
-        pid = fork_waiting(lambda: resource.setrlimit(resource.RLIMIT_RSS, (1 << 30, resource.RLIM_INFINITY)))
-        process_tree.condemn(pid)
-        assert resource.prlimit(pid, resource.RLIMIT_RSS)[0] == 1 << 30
-        assert read_origin(pid) is None
-
-    def test_lifted(self) -> None:
-        """Who lifts all marks, as a watchdog does, carries none, and is no part of the tree."""
-        tree, leader, daemon = fork_when_adopted(process_tree.lift_marks)
-        kill_child(leader)
-        assert (read_limits(daemon), read_origin(daemon), find(tree)) == ((), None, [])
 
 
 class TestOrphan:
@@ -785,7 +539,7 @@ class TestOrphan:
     def test_condemned_leader(self) -> None:
         """What was to be killed is found by the origin of one that was."""
         _, leader, daemon = fork_when_adopted(limit_realtime)
-        process_tree.condemn(leader)
+        marks.condemn(leader)
         tree = self.lead_orphans(leader)
         kill_child(leader)
         assert find(tree) == [daemon]
@@ -905,7 +659,7 @@ class TestFailingLook:
     def test_what_was_stopped_is_returned(self, mocker: MockerFixture, errors: list[int]) -> None:
         """Who has been stopped can be killed also if nobody can be looked for any more."""
         tree, _, started = lead(*STARTS)
-        send = process_tree.send_signals
+        send = processes.send_signals
 
         def fail_and_send(process: Process, signals: Any) -> bool | None:
             errors[:] = [errno.EMFILE] * process_tree.LOOK_TRIES
@@ -934,8 +688,8 @@ class TestUnluckyReadings:
 
         unlucky: list[str] = []
         tree, _, [child] = lead(start_child)
-        read_file = process_tree._read_file
-        mocker.patch.object(process_tree, "_read_file", autospec=True, side_effect=read_unluckily)
+        read_file = processes._read_file
+        mocker.patch.object(processes, "_read_file", autospec=True, side_effect=read_unluckily)
         assert find(tree) == [child]
         assert unlucky
         assert find(tree) == [child]
@@ -1102,7 +856,7 @@ class TestStop:
             return send(process, signals)
 
         started_meanwhile: list[int] = []
-        send = process_tree.send_signals
+        send = processes.send_signals
         with contextlib.closing(Relay()) as order, contextlib.closing(Relay()) as told:
             tree, _, [child] = lead(start_starter)
             mocker.patch.object(
@@ -1189,7 +943,7 @@ class TestKillAll:
     def test_stopped_before_the_first_is_killed(self, mocker: MockerFixture) -> None:
         """None is killed before all have come to stop, and so can start no other that nobody is left to tell of."""
         tree, _, started = lead(*STARTS)
-        send = process_tree.send_signals
+        send = processes.send_signals
         stopped: list[bool] = []
 
         def look_and_send(process: Process, signals: Any) -> bool | None:
@@ -1243,7 +997,7 @@ class TestFallbacks:
 
     def test_without_proc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Elsewhere than on Linux psutil knows the processes."""
-        monkeypatch.setattr(process_tree, "PROC", str(tmp_path / "missing"))
+        monkeypatch.setattr(processes, "PROC", str(tmp_path / "missing"))
         own = read(os.getpid())
         assert own is not None
         assert (own.pid, own.parent, own.session) == (os.getpid(), os.getppid(), os.getsid(0))
@@ -1391,7 +1145,7 @@ class TestHidden:
         def main() -> None:
             pid = fork(lambda: None)
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            assert process_tree.is_zombie_or_gone(pid)
+            assert processes.is_zombie_or_gone(pid)
             assert read_process(pid) is None
 
         self.run(main)
@@ -1433,352 +1187,6 @@ class TestHidden:
             assert tree.look_failure == os.strerror(error)
 
         self.run(main)
-
-
-class TestReadProcess:
-    def test_any_name(self) -> None:
-        """A name may hold parentheses, blanks and newlines."""
-        name = b"a) Z 1\n(b"
-        pid, _ = start_waiting(lambda: set_name(name))
-        process = read_process(pid)
-        assert process is not None
-        assert (process.name, process.parent, process.session) == (name.decode(), os.getpid(), os.getsid(0))
-
-    def test_zombie(self) -> None:
-        """A zombie is dead, whether or not somebody collects it."""
-        pid, _ = start_waiting(lambda: None)
-        assert read_process(pid) is not None
-        make_zombie(pid)
-        assert read_process(pid) is None
-        zombie = look_at(pid)
-        assert zombie
-        assert zombie.dead
-
-    def test_process_without_its_first_thread(self) -> None:
-        """A process lives on in its other threads, although its state says zombie."""
-
-        def main() -> None:
-            threading.Thread(target=pause_for_ever).start()
-            told.tell("started")
-            ctypes.CDLL(None).pthread_exit(None)
-
-        with contextlib.closing(Relay()) as told:
-            pid = fork(main)
-            assert told.hear() == "started"
-        deadline = time.monotonic() + PATIENCE
-        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
-        assert read_process(pid) is not None
-
-
-class TestSendSignal:
-    @pytest.mark.parametrize("pidfd", ["works", errno.ENOSYS, errno.EMFILE, None])
-    def test_process_gets_it(
-        self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, pidfd: Any
-    ) -> None:
-        """It does so with and without a pidfd."""
-        pid, _ = start_waiting(lambda: None)
-        process = read(pid)
-        with contextlib.closing(Tree()) as held:
-            held.add(pid)
-            if pidfd is None:
-                monkeypatch.delattr(os, "pidfd_open")
-            elif pidfd != "works":
-                mocker.patch.object(os, "pidfd_open", autospec=True, side_effect=OSError(pidfd, "refused"))
-            assert send_signals(process, [signal.SIGTERM])
-            assert held.gone(pid)
-        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
-        assert send_signals(process, [signal.SIGTERM]) is None
-        assert not is_alive(process)
-
-    @pytest.mark.parametrize("pidfd", [True, False])
-    def test_recycled_number(self, monkeypatch: pytest.MonkeyPatch, *, pidfd: bool) -> None:
-        """Whoever has got the number since is not signalled."""
-        pid, _ = start_waiting(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) and [])
-        present = read(pid)
-        if not pidfd:
-            monkeypatch.delattr(os, "pidfd_open")
-        assert send_signals(replace(present, start=present.start - 1), [signal.SIGTERM]) is None
-        assert list_pending(pid) == 0
-        assert send_signals(present, [signal.SIGTERM])
-        assert list_pending(pid) == 1 << signal.SIGTERM - 1
-
-    @pytest.mark.parametrize("pidfd", [True, False])
-    def test_denied(self, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, *, pidfd: bool) -> None:
-        """A signal that is not allowed is told to the caller, who may have somebody else send it."""
-        if not pidfd:
-            monkeypatch.delattr(os, "pidfd_open")
-        mocker.patch.object(
-            *((signal, "pidfd_send_signal") if pidfd else (os, "kill")),
-            autospec=True,
-            side_effect=PermissionError,
-        )
-        assert send_signals(read(os.getpid()), [signal.SIGCONT]) is False
-
-    def test_record(self) -> None:
-        """Who has ended before its signal is not among those that were ended by it."""
-        tree, _, [child, other] = lead(start_child, start_child)
-        members = tree.find()
-        with contextlib.closing(Tree()) as held:
-            held.add(child)
-            os.kill(child, signal.SIGKILL)
-            assert held.gone(child)
-        tree.signal(members, signal.SIGTERM)
-        assert [process.pid for process in tree.end_signals] == [other]
-
-    def test_every_signal(self) -> None:
-        """A stopped process is told to end, and continued so that it can."""
-        tree, _, [pid] = lead(start_child)
-        tree.stop(PATIENCE)
-        with contextlib.closing(Tree()) as held:
-            held.add(pid)
-            tree.signal(tree.find(), signal.SIGTERM, signal.SIGCONT)
-            assert held.gone(pid)
-
-    def test_descriptors_are_closed(self) -> None:
-        """It leaves none behind."""
-        pid, _ = start_waiting(lambda: None)
-        before = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
-        send_signals(read(pid), [signal.SIGCONT])
-        after = sorted(os.scandir("/proc/self/fd"), key=lambda entry: entry.name)
-        assert len(before) == len(after)
-
-
-class TestSudo:
-    """Processes of another user, for which the kernel answers EPERM."""
-
-    @pytest.fixture(autouse=True)
-    def deny(self, mocker: MockerFixture) -> None:
-        mocker.patch.object(process_tree, "send_signals", autospec=True, return_value=False)
-
-    @pytest.fixture(autouse=True)
-    def patient(self, mocker: MockerFixture) -> None:
-        """Let a sudo that answers take as long as it does on a busy machine."""
-        mocker.patch.object(process_tree, "SUDO_TIMEOUT", PATIENCE)
-
-    @pytest.fixture
-    def owned_by(self, mocker: MockerFixture) -> Callable[..., list[Process]]:
-        """Return what gives the processes of a tree to users, one each, and returns them."""
-
-        def own(tree: ProcessTree, *uids: int) -> list[Process]:
-            processes = tree.find()
-            by_owner = {uid: [processes[i]] for i, uid in enumerate(uids)}
-            mocker.patch.object(process_tree, "group_by_owner", autospec=True, return_value=by_owner)
-            return processes
-
-        return own
-
-    def install_sudo(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
-        write_sudo(folder, script)
-        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-
-    def install_sudo_that_fails_late(
-        self, monkeypatch: pytest.MonkeyPatch, folder: Path, pid: int, says: str
-    ) -> None:
-        """Have sudo say something and fail when one of the processes has ended."""
-        wait = f"until grep -q '^State:.Z' /proc/{pid}/status; do :; done"
-        self.install_sudo(monkeypatch, folder, f"kill -9 {pid}; {wait}; echo {says} >&2; exit 1")
-
-    @contextlib.contextmanager
-    def hanging_sudo(self, folder: Path, says: str) -> Iterator[list[Any]]:
-        """Have sudo say something and hang, from when on it is timed; yields the list of what its calls have said."""
-        with contextlib.closing(Relay()) as told, pytest.MonkeyPatch.context() as patching:
-            self.install_sudo(
-                patching, folder, f"echo {says} >/proc/{os.getpid()}/fd/{told.writer}; exec sleep 600"
-            )
-            patching.setattr(process_tree, "SUDO_TIMEOUT", 0.1)
-            yield hear_in_popen(told, patching)
-
-    def test_numbers_only(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """One call for all of a user, as that user, which asks for no password and gets numbers only."""
-        self.install_sudo(
-            monkeypatch, tmp_path, f'printf "%s\\n" "$*" >>{tmp_path}/calls; shift 3; exec "$@"'
-        )
-        tree, _, started = lead(start_child, start_child)
-        processes = sorted(tree.find(), key=lambda process: process.pid)
-        tree.signal(processes, signal.SIGKILL)
-        pids = " ".join(map(str, sorted(started)))
-        assert (tmp_path / "calls").read_text() == f"-n -u #{os.geteuid()} kill -9 {pids}\n"
-        assert tree.sudo_failures == {}
-        deadline = time.monotonic() + PATIENCE
-        while any(map(is_alive, processes)):
-            assert time.monotonic() < deadline
-
-    def test_as_root_where_not_as_the_user(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
-    ) -> None:
-        """A sudo that permits to kill as root alone is no failure."""
-        self.install_sudo(monkeypatch, tmp_path, '[ "$2" = kill ] || exit 1')
-        tree, _, _ = lead(start_child)
-        tree.signal(owned_by(tree, 4711), signal.SIGTERM)
-        assert tree.sudo_failures == {}
-
-    def test_process_that_ends_meanwhile(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """Kill fails when one of many is gone; that is no refusal, and sudo is asked again for the rest."""
-        tree, _, [polite, _] = lead(start_child, start_child)
-        self.install_sudo_that_fails_late(monkeypatch, tmp_path, polite, "kill: No such process")
-        tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failures == {}
-
-    def test_refusal_while_one_ends(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """A sudo that does not permit it has refused, also if one of the processes has ended meanwhile."""
-        tree, _, [polite, _] = lead(start_child, start_child)
-        self.install_sudo_that_fails_late(monkeypatch, tmp_path, polite, "a password is required")
-        tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failures == {os.geteuid(): "a password is required"}
-        assert tree.end_signals == {}, "nobody was signalled"
-
-    def test_nobody_is_stopped(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """A sudo that takes its time to stop them could leave too little of it to kill them."""
-        self.install_sudo(monkeypatch, tmp_path, f'printf "%s\\n" "$*" >>{tmp_path}/calls')
-        tree, _, [child] = lead(start_child)
-        began = time.monotonic()
-        assert [process.pid for process in tree.kill_all(PATIENCE)] == [child]
-        assert time.monotonic() - began < PATIENCE, "nobody is waited for to stop"
-        assert (tmp_path / "calls").read_text() == f"-n -u #{os.geteuid()} kill -9 {child}\n"
-
-    def test_failure_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """What sudo says when it does not permit it is there to be logged."""
-        self.install_sudo(monkeypatch, tmp_path, "echo a password is required >&2; exit 1")
-        tree, _, _ = lead(start_child)
-        tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failures == {os.geteuid(): "a password is required"}
-
-    def test_one_failure_is_enough(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
-    ) -> None:
-        """A sudo that may not is not asked again, which every time would be logged and take its time."""
-        self.install_sudo(monkeypatch, tmp_path, f"echo call >>{tmp_path}/calls; exit 1")
-        tree, _, _ = lead(start_child)
-        processes = owned_by(tree, 4711)
-        for sig in (signal.SIGTERM, signal.SIGKILL):
-            tree.signal(processes, sig)
-        assert (tmp_path / "calls").read_text() == "call\n" * 2, "as the user, and as root"
-        assert tree.sudo_failures == {4711: "sudo ended with 1"}
-
-    def test_failure_of_one_user_is_not_all_users(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
-    ) -> None:
-        """The sudoers may permit one user and not another."""
-        self.install_sudo(
-            monkeypatch, tmp_path, f'echo "$3 $4 $5" >>{tmp_path}/calls; [ "$3" = "#4712" ] || exit 1'
-        )
-        tree, _, _ = lead(start_child, start_child)
-        processes = owned_by(tree, 4711, 4712)
-        for sig in (signal.SIGTERM, signal.SIGKILL):
-            tree.signal(processes, sig)
-        calls = (tmp_path / "calls").read_text().splitlines()
-        assert [call for call in calls if call.startswith("#4712")] == ["#4712 kill -15", "#4712 kill -9"]
-        assert list(tree.sudo_failures) == [4711]
-
-    def test_all_users_at_once(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
-    ) -> None:
-        """What sudo takes for one user it takes for any number of them."""
-        calls = tmp_path / "calls"
-        wait = f"until [ $(wc -l <{calls}) = 3 ]; do :; done"
-        self.install_sudo(monkeypatch, tmp_path, f"echo $3 >>{calls}; {wait}")
-        tree, _, _ = lead(start_child, start_child, start_child)
-        tree.signal(owned_by(tree, 4711, 4712, 4713), signal.SIGTERM)
-        assert sorted(calls.read_text().split()) == ["#4711", "#4712", "#4713"]
-        assert tree.sudo_failures == {}
-
-    def test_root_is_not_asked_twice(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owned_by: Callable[..., list[Process]]
-    ) -> None:
-        """A process of root is signalled as root in the first place."""
-        self.install_sudo(monkeypatch, tmp_path, f"echo call >>{tmp_path}/calls; exit 1")
-        tree, _, _ = lead(start_child)
-        tree.signal(owned_by(tree, 0), signal.SIGTERM)
-        assert (tmp_path / "calls").read_text() == "call\n"
-        assert list(tree.sudo_failures) == [0]
-
-    def test_deadline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is not waited for any longer than the caller has time."""
-        tree, _, _ = lead(start_child)
-        with self.hanging_sudo(tmp_path, '"$5"'):
-            monkeypatch.setattr(process_tree, "SUDO_TIMEOUT", PATIENCE)
-            began = time.monotonic()
-            tree.signal(tree.find(), signal.SIGTERM, signal.SIGCONT, deadline=began + 0.1)
-            assert time.monotonic() - began < PATIENCE
-        assert tree.sudo_failures == {os.geteuid(): process_tree.SUDO_TIMED_OUT}
-
-    def test_sudo_that_hangs(self, tmp_path: Path) -> None:
-        """It is not waited for, nor asked again but for the SIGKILL, for it may have been slow just once."""
-        tree, _, _ = lead(start_child)
-        with self.hanging_sudo(tmp_path, '"$5"') as calls:
-            for sig in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
-                tree.signal(tree.find(), sig)
-        assert calls == [-signal.SIGTERM, -signal.SIGKILL]
-        assert tree.sudo_failures == {os.geteuid(): process_tree.SUDO_TIMED_OUT}
-
-    def test_sudo_that_hangs_and_may_not_be_killed(self, tmp_path: Path, mocker: MockerFixture) -> None:
-        """Sudo becomes root before it runs a command; nobody waits for it then."""
-        tree, _, _ = lead(start_child)
-        refuse = mocker.patch.object(subprocess.Popen, "kill", autospec=True, side_effect=PermissionError)
-        with self.hanging_sudo(tmp_path, "$$") as pids:
-            tree.signal(tree.find(), signal.SIGTERM)
-        assert refuse.called
-        [pid] = pids
-        os.kill(pid, signal.SIGKILL)
-
-    def test_no_sudo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """A sudo that is not there is a failure like any other."""
-        monkeypatch.setenv("PATH", str(tmp_path))
-        tree, _, _ = lead(start_child)
-        tree.signal(tree.find(), signal.SIGTERM)
-        assert tree.sudo_failures == {os.geteuid(): "there is no sudo"}
-
-
-class TestSudoTime:
-    def test_limit(self, mocker: MockerFixture) -> None:
-        """A sudo that hangs costs a second, where nobody has less time."""
-        popen = mocker.patch.object(subprocess, "Popen", autospec=True)
-        popen.return_value.configure_mock(returncode=0, **{"communicate.return_value": ("", "")})
-        assert process_tree.run_all({0: ["sudo"]}) == {0: None}
-        [call] = popen.return_value.communicate.mock_calls
-        assert 0 < call.kwargs["timeout"] <= 1
-
-
-class TestGroupByOwner:
-    def test_effective_user(self, mocker: MockerFixture) -> None:
-        """It is the effective user whom sudo is asked to signal as, for a set-user-ID program has another real one."""
-        process = read(start_child())
-        ids = psutil.Process().uids()._replace(real=1, effective=2, saved=3)
-        mocker.patch.object(psutil.Process, "uids", autospec=True, return_value=ids)
-        assert group_by_owner([process]) == {2: [process]}
-
-    def test_dead_process(self) -> None:
-        """Whoever has ended belongs to nobody."""
-        pid, _ = start_waiting(lambda: None)
-        process = read(pid)
-        kill_child(pid)
-        assert group_by_owner([process]) == {}
-
-    def test_no_descriptor_left(self) -> None:
-        """Where the owner cannot be told for want of a file descriptor, nobody is asked, and nothing raised."""
-        process = read(start_child())
-        with contextlib.closing(Relay()) as told:
-
-            def use_up_descriptors() -> None:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-                told.tell([*group_by_owner([process])])
-
-            fork(use_up_descriptors)
-            assert told.hear() == []
-
-
-class TestMark:
-    def test_no_two_are_alike(self) -> None:
-        """It is a limit that is never reached, and differs with the PID and with the start."""
-        process = read(os.getpid())
-        marks = {
-            compute_mark(replace(process, pid=pid, start=start))
-            for pid in (2, 3, 1 << 21)
-            for start in (0, 1, 1 << 36)
-        }
-        assert len(marks) == 9
-        assert all(1 << 62 <= mark < 1 << 63 for mark in marks)
 
 
 class TestInterrupted:

@@ -35,12 +35,8 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     pause_for_ever,
 )
 
-from airflow.sdk.execution_time.teardown.process_tree import (
-    MARK_VARIABLE,
-    ProcessTree,
-    mark_process,
-    read_limits,
-)
+from airflow.sdk.execution_time.teardown.marks import MARK_VARIABLE, mark_process, read_limits
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 from airflow.sdk.execution_time.teardown.spawn import spawn_leader
 
 if TYPE_CHECKING:

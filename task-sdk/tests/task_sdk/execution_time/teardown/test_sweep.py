@@ -70,9 +70,10 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, conf
-from airflow.sdk.execution_time.teardown import orphans, process_tree, sweep
+from airflow.sdk.execution_time.teardown import marks, orphans, processes, sweep
+from airflow.sdk.execution_time.teardown.marks import condemn, is_condemned, read_origin
 from airflow.sdk.execution_time.teardown.orphans import end_orphans
-from airflow.sdk.execution_time.teardown.process_tree import ProcessTree, condemn, is_condemned, read_origin
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -391,10 +392,10 @@ class TestSweep:
             mount_proc(b"hidepid=1")
             become_nobody()
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            assert process_tree.read_process(1) is None
+            assert processes.read_process(1) is None
             runner, _ = leave(relay)
             # Those of others are not for a test to end.
-            orphans.list_pids = lambda: [each for each in process_tree.list_pids() if each[0] == runner]
+            orphans.list_pids = lambda: [each for each in processes.list_pids() if each[0] == runner]
             # Nobody sees that it is stopped.
             sweep.end_orphans = functools.partial(end_orphans, grace=0.1)
             with structlog.testing.capture_logs() as logs:
@@ -433,7 +434,7 @@ class TestSweepOnce:
 
     def test_what_an_orphan_was_about_to_kill(self, mocker: MockerFixture) -> None:
         """It is an orphan only when that one has ended; but nobody is swept for ever, or again who survives."""
-        own = process_tree.read_process(os.getpid())
+        own = processes.read_process(os.getpid())
         assert own
         one, other = (orphans.Orphan(own, (), origin) for origin in (1, 2))
         find = mocker.patch.object(sweep, "find_orphans", autospec=True)
@@ -452,9 +453,9 @@ class TestSweepOnce:
 
     def test_number_that_is_used_again(self) -> None:
         """The tree of an orphan is what its own marks tell, not those of whoever has got its number since."""
-        own = process_tree.read_process(os.getpid())
+        own = processes.read_process(os.getpid())
         assert own
-        mark, origin = process_tree.MARK_FLAG | 1, process_tree.MARK_FLAG | 2
+        mark, origin = marks.MARK_FLAG | 1, marks.MARK_FLAG | 2
         tree = sweep.make_tree(orphans.Orphan(own, (mark,), origin), conf)
         assert tree._mark == mark
         assert {mark, origin} <= tree._marks
@@ -528,7 +529,7 @@ class TestSweepOnce:
 
         def main() -> dict[str, Any]:
             # Those of others are not for a test to end.
-            orphans.list_pids = lambda: [each for each in process_tree.list_pids() if each[0] == os.getpid()]
+            orphans.list_pids = lambda: [each for each in processes.list_pids() if each[0] == os.getpid()]
             misbehave("os.scandir", errno.EMFILE, times={1})
             looks = mock.create_autospec(sweep.find_orphans, side_effect=sweep.find_orphans)
             sweep.find_orphans = looks

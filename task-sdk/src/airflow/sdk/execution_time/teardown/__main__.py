@@ -59,7 +59,15 @@ import structlog
 from airflow.sdk.api.datamodels._generated import TaskInstance, TIRunContext
 from airflow.sdk.execution_time import supervisor
 from airflow.sdk.execution_time.supervisor import ActivitySubprocess, WatchedSubprocess
-from airflow.sdk.execution_time.teardown import leftovers, lifeline, process_tree, sweep
+from airflow.sdk.execution_time.teardown import (
+    leftovers,
+    lifeline,
+    marks,
+    process_tree,
+    processes,
+    sudo,
+    sweep,
+)
 from airflow.sdk.execution_time.teardown.orphans import find_orphans
 from airflow.sdk.execution_time.teardown.policy import (
     LeftoverPolicy,
@@ -265,7 +273,7 @@ def be_daemon(leash: Leash) -> None:
 def be_bystander(leash: Leash) -> None:
     """Act as another task, which must not be harmed."""
     lead_session()
-    process_tree.mark_process()
+    marks.mark_process()
     be_child(leash)
 
 
@@ -486,9 +494,9 @@ def find_means(task: ActivitySubprocess) -> Means:
 
 def find_source(pid: int) -> str:
     """Return where the supervisor looks for a process of our own."""
-    if not os.path.exists(f"{process_tree.PROC}/self/stat"):
+    if not os.path.exists(f"{processes.PROC}/self/stat"):
         return "psutil"
-    process = process_tree.look_at(pid)
+    process = processes.look_at(pid)
     return "hidden" if process and process.start < 0 else "/proc"
 
 
@@ -496,7 +504,7 @@ def name_mark(tree: process_tree.ProcessTree) -> str:
     """Return the kind of mark of a tree's processes."""
     if tree.leader is None:
         return "none"
-    return "limit" if tree._read_marks is process_tree.read_limits else "variable"
+    return "limit" if tree._read_marks is marks.read_limits else "variable"
 
 
 def find_users(run_as_user: str | None) -> Users:
@@ -512,12 +520,12 @@ def find_users(run_as_user: str | None) -> Users:
 
 def hides_others() -> bool:
     """Whether processes of other users cannot be seen."""
-    if process_tree.read_process(1) is None:
+    if processes.read_process(1) is None:
         return True
     if psutil.Process(1).uids().effective != os.geteuid():
         return False
     # PID 1 is our own, as in a container, and proves nothing.
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint == process_tree.PROC]
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint == processes.PROC]
     return os.geteuid() != 0 and any("hidepid=" in mount.opts for mount in mounts)
 
 
@@ -553,7 +561,7 @@ def may_signal(sudo: list[str]) -> bool:
 
 def run_sudo(command: list[str]) -> str | None:
     """Run sudo; return why it failed, None if it did not."""
-    return process_tree.run_all({0: command})[0]
+    return sudo.run_all({0: command})[0]
 
 
 def is_user(name: str) -> bool:

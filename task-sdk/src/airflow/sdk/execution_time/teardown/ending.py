@@ -32,20 +32,25 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from airflow.sdk.execution_time.teardown.process_tree import (
-    KILL_TIME,
-    KILL_WAIT,
-    LOOK_INTERVAL,
-    POLL_INTERVAL,
-    Process,
-    is_alive,
-)
+from airflow.sdk.execution_time.teardown.processes import Process, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 
+
+KILL_TIME = 0.8
+"""Seconds after the grace period within which all processes have to be dead."""
+
+KILL_WAIT = 0.2
+"""Seconds that killed processes have to disappear before the next look."""
+
+LOOK_INTERVAL = 0.5
+"""Seconds between looks for processes that others start while they end."""
+
+POLL_INTERVAL = 0.02
+"""Seconds between looks at a process that cannot be watched."""
 
 LAST_LOOKS = 3
 """At most this many last looks for processes that were started meanwhile, when the time is up."""

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
-from airflow.sdk.execution_time.teardown.ending import Ending
+from airflow.sdk.execution_time.teardown.ending import KILL_TIME, POLL_INTERVAL, Ending
 from airflow.sdk.execution_time.teardown.exit_event import MAX_DRAIN_READS
 from airflow.sdk.execution_time.teardown.exit_status import (
     FAILURES,
@@ -56,15 +56,8 @@ from airflow.sdk.execution_time.teardown.policy import (
     find_spared_names,
     limit_grace,
 )
-from airflow.sdk.execution_time.teardown.process_tree import (
-    KILL_TIME,
-    POLL_INTERVAL,
-    Process,
-    ProcessTree,
-    group_by_owner,
-    is_alive,
-    look_at,
-)
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
+from airflow.sdk.execution_time.teardown.processes import Process, is_alive, look_at
 from airflow.sdk.execution_time.teardown.session import signal_task
 from airflow.sdk.execution_time.teardown.stop_request import (
     HEARTBEAT_INTERVAL,
@@ -76,6 +69,7 @@ from airflow.sdk.execution_time.teardown.stop_request import (
     server_knows_state,
     signal_pid,
 )
+from airflow.sdk.execution_time.teardown.sudo import group_by_owner
 from airflow.sdk.execution_time.teardown.task_requests import STATE_REPORTS, handle_request
 
 if TYPE_CHECKING:

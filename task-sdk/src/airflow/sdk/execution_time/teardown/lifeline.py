@@ -54,13 +54,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from airflow.sdk.execution_time.teardown import watchdog
+from airflow.sdk.execution_time.teardown.marks import read_limits, read_origin
 from airflow.sdk.execution_time.teardown.orphans import ORPHAN_GRACE
 from airflow.sdk.execution_time.teardown.policy import (
     find_leftover_policy,
     find_spared_names,
     without_warnings,
 )
-from airflow.sdk.execution_time.teardown.process_tree import is_there, look_at, read_limits, read_origin
+from airflow.sdk.execution_time.teardown.processes import is_there, look_at
 from airflow.sdk.execution_time.teardown.stop_request import RUNNER_FAILED
 
 if TYPE_CHECKING:

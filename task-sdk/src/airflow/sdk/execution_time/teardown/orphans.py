@@ -39,30 +39,32 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from airflow.sdk.execution_time.teardown.ending import Ending, wait_until_gone
-from airflow.sdk.execution_time.teardown.process_tree import (
+from airflow.sdk.execution_time.teardown.ending import KILL_TIME, Ending, wait_until_gone
+from airflow.sdk.execution_time.teardown.marks import (
     CONDEMNED,
-    KILL_TIME,
     PID_MASK,
-    Process,
-    ProcessTree,
     compute_mark,
-    find_session,
-    is_alive,
     is_condemned,
-    is_in_own_namespace,
     is_origin_alive,
     is_origin_of,
-    is_own_proc,
     list_given_marks,
-    list_pids,
-    look_at,
     read_limits,
     read_origin,
+)
+from airflow.sdk.execution_time.teardown.processes import (
+    Process,
+    find_session,
+    is_alive,
+    is_in_own_namespace,
+    is_own_proc,
+    list_pids,
+    look_at,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
 
 
 ORPHAN_GRACE = 5.0

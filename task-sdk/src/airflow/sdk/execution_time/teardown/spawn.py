@@ -37,7 +37,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk.execution_time.teardown.process_tree import (
+from airflow.sdk.execution_time.teardown.marks import (
     MARK_VARIABLE,
     extend_variable,
     give_mark,

@@ -37,14 +37,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from airflow.sdk.execution_time.teardown.leftovers import configure_tree
+from airflow.sdk.execution_time.teardown.marks import read_limits
 from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
 from airflow.sdk.execution_time.teardown.policy import find_spared_names
-from airflow.sdk.execution_time.teardown.process_tree import (
-    ProcessTree,
-    look_at,
-    read_limits,
-    shorten_name,
-)
+from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
+from airflow.sdk.execution_time.teardown.processes import look_at, shorten_name
 
 try:
     from airflow.sdk.configuration import conf as airflow_conf
@@ -56,7 +53,7 @@ if TYPE_CHECKING:
     from configparser import ConfigParser
 
     from airflow.sdk.execution_time.teardown.orphans import Orphan
-    from airflow.sdk.execution_time.teardown.process_tree import Process
+    from airflow.sdk.execution_time.teardown.processes import Process
 
 
 log = structlog.get_logger(logger_name="supervisor")

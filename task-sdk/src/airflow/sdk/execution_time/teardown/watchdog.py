@@ -68,10 +68,13 @@ def leave_task() -> None:
 
 def end_task(order: dict[str, Any]) -> None:
     """End the described task; to be called in a process of its own, which has inherited the task's marks."""
-    tree = importlib.import_module(f"{PACKAGE}.process_tree")
-    orphans = importlib.import_module(f"{PACKAGE}.orphans")
-    tree.lift_marks()
-    orphans.end_orphans([make_tree(tree, order)], order["grace"])
+    load("marks").lift_marks()
+    load("orphans").end_orphans([make_tree(order)], order["grace"])
+
+
+def load(name: str) -> types.ModuleType:
+    """Return a module of the package."""
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def stand_in_for_package() -> None:
@@ -83,12 +86,12 @@ def stand_in_for_package() -> None:
         sys.modules[package.__name__] = package
 
 
-def make_tree(module: types.ModuleType, order: dict[str, Any]) -> ProcessTree:
+def make_tree(order: dict[str, Any]) -> ProcessTree:
     """Return the tree of the task."""
     pid, start = order["leader"]
-    if os.getppid() == pid and (runner := module.look_at(pid)):
+    if os.getppid() == pid and (runner := load("processes").look_at(pid)):
         start = runner.start
-    tree: ProcessTree = module.ProcessTree()
+    tree: ProcessTree = load("process_tree").ProcessTree()
     tree.spared = frozenset(order["spared"])
     tree.ends_leftovers = order["ends"]
     tree.set_orphaned_leader(pid, start, order["limits"], order["origin"])

@@ -75,7 +75,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 )
 
 from airflow.sdk.execution_time import supervisor
-from airflow.sdk.execution_time.teardown import leftovers, process_tree
+from airflow.sdk.execution_time.teardown import leftovers, process_tree, processes
 from airflow.sdk.execution_time.teardown.stop_request import catch_stop_signals
 
 if TYPE_CHECKING:
@@ -154,9 +154,9 @@ class TestCalls:
         """A process that SIGKILL does not end, as in an uninterruptible sleep, costs one error and a second."""
 
         def spare(_: ActivitySubprocess, pid: int) -> None:
-            send = process_tree.send_signals
+            send = processes.send_signals
 
-            def drop(process: process_tree.Process, signals: Iterable[int]) -> bool | None:
+            def drop(process: processes.Process, signals: Iterable[int]) -> bool | None:
                 return process.pid == pid or send(process, signals)
 
             process_tree.send_signals = mock.create_autospec(send, side_effect=drop)
@@ -259,7 +259,7 @@ class TestProc:
         def hide() -> None:
             mount_proc(b"hidepid=1")
             become_nobody()
-            assert process_tree.read_process(1) is None
+            assert processes.read_process(1) is None
 
         outcome = end_supervised(relay, way, daemon, setting=hide)
         assert outcome.left == []
@@ -459,9 +459,9 @@ class TestRecycledNumber:
         """It does so between the look and the signal, which spares it."""
 
         def main() -> dict[str, Any]:
-            send = process_tree.send_signals
+            send = processes.send_signals
 
-            def replace_and_send(victim: process_tree.Process, signals: Iterable[int]) -> bool | None:
+            def replace_and_send(victim: processes.Process, signals: Iterable[int]) -> bool | None:
                 process_tree.send_signals = send
                 os.kill(daemon, signal.SIGKILL)
                 os.waitpid(daemon, 0)  # the first process of a namespace adopts its orphans
