@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from packaging.specifiers import SpecifierSet
+
 from patches.releases import find_release
 from tests.harness.environments import create_environment
 from tests.harness.lines import skips_without_interpreter
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     """Says what is wrong, None if nothing is."""
 
 CASES_AT_A_TIME = 8
+USE_EXEC = {"AIRFLOW__CORE__EXECUTE_TASKS_NEW_PYTHON_INTERPRETER": "True"}
+# Earlier ones know no such setting.
+EXEC_LINES = SpecifierSet(">=1.4.0b1", prereleases=True)
 
 
 def install(version: str, dist: Path | None = None) -> Environment:

@@ -18,7 +18,7 @@ from patches.releases import last_of_lines
 from tests.harness.lines import MAIN_LINES, mark_other_versions
 from tests.harness.real.memory import NoMemoryCgroupError, make_cgroup
 from tests.harness.real.running import Case, start_driver
-from tests.sdk.real import find_faults_by, install, run_all
+from tests.sdk.real import EXEC_LINES, USE_EXEC, find_faults_by, install, run_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,12 +51,9 @@ SEED = 13
 MEGABYTES = 256
 
 STOP = {"AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop"}
-USE_EXEC = {"AIRFLOW__CORE__EXECUTE_TASKS_NEW_PYTHON_INTERPRETER": "True"}
 EVERY_LINE = SpecifierSet(">=1.0.0", prereleases=True)
 # Earlier ones know nothing of coroutines.
 ASYNC_TASKS = SpecifierSet(">=1.2.0", prereleases=True)
-# Earlier ones know no such setting.
-EXEC_LINES = SpecifierSet(">=1.4.0b1", prereleases=True)
 # The oldest release whose runner has no handler for SIGTERM at all, and another protocol.
 NO_HANDLER = "1.0.2"
 

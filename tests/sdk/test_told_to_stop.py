@@ -18,7 +18,7 @@ from patches.releases import last_of_lines
 from tests.harness.lines import MAIN_LINES, mark_other_versions
 from tests.harness.real.running import GRACE, Case, start_driver
 from tests.harness.supervised import ENDS_TASK_ON_SIGTERM
-from tests.sdk.real import find_faults_by, install, run_all
+from tests.sdk.real import EXEC_LINES, USE_EXEC, find_faults_by, install, run_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -322,6 +322,13 @@ def test_requests_and_answers_stay_in_step(line: Line) -> None:
 def test_log_says_who_asked(line: Line) -> None:
     """The task's log names the signal, or the server's answer and state, before on_kill; nothing guesses at a lack of memory."""
     assert find_faults(line.cases, line.results, "log") == {}
+
+
+def test_mark_in_a_variable(line: Line) -> None:
+    """Where the limit cannot be the mark, a daemon that has lost its parent is found by a variable, however the runner starts."""
+    settings = [STOP, *([STOP | USE_EXEC] if EXEC_LINES.contains(line.version) else [])]
+    cases = {str(each): Case("daemon", "409", carries_no_mark=True, settings=each) for each in settings}
+    assert find_faults(cases, run_all(line.driver, cases), "end", "rest") == {}
 
 
 def test_any_moment_will_do(line: Line) -> None:

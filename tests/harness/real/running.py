@@ -103,6 +103,8 @@ class Case:
     """The Dag, and the stem of its file."""
     everything: bool = False
     """Whatever is new in the PID namespace counts as left, descendant or not: the driver must have one of its own."""
+    carries_no_mark: bool = False
+    """Have a hard limit that is below every mark, so that a task carries it in a variable alone."""
     memory: int = 0
     """Megabytes that the host, and all that it starts, may have."""
     settings: Mapping[str, str] = field(default_factory=dict)

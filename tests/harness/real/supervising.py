@@ -7,6 +7,7 @@ import ctypes
 import inspect
 import itertools
 import os
+import resource
 import signal
 import sys
 import threading
@@ -25,6 +26,8 @@ from tests.harness.real.telling import tell
 
 HEARTBEAT_INTERVAL = 0.1
 KILL_TIME = 10.0
+LOW_LIMIT = 1_000_000_000
+"""Microseconds, of which nothing here uses any."""
 """Seconds that killed processes have to die, or else who gets no processor in time counts as left."""
 PACKAGE = "airflow.sdk.execution_time.teardown"
 TIMES = (
@@ -211,13 +214,20 @@ def be_host(case: dict[str, Any], folder: Path, order: int) -> None:
     supervisor.SOCKET_CLEANUP_TIMEOUT = SOCKET_CLEANUP_TIMEOUT
     if hasattr(supervisor, "KILLED_TASK_CLEANUP_TIME"):
         supervisor.KILLED_TASK_CLEANUP_TIME = float(case["grace"])
+    misbehave(case)
+    HOSTS[case["host"]](case, order)
+
+
+def misbehave(case: dict[str, Any]) -> None:
+    """Have this process, a supervisor, run into what the case has in store for it."""
+    if case["carries_no_mark"]:
+        resource.setrlimit(resource.RLIMIT_RTTIME, (LOW_LIMIT, LOW_LIMIT))
     if case["dies_after_fork"] is not None:
         die_after_fork(case["dies_after_fork"])
     if case["slow_fork"]:
         delay_runner(case["slow_fork"])
     if case["dies_at_stop"]:
         die_at_stop(case["dies_at_stop"])
-    HOSTS[case["host"]](case, order)
 
 
 def die_after_fork(delay: float) -> None:

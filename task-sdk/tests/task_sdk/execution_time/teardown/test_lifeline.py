@@ -61,7 +61,13 @@ from airflow.sdk.execution_time.teardown import (
     stop_request,
     watchdog,
 )
-from airflow.sdk.execution_time.teardown.marks import mark_process, read_limits, read_origin
+from airflow.sdk.execution_time.teardown.marks import (
+    MARK_VARIABLE,
+    compute_mark,
+    mark_process,
+    read_limits,
+    read_origin,
+)
 from airflow.sdk.execution_time.teardown.processes import look_at
 
 if TYPE_CHECKING:
@@ -358,6 +364,24 @@ class TestSpawner:
         _ours, theirs = socket.socketpair()
         fork(be_runner)
         pause_for_ever()
+
+    def test_mark_in_a_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where no limit can be the mark, which its supervisor would set, it names the mark, once."""
+        monkeypatch.delenv(MARK_VARIABLE, raising=False)
+
+        def main() -> dict[str, Any]:
+            os.setsid()
+            lack("resource.RLIMIT_RTTIME")
+            lack("socket.SO_PEERCRED")
+            for _ in range(2):
+                lifeline.follow_spawner(theirs, conf)
+            own = processes.read_process(os.getpid())
+            assert own
+            return {"named": os.environ.get(MARK_VARIABLE), "mark": str(compute_mark(own))}
+
+        _ours, theirs = socket.socketpair()
+        result = run_in_fork(main)
+        assert result["named"] == result["mark"]
 
     def test_followed(self, relay: Relay, list_left: Callable[[], list[int]]) -> None:
         """It ends when that has died."""

@@ -54,7 +54,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from airflow.sdk.execution_time.teardown import watchdog
-from airflow.sdk.execution_time.teardown.marks import read_limits, read_origin
+from airflow.sdk.execution_time.teardown.marks import mark_process, read_limits, read_origin
 from airflow.sdk.execution_time.teardown.orphans import ORPHAN_GRACE
 from airflow.sdk.execution_time.teardown.policy import (
     find_leftover_policy,
@@ -181,15 +181,17 @@ def follow_supervisor(supervisor: int, conf: ConfigParser) -> None:
 
 def follow_spawner(comms: socket.socket, conf: ConfigParser) -> None:
     """
-    Call ``follow_supervisor()`` in a new interpreter, if this is a runner.
+    Mark a new interpreter, if this is a runner, and call ``follow_supervisor()`` in it.
 
-    A process of the Dag processor or the triggerer is no runner; it leads no session.
+    Where no limit can be the mark, its supervisor cannot mark it. A process of the Dag processor or the triggerer is no
+    runner; it leads no session.
 
     :param comms: one of the sockets that the supervisor has made. Nothing else identifies the supervisor
         here.
     """
     is_known = _lifeline is not None and _lifeline.is_own
     if not is_known and os.getsid(0) == os.getpid():
+        mark_process()
         with contextlib.suppress(OSError, AttributeError):  # no such option (macOS), or no such process
             supervisor = find_creator(comms)
             # gVisor returns the PID of the process that asks. And another program may have started this

@@ -110,7 +110,7 @@ def mark_process() -> None:
     # leader that has a mark, and an inherited origin, would pass for a task of the supervisor in that origin.
     give_origin(own.pid, mark, supervisor=os.getppid())
     # If its supervisor is in a tree itself, this process has inherited the mark of that tree.
-    if give_mark(own.pid, mark, inherited=inherited) is None:
+    if give_mark(own.pid, mark, inherited=inherited) is None and mark not in parse_variable(os.environ):
         os.environ[MARK_VARIABLE] = extend_variable(os.environ, mark)
 
 
