@@ -725,8 +725,8 @@ IN_TEARDOWN = [
     Mutant(
         "tree-stops-once",
         "process_tree.py",
-        "for member in fresh + running if send_signals",
-        "for member in fresh if send_signals",
+        "for member in untold + running if send_signals",
+        "for member in untold if send_signals",
         "one that a watchdog continues costs the whole time to kill, and what it starts meanwhile is lost",
         ("test_process_tree.py",),
     ),
@@ -845,8 +845,8 @@ IN_TEARDOWN = [
     Mutant(
         "tree-stops-through-sudo",
         "process_tree.py",
-        "member for member in fresh + running if send_signals(member, (signal.SIGSTOP,)) is False",
-        "self._send(fresh + running, signal.SIGSTOP) or []",
+        "member for member in untold + running if send_signals(member, (signal.SIGSTOP,)) is False",
+        "self._send(untold + running, signal.SIGSTOP) or []",
         "the time of the SIGKILL goes to a slow sudo, and what it has stopped stays so",
         ("test_process_tree.py",),
     ),
