@@ -181,7 +181,7 @@ IN_TREE = [
         "return failure is None or (failure == SUDO_TIMED_OUT and sig == signal.SIGKILL)",
         "return True",
         "sudo reports every signal to the administrator, and takes its time",
-        ("test_process_tree.py",),
+        ("test_sudo.py",),
     ),
     Mutant(
         "tree-leaks-pidfds",
@@ -824,7 +824,7 @@ IN_TEARDOWN = [
         "delivered = [process for process, outcome in sent.items() if outcome]",
         "delivered = list(sent)",
         "the log says of processes that they were ended by a signal which they did not get",
-        ("test_process_tree.py",),
+        ("test_sudo.py",),
     ),
     Mutant(
         "tree-forgets-refusals",
@@ -1766,7 +1766,7 @@ IN_ORPHANS = [
         "    os.register_at_fork(after_in_child=_read_once.cache_clear)",
         "    pass",
         "a supervisor in a PID namespace passes for the process that has its number outside, and so for dead",
-        ("test_processes.py", "test_process_tree.py"),
+        ("test_marks.py",),
     ),
     Mutant(
         "orphan-takes-who-has-left",
