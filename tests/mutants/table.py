@@ -405,8 +405,8 @@ IN_TEARDOWN = [
     Mutant(
         "teardown-ends-what-success-leaves",
         "leftovers.py",
-        "        return exit_code == 0 and not process._exit_watch.exit_expected\n",
-        "        return False\n",
+        "    return exit_code == 0 and not process._exit_watch.exit_expected",
+        "    return False and not process._exit_watch.exit_expected",
         "a task that succeeds loses the daemon that it has started on purpose",
         ("test_leftovers.py",),
     ),

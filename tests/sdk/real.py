@@ -23,9 +23,15 @@ if TYPE_CHECKING:
     """Says what is wrong, None if nothing is."""
 
 CASES_AT_A_TIME = 8
+STOP = {"AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop"}
 USE_EXEC = {"AIRFLOW__CORE__EXECUTE_TASKS_NEW_PYTHON_INTERPRETER": "True"}
-# Earlier ones know no such setting.
+EVERY_LINE = SpecifierSet(">=1.0.0", prereleases=True)
+# Earlier ones know nothing of coroutines.
+ASYNC_TASKS = SpecifierSet(">=1.2.0", prereleases=True)
+# Earlier ones know no USE_EXEC.
 EXEC_LINES = SpecifierSet(">=1.4.0b1", prereleases=True)
+# The oldest release whose runner has no handler for SIGTERM at all, and another protocol.
+NO_HANDLER = "1.0.2"
 
 
 def install(version: str, dist: Path | None = None) -> Environment:

@@ -12,13 +12,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from packaging.specifiers import SpecifierSet
 
 from patches.releases import last_of_lines
 from tests.harness.lines import MAIN_LINES, mark_other_versions
 from tests.harness.real.memory import NoMemoryCgroupError, make_cgroup
 from tests.harness.real.running import Case, start_driver
-from tests.sdk.real import EXEC_LINES, USE_EXEC, find_faults_by, install, run_all
+from tests.sdk.real import (
+    ASYNC_TASKS,
+    EVERY_LINE,
+    EXEC_LINES,
+    NO_HANDLER,
+    STOP,
+    USE_EXEC,
+    find_faults_by,
+    install,
+    run_all,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,13 +58,6 @@ FIRST_MOMENTS_OF_INTERPRETER = 4
 FIRST_SECONDS_OF_INTERPRETER = 1.0
 SEED = 13
 MEGABYTES = 256
-
-STOP = {"AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop"}
-EVERY_LINE = SpecifierSet(">=1.0.0", prereleases=True)
-# Earlier ones know nothing of coroutines.
-ASYNC_TASKS = SpecifierSet(">=1.2.0", prereleases=True)
-# The oldest release whose runner has no handler for SIGTERM at all, and another protocol.
-NO_HANDLER = "1.0.2"
 
 
 @dataclass(frozen=True)

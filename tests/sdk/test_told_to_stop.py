@@ -18,7 +18,17 @@ from patches.releases import last_of_lines
 from tests.harness.lines import MAIN_LINES, mark_other_versions
 from tests.harness.real.running import GRACE, Case, start_driver
 from tests.harness.supervised import ENDS_TASK_ON_SIGTERM
-from tests.sdk.real import EXEC_LINES, USE_EXEC, find_faults_by, install, run_all
+from tests.sdk.real import (
+    ASYNC_TASKS,
+    EVERY_LINE,
+    EXEC_LINES,
+    NO_HANDLER,
+    STOP,
+    USE_EXEC,
+    find_faults_by,
+    install,
+    run_all,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,13 +50,9 @@ SEED = 11
 RANDOM_DELAY = 0.05
 """Seconds: a hundred requests take about as long."""
 
-STOP = {"AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "stop"}
 FINISH = {"AIRFLOW__WORKERS__STOP_SIGNAL_POLICY": "finish"}
-EVERY_LINE = SpecifierSet(">=1.0.0", prereleases=True)
-# Earlier ones know nothing of coroutines, or of that answer.
-ASYNC_TASKS = GONE_ENDS = SpecifierSet(">=1.2.0", prereleases=True)
-# The oldest release whose runner has no handler for SIGTERM at all, and another protocol.
-NO_HANDLER = "1.0.2"
+# Earlier ones know nothing of that answer.
+GONE_ENDS = SpecifierSet(">=1.2.0", prereleases=True)
 
 
 @dataclass(frozen=True)

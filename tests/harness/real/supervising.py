@@ -26,9 +26,9 @@ from tests.harness.real.telling import tell
 
 HEARTBEAT_INTERVAL = 0.1
 KILL_TIME = 10.0
+"""Seconds that killed processes have to die, or else who gets no processor in time counts as left."""
 LOW_LIMIT = 1_000_000_000
 """Microseconds, of which nothing here uses any."""
-"""Seconds that killed processes have to die, or else who gets no processor in time counts as left."""
 PACKAGE = "airflow.sdk.execution_time.teardown"
 TIMES = (
     ("stop_request", "HEARTBEAT_INTERVAL", HEARTBEAT_INTERVAL),

@@ -51,6 +51,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     supervising,
     wait_until_left,
 )
+from task_sdk.execution_time.teardown.trees import read_dead_or_alive
 
 from airflow.sdk.execution_time.supervisor import conf
 from airflow.sdk.execution_time.teardown import (
@@ -68,7 +69,6 @@ from airflow.sdk.execution_time.teardown.marks import (
     read_limits,
     read_origin,
 )
-from airflow.sdk.execution_time.teardown.processes import look_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +76,6 @@ if TYPE_CHECKING:
 
     from pytest_mock import MockerFixture
 
-    from airflow.sdk.execution_time.teardown.processes import Process
 
 pytestmark = pytest.mark.usefixtures("list_left")
 
@@ -85,13 +84,6 @@ pytestmark = pytest.mark.usefixtures("list_left")
 def patient_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_others_alone(monkeypatch)
     monkeypatch.setattr(lifeline, "ORPHAN_GRACE", PATIENCE)
-
-
-def read(pid: int) -> Process:
-    """Return a process that is there, dead or alive."""
-    process = look_at(pid)
-    assert process, f"{pid} is gone"
-    return process
 
 
 def tell_when_told(relay: Relay) -> None:
@@ -416,7 +408,7 @@ class TestSpawner:
 def describe(leader: int, grace: float) -> dict[str, Any]:
     """Return the watchdog's argument, as a runner would describe itself."""
     return {
-        "leader": (leader, read(leader).start),
+        "leader": (leader, read_dead_or_alive(leader).start),
         "limits": read_limits(leader),
         "origin": read_origin(leader),
         "grace": grace,
@@ -505,7 +497,7 @@ class TestWatchdog:
     def test_kills(self, relay: Relay) -> None:
         """It kills the deaf when the grace is over, and nobody who has got the leader's number since."""
         leader = self.lead(relay)
-        start = read(leader).start
+        start = read_dead_or_alive(leader).start
         namesake = self.start(leader, leader=(leader, start - 1), limits=[], origin=None, grace=0.1)
         assert namesake.wait(PATIENCE) == 0
         assert processes.read_process(leader) is not None

@@ -52,12 +52,13 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
     make_zombie,
     pause_for_ever,
 )
+from task_sdk.execution_time.teardown.trees import read_dead_or_alive
 
 from airflow.sdk.execution_time.teardown import ending, marks, orphans, process_tree, processes
 from airflow.sdk.execution_time.teardown.marks import condemn, mark_process, read_origin
 from airflow.sdk.execution_time.teardown.orphans import end_orphans, find_orphans, kill_condemned
 from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
-from airflow.sdk.execution_time.teardown.processes import Process, is_alive, look_at
+from airflow.sdk.execution_time.teardown.processes import Process, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,13 +74,6 @@ def leave_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     look_at_own_processes(monkeypatch)
     with ending_all():
         yield
-
-
-def read(pid: int) -> Process:
-    """Return a process that is there, dead or alive."""
-    process = look_at(pid)
-    assert process, f"{pid} is gone"
-    return process
 
 
 def lead(relay: Relay, main: Callable[[], list[int]]) -> None:
@@ -123,7 +117,7 @@ def find() -> list[int]:
 
 def make_tree(leader: int, **choices: Any) -> ProcessTree:
     tree = ProcessTree()
-    tree.set_orphaned_leader(leader, read(leader).start)
+    tree.set_orphaned_leader(leader, read_dead_or_alive(leader).start)
     for name, value in choices.items():
         setattr(tree, name, value)
     return tree
@@ -291,7 +285,10 @@ class TestMeansToFind:
             become_nobody()
             orphans.list_pids = processes.list_pids  # psutil would look at each
             leader, _ = orphan(fork_child)
-            return {"found": [pid for pid in find() if pid == leader], "start": read(leader).start}
+            return {
+                "found": [pid for pid in find() if pid == leader],
+                "start": read_dead_or_alive(leader).start,
+            }
 
         outcome = run_in_fork(main)
         assert len(outcome["found"]) == 1
@@ -373,7 +370,7 @@ class TestEndOrphans:
         sent: list[tuple[int, bool]] = []
         with contextlib.closing(Relay()) as awaited:
             leader, daemon = orphan(lead_daemon)
-            runner = read(leader)
+            runner = read_dead_or_alive(leader)
             mocker.patch.object(orphans, "wait_until_gone", autospec=True, side_effect=tell_and_wait)
             mocker.patch.object(process_tree, "send_signals", autospec=True, side_effect=look_and_send)
             assert end_orphans([make_tree(leader)], PATIENCE) == []
@@ -423,7 +420,7 @@ class TestEndOrphans:
     def test_choice(self, choice: str) -> None:
         """Where leftovers are not ended, or spared by name, the runner and its group are all the same, by force."""
         leader, daemon, child = orphan(lambda: [*ignore_sigterm(), *fork_session(), *fork_child()])
-        names = {read(daemon).name}
+        names = {read_dead_or_alive(daemon).name}
         tree = make_tree(
             leader, **({"ends_leftovers": False} if choice == "ends" else {"spared": frozenset(names)})
         )
@@ -496,7 +493,7 @@ class TestEndOrphans:
             held.add(condemned), held.add(spared)
             # In the place of its name: it is the same program.
             tree = make_tree(leader)
-            tree._known_as_spared[spared] = read(spared).start
+            tree._known_as_spared[spared] = read_dead_or_alive(spared).start
             tree.spared = frozenset({"somebody"})
             assert kill_condemned([tree]) == []
             assert ended_by(leader) == signal.SIGKILL

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import psutil
@@ -102,8 +102,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_mock import MockerFixture
-
-Started = TypeVar("Started")
 
 pytestmark = pytest.mark.usefixtures("list_left")
 

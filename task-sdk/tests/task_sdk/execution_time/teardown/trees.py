@@ -36,7 +36,7 @@ from task_sdk.execution_time.teardown.supervised.supervised_task import (
 
 from airflow.sdk.execution_time.teardown.marks import MARK_FLAG, compute_origin, mark_process, read_origin
 from airflow.sdk.execution_time.teardown.process_tree import ProcessTree
-from airflow.sdk.execution_time.teardown.processes import Process, read_process
+from airflow.sdk.execution_time.teardown.processes import Process, look_at, read_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +75,13 @@ def read(pid: int) -> Process:
     """Return a process that lives."""
     process = read_process(pid)
     assert process, f"{pid} has ended"
+    return process
+
+
+def read_dead_or_alive(pid: int) -> Process:
+    """Return a process that is there, dead or alive."""
+    process = look_at(pid)
+    assert process, f"{pid} is gone"
     return process
 
 

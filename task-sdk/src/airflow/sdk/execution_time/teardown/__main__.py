@@ -65,7 +65,6 @@ from airflow.sdk.execution_time.teardown import (
     marks,
     process_tree,
     processes,
-    sudo,
     sweep,
 )
 from airflow.sdk.execution_time.teardown.orphans import find_orphans
@@ -78,6 +77,7 @@ from airflow.sdk.execution_time.teardown.policy import (
     is_grace_set,
 )
 from airflow.sdk.execution_time.teardown.session import lead_session
+from airflow.sdk.execution_time.teardown.sudo import run_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -561,7 +561,7 @@ def may_signal(sudo: list[str]) -> bool:
 
 def run_sudo(command: list[str]) -> str | None:
     """Run sudo; return why it failed, None if it did not."""
-    return sudo.run_all({0: command})[0]
+    return run_all({0: command})[0]
 
 
 def is_user(name: str) -> bool:

@@ -227,10 +227,10 @@ def ended_well(process: TaskWithTree, exit_code: int) -> bool:
     """Whether a task whose runner has exited may keep the processes that it has left running."""
     if not has_reported(process):
         hear_out(process)
-    if find_sent_state(process) is None and not is_ended_by_server(process):
-        return exit_code == 0 and not process._exit_watch.exit_expected
-    # A state stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
-    return has_sent_good_state(process)
+    if find_sent_state(process) is not None:
+        # It stands, whatever exit code follows: a crash in an atexit hook, a kill for overtime.
+        return has_sent_good_state(process)
+    return exit_code == 0 and not process._exit_watch.exit_expected and not is_ended_by_server(process)
 
 
 def has_sent_good_state(process: TaskWithTree) -> bool:

@@ -160,7 +160,7 @@ class ProcessTree:
         self._foreign_marks = {*read_limits(os.getpid()), *parse_variable(os.environ)}
         mark = mark or self._mark or (invent_mark(pid) if leader.start < 0 else compute_mark(leader))
         origin = give_origin(pid, mark, supervisor=os.getpid())
-        # A forked child marks itself, too (mark_process); one that posix_spawn() has started cannot.
+        # A forked child marks itself, too (mark_process); a new interpreter does so only later (follow_spawner).
         self._mark = give_mark(pid, mark, inherited=self._foreign_marks) or mark
         # The leader may have carried one mark, then the other, and forked a child with each.
         self._marks |= {mark, self._mark}
